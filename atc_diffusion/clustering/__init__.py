@@ -1,0 +1,129 @@
+"""Exact hierarchical clustering of batches of tokens, down to a chosen number of clusters."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
+
+LINKAGES = ("average", "complete", "single", "ward")
+METRICS = ("cosine", "euclidean", "precomputed")
+BACKENDS = ("torch", "scipy")
+
+
+def agglomerate(
+    tokens: Tensor, num_clusters: int, linkage: str = "average", metric: str | None = None, backend: str | None = None
+) -> Tensor:
+    """Label every token with its cluster (Agglomerative Token Clustering, Haurum et al. 2024, section 3.2).
+
+    Clusters are joined bottom-up, always the two closest, until `num_clusters` are left.
+
+    Args:
+        tokens: `[B, N, C]` of any float type, or `[B, N, N]` symmetric distances if `metric="precomputed"`.
+            Float64 is clustered in float64, all else in float32. Entries that are not finite count as 0 in
+            tokens and as very far in distances.
+        num_clusters: how many clusters to leave, from 1 to `N`.
+        linkage: distance between clusters: "single" (Eq. 1), "complete" (Eq. 2), "average" (Eq. 3) or "ward".
+        metric: distance between tokens: "cosine", "euclidean" or "precomputed". None: "euclidean" for Ward's
+            linkage, which is defined for it alone, and "cosine" for the others.
+        backend: "torch" (batched, any device), "scipy" (the reference, on the CPU) or None for the fastest.
+
+    Returns:
+        Labels `[B, N]` int64 in `0..num_clusters - 1`, on the tokens' device; clusters are numbered by their first
+        token, so two equal partitions have equal labels. Differentiable code may use them as constants.
+
+    Raises:
+        ValueError: for an unknown name, a shape or a number of clusters that does not fit.
+
+    Example:
+        >>> agglomerate(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]), num_clusters=2)
+        tensor([[0, 1, 0]])
+    """
+    metric = check_choices(linkage, metric, backend)
+    check_tokens(tokens, metric)
+    check_num_clusters(num_clusters, tokens.shape[1])
+    return _agglomerate(tokens.detach(), num_clusters, linkage, metric, backend or "torch")
+
+
+def cluster_tree(
+    tokens: Tensor,
+    linkage: str = "average",
+    metric: str | None = None,
+    backend: str | None = None,
+    num_clusters: int = 1,
+) -> ClusterTree:
+    """Cluster once, cut often: the tree behind `agglomerate`, whose arguments these are.
+
+    `num_clusters` is the least number of clusters that the tree will be asked for; more are cheaper.
+
+    Example:
+        >>> tree = cluster_tree(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]))
+        >>> tree.cut(2), tree.cut_at(distance=0.001)
+        (tensor([[0, 1, 0]]), tensor([[0, 1, 2]]))
+    """
+    metric = check_choices(linkage, metric, backend)
+    check_tokens(tokens, metric)
+    check_num_clusters(num_clusters, tokens.shape[1])
+    return _build_tree(tokens.detach(), num_clusters, linkage, metric, backend or "torch")
+
+
+def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
+    """The metric meant; raises ValueError where a name is unknown or the two do not go together."""
+    check_member("linkage", linkage, LINKAGES)
+    metric = metric or ("euclidean" if linkage == "ward" else "cosine")
+    check_member("metric", metric, METRICS)
+    if (linkage, metric) == ("ward", "cosine"):
+        raise ValueError("linkage='ward' is defined for Euclidean distance; use metric='euclidean' or 'precomputed'")
+    if backend is not None:
+        check_member("backend", backend, BACKENDS)
+    if backend == "scipy" and importlib.util.find_spec("scipy") is None:
+        raise ValueError("backend='scipy' needs SciPy; run `pip install scipy` or use backend='torch'")
+    return metric
+
+
+def check_member(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_tokens(tokens: Tensor, metric: str) -> None:
+    if tokens.ndim != 3 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be a float tensor [B, N, C], got {tokens.dtype} {list(tokens.shape)}")
+    if metric == "precomputed" and tokens.shape[1] != tokens.shape[2]:
+        raise ValueError(f"precomputed distances must be square, [B, N, N], got {list(tokens.shape)}")
+
+
+def _build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> ClusterTree:
+    return _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
+
+
+@torch.library.custom_op("atc_diffusion::agglomerate", mutates_args=())
+def _agglomerate(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> Tensor:
+    return _build_tree(tokens, num_clusters, linkage, metric, backend).cut(num_clusters)
+
+
+@_agglomerate.register_fake
+def _(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> Tensor:
+    return tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+
+
+def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
+    if name == "scipy":
+        from atc_diffusion.clustering._scipy import build_tree
+    else:
+        from atc_diffusion.clustering._torch import build_tree
+    return build_tree
+
+
+def _prepare(tokens: Tensor, metric: str) -> Tensor:
+    """Tokens whose distances are finite: unit vectors for cosine, centred for Euclidean distance."""
+    far = 1e14  # a sum of such squares over all channels and tokens stays finite in float32
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if metric == "precomputed":
+        return tokens.nan_to_num(far, far, far).clamp(max=far)
+    tokens = tokens.nan_to_num(0, 0, 0).clamp(-far, far)
+    if metric == "cosine":
+        return torch.nn.functional.normalize(tokens, dim=2)
+    return tokens - tokens.mean(dim=1, keepdim=True)

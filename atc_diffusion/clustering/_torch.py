@@ -1,0 +1,230 @@
+"""Batched reciprocal merging in plain torch (RAC, Sumengen et al. 2021, arXiv 2105.11653).
+
+All four linkages are reducible: joining two clusters brings neither closer to a third. So every pair of clusters
+that are each other's nearest neighbour is joined in the final tree, and all such pairs are joined in one round.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.clustering._linkage import UPDATES
+from atc_diffusion.clustering.tree import ClusterTree
+
+TILE = 2**20  # distances looked at together; 4 MiB in float32 stays in a core's cache
+
+
+class Clusters(Protocol):
+    """What the active clusters, `[B, M]`, know of each other."""
+
+    sizes: Tensor
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """Distances `[B, Q, M]`, or an increasing function of them, from the slots `rows` `[B, Q]` to all."""
+
+    def heights(self, merged: Tensor) -> Tensor:
+        """The distances proper."""
+
+    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
+        """Keep the slots `keep` `[B, M']`, each joined with its slot in `partners` (or itself), `d` apart."""
+
+
+def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
+    """Cluster prepared `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+    return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters).run()
+
+
+def _clusters(tokens: Tensor, linkage: str, metric: str) -> Clusters:
+    if (linkage, metric) == ("average", "cosine"):
+        return _CosineMeans(tokens)
+    if (linkage, metric) == ("ward", "euclidean"):
+        return _WardMeans(tokens)
+    return _Matrix(_pairwise(tokens, metric), linkage)
+
+
+def _pairwise(tokens: Tensor, metric: str) -> Tensor:
+    if metric == "precomputed":
+        return tokens.clone()
+    return cosine_distances(tokens, tokens) if metric == "cosine" else torch.cdist(tokens, tokens)
+
+
+def cosine_distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.baddbmm(a.new_ones(1), a, b.mT, alpha=-1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `[B, Q, ...]` of `x` `[B, M, ...]` at `index` `[B, Q]`."""
+    offsets = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
+
+
+class _Means:
+    """Clusters as the means of their tokens: memory `O(N C)`, no matrix of distances."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.means = tokens
+        self.sizes = tokens.new_ones(tokens.shape[:2])
+
+    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
+        sizes, added = self.sizes.gather(1, keep), self.sizes.gather(1, partners)
+        added = added.masked_fill(partners == keep, 0)
+        # A step towards the partner, not a sum: the mean of identical tokens stays that token to the bit.
+        self.sizes = sizes + added
+        self.means = torch.lerp(_rows(self.means, keep), _rows(self.means, partners), (added / self.sizes)[..., None])
+
+
+class _CosineMeans(_Means):
+    """Average linkage over cosine distance: the mean of all cosines is the product of the mean unit vectors."""
+
+    def distances(self, rows: Tensor) -> Tensor:
+        return cosine_distances(_rows(self.means, rows), self.means)
+
+    def heights(self, merged: Tensor) -> Tensor:
+        return merged
+
+
+class _WardMeans(_Means):
+    """Ward's linkage, squared and halved: n_i n_j / (n_i + n_j) times the squared distance of the means."""
+
+    def distances(self, rows: Tensor) -> Tensor:
+        norms = self.means.square().sum(dim=2)
+        squared = torch.baddbmm(norms[:, None, :], _rows(self.means, rows), self.means.mT, alpha=-2)
+        squared.add_(norms.gather(1, rows)[:, :, None]).clamp_(min=0)
+        return squared.div_(1 / self.sizes.gather(1, rows)[:, :, None] + 1 / self.sizes[:, None, :])
+
+    def heights(self, merged: Tensor) -> Tensor:
+        return (2 * merged).sqrt()
+
+
+class _Matrix:
+    """Any linkage, on the matrix `[B, M, M]` of distances."""
+
+    def __init__(self, matrix: Tensor, linkage: str) -> None:
+        self.matrix = matrix
+        self.sizes = matrix.new_ones(matrix.shape[:2])
+        self.update = UPDATES[linkage]
+
+    def distances(self, rows: Tensor) -> Tensor:
+        return _rows(self.matrix, rows)
+
+    def heights(self, merged: Tensor) -> Tensor:
+        return merged
+
+    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
+        old_sizes, alone = self.sizes, (partners == keep)[:, :, None]
+        n_i, n_j = self.sizes.gather(1, keep)[:, :, None], self.sizes.gather(1, partners)[:, :, None]
+        self.sizes = torch.where(alone, n_i, n_i + n_j)[:, :, 0]
+
+        def merge_rows(matrix: Tensor, n_k: Tensor) -> Tensor:
+            rows, other = _rows(matrix, keep), _rows(matrix, partners)
+            return torch.where(alone, rows, self.update(rows, other, d[:, :, None], n_i, n_j, n_k[:, None, :]))
+
+        half_merged = merge_rows(self.matrix, old_sizes)
+        self.matrix = merge_rows(half_merged.mT.contiguous(), self.sizes)
+
+
+class _ReciprocalMerging:
+    """The active clusters, in slots `[B, M]` ordered by first token, and what has been merged so far.
+
+    A cluster keeps its nearest neighbour until that one merges; then its old distance is a lower bound on the new.
+    """
+
+    def __init__(self, clusters: Clusters, num_clusters: int) -> None:
+        batch, num_tokens = clusters.sizes.shape
+        device = clusters.sizes.device
+        self.clusters = clusters
+        self.num_tokens = num_tokens
+        self.num_merges = num_tokens - num_clusters
+        self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: an empty slot
+        self.neighbours = torch.zeros_like(self.ids)  # first tokens
+        self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
+        self.formed = torch.zeros_like(clusters.sizes)  # height at which the cluster came to be
+        self.stale = torch.ones_like(self.ids, dtype=torch.bool)
+        # One column more than there are tokens takes what is scattered from empty slots.
+        self.parents = torch.arange(num_tokens + 1, device=device).repeat(batch, 1)
+        self.heights = clusters.sizes.new_full((batch, num_tokens + 1), math.inf)
+        self.rounds = torch.zeros_like(self.parents)
+
+    def run(self) -> ClusterTree:
+        """Merge until no distance is left below the `num_merges`-th smallest height; at most N - 1 rounds."""
+        number = 0
+        while self.num_merges and self.ids.shape[1] > 1:
+            self._search()
+            self._merge(number)
+            number += 1
+        heights = self.clusters.heights(self.heights[:, :-1])
+        return ClusterTree.from_merges(self.parents[:, :-1], heights, self.rounds[:, :-1])
+
+    def _search(self) -> None:
+        """Find the nearest neighbours of the stale clusters."""
+        rows = _where_first(self.stale)
+        for tile in rows.split(max(1, TILE // self.ids.numel()), dim=1):
+            bounds, neighbours = self._nearest(tile)
+            self.bounds.scatter_(1, tile, bounds)
+            self.neighbours.scatter_(1, tile, neighbours)
+        self.bounds.masked_fill_(self.ids == self.num_tokens, math.inf)
+
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances `[B, Q]` and first tokens of the nearest neighbours of the slots `rows`."""
+        distances = self.clusters.distances(rows)
+        distances.scatter_(2, rows[:, :, None], math.inf)
+        empty = self.ids == self.num_tokens
+        if empty.any():
+            distances.masked_fill_(empty[:, None, :], math.inf)
+        nearest = distances.amin(dim=2)
+        # Of equally near clusters take the smallest i XOR j: being symmetric, it pairs them off instead of
+        # sending all to one.
+        ids = self.ids.int()
+        apart = ids.gather(1, rows)[:, :, None] ^ ids[:, None, :]
+        apart.masked_fill_(distances > nearest[:, :, None], torch.iinfo(torch.int32).max)
+        return nearest, self.ids.gather(1, rows) ^ apart.amin(dim=2)
+
+    def _merge(self, number: int) -> None:
+        """Join all reciprocal pairs, record them as round `number`, and drop what needs no further look."""
+        partners, paired = self._pairs()
+        slots = torch.arange(self.ids.shape[1], device=self.ids.device)
+        heights = torch.stack([self.bounds, self.formed, self.formed.gather(1, partners)]).amax(dim=0)
+        heights = torch.minimum(heights, heights.gather(1, partners))
+        absorbed = paired & (partners < slots)
+        self._record(absorbed, self.ids.gather(1, partners), heights, number)
+
+        self.formed = torch.where(paired, heights, self.formed)
+        self.bounds = torch.where(paired, heights, self.bounds)
+        last = self.heights[:, :-1].kthvalue(self.num_merges, dim=1, keepdim=True).values
+        keep = ~absorbed & (self.ids < self.num_tokens) & (self.bounds < last)
+        self.stale = paired | (paired | ~keep).gather(1, partners)
+        self._compact(keep, torch.where(paired, partners, slots), heights)
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Slots `[B, M]` of the nearest neighbours, and which of them are reciprocal."""
+        slots = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        slot_of = torch.zeros_like(self.parents).scatter_(1, self.ids, slots)
+        partners = slot_of.gather(1, self.neighbours)
+        # Rounding can leave a ring of neighbours without a reciprocal pair: the closest pair always joins.
+        closest = self.bounds.argmin(dim=1, keepdim=True)
+        partners.scatter_(1, partners.gather(1, closest), closest)
+        return partners, (partners.gather(1, partners) == slots) & self.bounds.isfinite() & (self.ids < self.num_tokens)
+
+    def _record(self, absorbed: Tensor, into: Tensor, heights: Tensor, number: int) -> None:
+        ids = self.ids.masked_fill(~absorbed, self.num_tokens)
+        self.parents.scatter_(1, ids, into)
+        self.heights.scatter_(1, ids, heights)
+        self.rounds.scatter_(1, ids, number)
+
+    def _compact(self, keep: Tensor, partners: Tensor, heights: Tensor) -> None:
+        kept = _where_first(keep)
+        self.clusters.merge(kept, partners.gather(1, kept), heights.gather(1, kept))
+        self.ids = self.ids.masked_fill(~keep, self.num_tokens).gather(1, kept)
+        empty = self.ids == self.num_tokens
+        self.bounds = self.bounds.gather(1, kept).masked_fill(empty, math.inf)
+        self.stale = self.stale.gather(1, kept) & ~empty
+        self.formed = self.formed.gather(1, kept)
+        self.neighbours = self.neighbours.gather(1, kept)
+
+
+def _where_first(mask: Tensor) -> Tensor:
+    """Slots `[B, Q]` where `mask` `[B, M]` holds, in order; items that have fewer are filled with others."""
+    longest = int(mask.sum(dim=1).max())
+    return mask.sort(dim=1, descending=True, stable=True).indices[:, :longest]

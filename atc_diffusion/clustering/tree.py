@@ -1,0 +1,65 @@
+"""The result of clustering: a tree that can be cut anywhere without clustering again."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterTree:
+    """A hierarchical clustering of `N` tokens, for a batch of `B` problems.
+
+    A cluster is named by its first token. When two clusters join, the later name disappears into the earlier:
+
+    Attributes:
+        parents: `[B, N]` int64, the cluster that absorbed each token's cluster; itself where none did.
+        heights: `[B, N]`, the distance at which that happened; infinite where it did not.
+        order: `[B, N]` int64, the tokens in the order in which they were absorbed, the others behind them.
+
+    Heights never fall along a chain of parents, so every prefix of `order` is a valid clustering.
+    """
+
+    parents: Tensor
+    heights: Tensor
+    order: Tensor
+
+    @classmethod
+    def from_merges(cls, parents: Tensor, heights: Tensor, rounds: Tensor) -> "ClusterTree":
+        """Order recorded merges by height, then round, then token; all arguments are `[B, N]`."""
+        by_round = rounds.argsort(dim=1, stable=True)
+        by_height = heights.gather(1, by_round).argsort(dim=1, stable=True)
+        return cls(parents, heights, by_round.gather(1, by_height))
+
+    def cut(self, num_clusters: int) -> Tensor:
+        """Labels `[B, N]` of exactly `num_clusters` clusters, numbered by first token.
+
+        Raises:
+            ValueError: if the tree has fewer tokens, or was not built down to so few clusters.
+        """
+        num_tokens = self.parents.shape[1]
+        check_num_clusters(num_clusters, num_tokens)
+        absorbed = torch.zeros_like(self.parents, dtype=torch.bool)
+        absorbed.scatter_(1, self.order[:, : num_tokens - num_clusters], True)
+        if not self.heights[absorbed].isfinite().all():
+            raise ValueError(f"this tree was not built down to {num_clusters} clusters; build it with fewer")
+        return _labels(self.parents, absorbed)
+
+    def cut_at(self, distance: float) -> Tensor:
+        """Labels `[B, N]` after every merge of at most `distance`; the number of clusters may differ by item."""
+        return _labels(self.parents, self.heights <= distance)
+
+
+def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
+    if not 1 <= num_clusters <= num_tokens:
+        raise ValueError(f"num_clusters must be between 1 and the {num_tokens} tokens there are, got {num_clusters}")
+
+
+def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
+    """Follow the chains of `absorbed` tokens by pointer jumping and number their roots in order."""
+    tokens = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    roots = torch.where(absorbed, parents, tokens)
+    for _ in range(parents.shape[1].bit_length()):
+        roots = roots.gather(1, roots)
+    numbers = (~absorbed).cumsum(dim=1) - 1
+    return numbers.gather(1, roots)

@@ -1,0 +1,131 @@
+"""What to merge and how: choices, validated when they are made."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from atc_diffusion.clustering import agglomerate, check_choices, check_member
+from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.tome import bipartite_labels, draw_destinations
+
+FEATURES = ("keys", "values", "keys_values", "hidden_states")
+MERGES = ("tokens", "keys_values")
+MODULES = ("self_attention", "cross_attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What every way of merging has in common.
+
+    Attributes:
+        r: share of tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`.
+        features: what is compared: the self-attention's "keys" (as the ATC paper's text says), its "values", both
+            ("keys_values", each scaled to unit deviation), or the block's input before `norm1` ("hidden_states",
+            as the authors' code does).
+        proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged
+            token weighs as much as its members did (Bolya et al. 2023, Eq. 1).
+        merge: "tokens" merges the input of a module and un-merges its output; "keys_values" keeps every query of
+            the self-attention and merges only what it attends to.
+        max_downsample: patch the levels of the UNet down to this factor (1, 2, 4, ...). None: the finest level
+            that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL.
+        modules: any of "self_attention", "cross_attention" (its queries) and "mlp".
+
+    Raises:
+        ValueError: naming the value that does not fit and what would.
+    """
+
+    r: float = 0.6
+    features: str = "keys"
+    proportional_attention: bool = True
+    merge: str = "tokens"
+    max_downsample: int | None = None
+    modules: tuple[str, ...] = ("self_attention",)
+
+    def __post_init__(self) -> None:
+        _check_share(self.r)
+        check_member("features", self.features, FEATURES)
+        check_member("merge", self.merge, MERGES)
+        if not isinstance(self.modules, tuple) or not self.modules:
+            raise ValueError(f"modules must be a tuple such as ('self_attention', 'mlp'), got {self.modules!r}")
+        for module in self.modules:
+            check_member("every entry of modules", module, MODULES)
+        if self.max_downsample is not None and self.max_downsample < 1:
+            raise ValueError(f"max_downsample must be None or a factor 1, 2, 4, ..., got {self.max_downsample!r}")
+
+    def num_clusters(self, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens are kept."""
+        return max(1, round(self.r * num_tokens))
+
+    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
+        """Group tokens by their `features` `[B, N, C]`.
+
+        Args:
+            features: what tokens are compared by.
+            grid: height and width of the tokens' grid; their product is `N`.
+            step: scalar tensor, the denoising timestep.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATCConfig(MergeConfig):
+    """Agglomerative Token Clustering (Haurum et al. 2024, section 3.2).
+
+    Attributes:
+        linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
+            "ward" (over Euclidean distance; not in the paper).
+        backend: what clusters: "torch", "scipy" (the slow reference), or None for the fastest there is.
+    """
+
+    linkage: str = "average"
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self.linkage, backend=self.backend)
+
+    @classmethod
+    def paper(cls, r: float, linkage: str = "average") -> "ATCConfig":
+        """The setting of the paper's Table 2, after the authors' code: hidden states, plain means, no weights."""
+        return cls(r=r, linkage=linkage, features="hidden_states", proportional_attention=False)
+
+    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
+        num_clusters = self.num_clusters(features.shape[1])
+        return MergeMap(agglomerate(features, num_clusters, self.linkage, backend=self.backend), num_clusters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMeConfig(MergeConfig):
+    """Token Merging for Stable Diffusion (Bolya & Hoffman 2023), the baseline; defaults as in their `tomesd`.
+
+    Attributes:
+        stride: side of the cells of which one token each may absorb others; no fewer than `1 / stride**2` of the
+            tokens can be kept.
+        seed: of the draw of those tokens, which is made anew at every timestep.
+    """
+
+    features: str = "hidden_states"
+    proportional_attention: bool = False
+    stride: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be a whole number from 1 up, got {self.stride!r}")
+        if self.r * self.stride**2 < 1:
+            raise ValueError(
+                f"ToMe with stride {self.stride} keeps at least {1 / self.stride**2:.4g} of the tokens, got r={self.r};"
+                " use a larger r or stride, or ATCConfig"
+            )
+
+    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
+        destinations = draw_destinations(*grid, self.stride, self.seed, step.to(features.device))
+        num_clusters = max(self.num_clusters(features.shape[1]), len(destinations))
+        return MergeMap(bipartite_labels(features, destinations, num_clusters), num_clusters)
+
+
+def _check_share(r: object) -> None:
+    if not isinstance(r, int | float) or not 0 < r <= 1 or r is True:
+        hint = f"; did you mean {r / 100:g}?" if isinstance(r, int | float) and 1 < r <= 100 else ""
+        raise ValueError(f"r is the share of tokens kept, in (0, 1], got {r!r}{hint}")

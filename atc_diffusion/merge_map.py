@@ -1,0 +1,70 @@
+"""A merge as a value: which cluster each token belongs to."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class MergeMap:
+    """Merge tokens `[B, N, C]` into cluster means `[B, K, C]` and copy them back.
+
+    Both directions keep dtype and device, are differentiable, and give the same bits every time, on CUDA too.
+
+    Args:
+        labels: `[B, N]` int64 in `0..num_clusters - 1`, the cluster of every token.
+        num_clusters: `K`.
+
+    Raises:
+        ValueError: if `labels` is not a batch of int64 labels, or `num_clusters` is less than 1.
+
+    Example:
+        >>> merge_map = MergeMap(torch.tensor([[0, 1, 0]]), num_clusters=2)
+        >>> merge_map.merge(torch.tensor([[[1.0], [5.0], [3.0]]]))
+        tensor([[[2.],
+                 [5.]]])
+        >>> merge_map.unmerge(torch.tensor([[[2.0], [5.0]]]))
+        tensor([[[2.],
+                 [5.],
+                 [2.]]])
+    """
+
+    def __init__(self, labels: Tensor, num_clusters: int) -> None:
+        if labels.ndim != 2 or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be an int64 tensor [B, N], got {labels.dtype} {list(labels.shape)}")
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+        self.labels = labels
+        self.num_clusters = num_clusters
+        # Tokens sorted by cluster once, so that sums run over segments in a fixed order instead of racing.
+        offsets = torch.arange(len(labels), device=labels.device)[:, None]
+        self._clusters = labels + offsets * num_clusters
+        sorted_labels, order = labels.sort(dim=1, stable=True)
+        self._tokens = order + offsets * labels.shape[1]
+        numbers = torch.arange(num_clusters, device=labels.device).expand(len(labels), -1).contiguous()
+        self._starts = torch.searchsorted(sorted_labels, numbers)
+
+    def __repr__(self) -> str:
+        return f"MergeMap(labels={list(self.labels.shape)}, num_clusters={self.num_clusters})"
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of tokens in every cluster, `[B, K]` int64."""
+        ends = F.pad(self._starts[:, 1:], (0, 1), value=self.labels.shape[1])
+        return ends - self._starts
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Means `[B, K, C]` of the tokens `x` `[B, N, C]` of every cluster."""
+        self._check(x, self.labels.shape[1])
+        starts = self._starts + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+        means = F.embedding_bag(self._tokens.flatten(), x.flatten(0, 1), starts.flatten(), mode="mean")
+        return means.unflatten(0, (len(x), self.num_clusters))
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """A copy `[B, N, C]` of its cluster's row of `x` `[B, K, C]` for every token."""
+        self._check(x, self.num_clusters)
+        return F.embedding(self._clusters, x.flatten(0, 1))
+
+    def _check(self, x: Tensor, rows: int) -> None:
+        expected = (len(self.labels), rows)
+        if x.ndim != 3 or tuple(x.shape[:2]) != expected:
+            raise ValueError(f"expected a tensor [{expected[0]}, {expected[1]}, C], got {list(x.shape)}")
