@@ -1,0 +1,84 @@
+"""The command line of the experiment."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from configurations import METHODS, add_merge_options
+from demo import DEFAULTS as DEMO_DEFAULTS
+from features import LAYERS, RESIZERS
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
+
+
+def parse(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `--demo` gives other defaults, not other meanings."""
+    parser = make_parser(description)
+    if parser.parse_args(arguments).demo:
+        parser.set_defaults(**DEMO_DEFAULTS)
+    return parser.parse_args(arguments)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="the small emoji model of this repository: offline, no GPU")
+    parser.add_argument("--list", action="store_true", help="print seed, file and prompt of every picture, and stop")
+    add_comparison(parser.add_argument_group("what is compared"))
+    add_merge_options(parser)
+    add_pictures(parser.add_argument_group("the pictures"))
+    add_sampling(parser.add_argument_group("how they are sampled"))
+    add_scoring(parser.add_argument_group("how they are scored"))
+    return parser
+
+
+def add_comparison(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    percent = "percentages of the tokens to keep; 100 is always there (default: 40 50 60 70 80 90)"
+    add("--keep", type=float, nargs="+", default=[40, 50, 60, 70, 80, 90], metavar="PERCENT", help=percent)
+    methods = "token clustering, token merging as the baseline, or only the unmerged model (default: atc)"
+    add("--method", nargs="+", choices=[*METHODS, "none"], default=["atc"], help=methods)
+    add("--out", type=Path, default=Path("out/fid"), metavar="DIR", help="for pictures and features (default: out/fid)")
+    add("--report", type=Path, metavar="DIR", help="for the report (default: the same)")
+
+
+def add_pictures(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    classes = "'all', a count ('100': the first hundred) or a list of indices ('3,7,12') (default: all)"
+    add("--classes", default="all", metavar="WHICH", help=classes)
+    add("--images-per-class", type=int, default=2, metavar="N", help="pictures of each class (default: 2)")
+    names = "names of the classes, a line each (default: the 1000 of ImageNet)"
+    add("--class-names", type=Path, default=IMAGENET_NAMES, metavar="FILE", help=names)
+    prompt = "prompt with {} for the class name (default: %(default)r)"
+    add("--prompt", default="A high quality photograph of a {}.", metavar="TEXT", help=prompt)
+    add("--seed", type=int, default=0, help="added to every picture's own seed (default: 0)")
+
+
+def add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", default=STABLE_DIFFUSION, help="hub id or folder of a pipeline (default: %(default)s)")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: 7.5)")
+    add("--size", type=int, default=512, help="height and width in pixels (default: 512)")
+    batch = "prompts in a batch; part of what a picture is, for rounding can depend on it (default: 8)"
+    add("--batch-size", type=int, default=8, metavar="N", help=batch)
+    dtypes = ["float16", "bfloat16", "float32"]
+    add("--dtype", choices=dtypes, help="of the model (default: float16 on a CUDA GPU, else float32)")
+    add(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default: auto, the fastest there is)"
+    )
+
+
+def add_scoring(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--reference", type=Path, metavar="DIR", help="the reference pictures; eval/reference.py makes the paper's")
+    network = "network whose features are compared; weights of the second come with a package (default: inception)"
+    add("--features", choices=list(LAYERS), default="inception", help=network)
+    weights = "torch-fidelity's Inception weights (default: downloaded)"
+    add("--inception-weights", type=Path, metavar="FILE", help=weights)
+    resize = "as in the original FID, or as clean-fid, which the paper used (default: tensorflow)"
+    add("--resize", choices=list(RESIZERS), default="tensorflow", help=resize)
+    add("--bootstrap", type=int, default=200, metavar="N", help="draws for the intervals (default: 200)")
+    add("--show", type=int, nargs="+", default=[0], metavar="CLASS", help="classes to show pictures of (default: 0)")
+    emoji = "for --demo: the emoji pictures of the npm package @lobehub/fluent-emoji-3d"
+    add("--emoji-pictures", type=Path, default=Path("package/assets"), metavar="DIR", help=emoji)

@@ -1,0 +1,170 @@
+"""FID of Stable Diffusion with merged tokens, as in Table 2 of Agglomerative Token Clustering (ECCV 2024).
+
+Makes the same pictures (prompts and seeds are fixed) with the unmerged model and with every way of merging asked for,
+scores each set against reference pictures and against the unmerged set, and writes a report. An interrupted run goes
+on where it was when the same command is given again. `accelerate launch eval/fid.py ...` divides the pictures between
+GPUs. Ways of merging can be added to the same --out by further commands: the report covers all that are complete.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from arguments import STABLE_DIFFUSION, parse
+from configurations import Configuration, grid, merge_options
+from demo import draw_reference
+from features import Features
+from generate import Generator, Sampling, load_pipeline, read_records
+from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
+from reference import list_pictures
+from report import write_report
+from results import Result, Study
+from scores import Scorer, bootstrap_draws
+from tqdm import tqdm
+
+FEWEST = 4  # pictures in a set: precision and recall look at three neighbours
+COMMANDS = "commands.txt"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(__doc__, arguments)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"fid.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("fid.py: stopped; the same command goes on from here")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate what is missing, then score and report. Whatever can be wrong is looked at before."""
+    pictures = planned_pictures(args)
+    configurations = grid(args.method, args.keep, merge_options(args))
+    if args.list:
+        print_list(pictures)
+        return
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # for those who wait for the slowest
+    sampling = make_sampling(args, state.device)
+    claim_folder(args.out, sampling.json, write=state.is_main_process)
+    sets = {each: make_set(args.out, each, pictures, sampling) for each in configurations}
+    if state.is_main_process:
+        reference = reference_pictures(args)
+        features = Features(args.features, args.resize, args.out / "features", state.device, args.inception_weights)
+    if any(each.missing() for each in sets.values()):
+        Generator(load_pipeline(sampling, state.device), sampling, state).run(sets)
+    if state.is_main_process:
+        note_command(args.out)
+        results = score(complete_sets(args.out, pictures, sampling), features, reference, args.bootstrap)
+        write_report(make_study(args, results, features, len(reference)), args.report or args.out)
+        print(f"wrote {(args.report or args.out) / 'report.md'}")
+
+
+def planned_pictures(args: argparse.Namespace) -> list[Picture]:
+    names = args.class_names.read_text().splitlines()
+    classes = select_classes(args.classes, len(names))
+    if len(classes) * args.images_per_class < FEWEST:
+        raise ValueError(f"{len(classes)} x {args.images_per_class} pictures are too few to score; {FEWEST} at least")
+    return plan(names, classes, args.images_per_class, args.prompt, args.seed)
+
+
+def print_list(pictures: Sequence[Picture]) -> None:
+    print("class", "image", "seed", "file", "prompt", sep="\t")
+    for picture in pictures:
+        print(picture.class_index, picture.image_index, picture.seed, picture.file, picture.prompt, sep="\t")
+
+
+def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
+    if args.device not in ("auto", device.type):
+        raise ValueError(f"--device {args.device}, but the device here is {device.type}")
+    return Sampling(
+        model=args.model,
+        steps=args.steps,
+        guidance=args.guidance,
+        size=args.size,
+        batch_size=args.batch_size,
+        dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
+        device=device.type,
+    )
+
+
+def reference_pictures(args: argparse.Namespace) -> list[Path]:
+    """Paths of the reference pictures; those of the demo are drawn first."""
+    folder = args.reference
+    if folder is None and args.demo:
+        folder = draw_reference(args.class_names.read_text().splitlines(), args.emoji_pictures, args.out / "reference")
+    if folder is None:
+        raise ValueError("--reference DIR is needed; eval/reference.py makes it from ImageNet's validation pictures")
+    paths = list_pictures(folder)
+    if len(paths) < FEWEST:
+        raise ValueError(f"--reference {folder} has {len(paths)} pictures; {FEWEST} at least are needed")
+    return paths
+
+
+def make_set(out: Path, configuration: Configuration, pictures: Sequence[Picture], sampling: Sampling) -> PictureSet:
+    origin = sampling.json | {"merge": configuration.json}
+    return PictureSet(out / "sets" / configuration.folder, pictures, origin)
+
+
+def complete_sets(out: Path, pictures: Sequence[Picture], sampling: Sampling) -> dict[Configuration, PictureSet]:
+    """All sets in `out` that have all `pictures`, those of earlier commands too, the unmerged one first."""
+    origins = [json.loads(read_stamp(path) or "{}") for path in out.glob(f"sets/*/{pictures[0].file}")]
+    configurations = [Configuration.from_json(origin["merge"]) for origin in origins if "merge" in origin]
+    sets = {each: make_set(out, each, pictures, sampling) for each in sorted(configurations, key=_place)}
+    return {each: pictures for each, pictures in sets.items() if not pictures.missing()}
+
+
+def _place(configuration: Configuration) -> tuple[bool, bool, str, float]:
+    """Where a configuration stands in tables: the unmerged model, ToMe, ATC, and less and less kept."""
+    label = configuration.label
+    return configuration.merge is not None, not label.startswith("ToMe"), label, -configuration.keep
+
+
+def score(
+    sets: dict[Configuration, PictureSet], features: Features, reference: Sequence[Path], bootstrap: int
+) -> list[Result]:
+    scorer = Scorer(features, reference, sets[Configuration()], bootstrap)
+    return [
+        Result(configuration, pictures, scorer(pictures), read_records(pictures.folder))
+        for configuration, pictures in tqdm(sets.items(), desc="scoring", unit="set")
+    ]
+
+
+def make_study(args: argparse.Namespace, results: list[Result], features: Features, num_reference: int) -> Study:
+    pictures = results[0].pictures.pictures
+    record = results[0].record
+    conditions = {
+        "model": args.model,
+        "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
+        "reference": f"{num_reference} pictures",
+        "features": features.name,
+        "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
+        "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "intervals": f"95 %, {args.bootstrap} bootstrap draws",
+    }
+    return Study(
+        results,
+        conditions,
+        commands=(args.out / COMMANDS).read_text().splitlines(),
+        draws=bootstrap_draws(len(pictures), args.bootstrap),
+        shown=[picture for picture in pictures if picture.class_index in args.show and picture.image_index == 0],
+        is_papers_model=args.model == STABLE_DIFFUSION,
+    )
+
+
+def note_command(out: Path) -> None:
+    """Add the command line to those that this folder was made by."""
+    file = out / COMMANDS
+    commands = file.read_text().splitlines() if file.exists() else []
+    command = shlex.join(["python", *sys.argv])
+    write_atomically(file, "\n".join(dict.fromkeys([*commands, command])).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Generates sets of pictures with a diffusers pipeline: resumable, and divided between processes."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from configurations import Configuration
+from diffusers import DiffusionPipeline
+from pictures import Picture, PictureSet, write_atomically
+from PIL import Image
+from tqdm import tqdm
+
+import atc_diffusion
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity", "scipy")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What every set has in common: whatever changes the bits of a picture beside prompt, seed and merging.
+
+    The batch size is among them, for matrix products are rounded differently in batches of another size, and then
+    other tokens can be the most similar.
+    """
+
+    model: str
+    steps: int
+    guidance: float
+    size: int
+    batch_size: int
+    dtype: str
+    device: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of `sampling.model` with its own scheduler and no safety checker, on `device`.
+
+    Raises:
+        ValueError: if the model is neither a folder with a pipeline nor to be had from the hub.
+    """
+    dtype = getattr(torch, sampling.dtype)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except OSError as error:
+        raise ValueError(
+            f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
+            f"none; give --model FOLDER, or connect once and run: hf download {sampling.model}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+class Generator:
+    """Makes what is missing of the sets, this process's share of it.
+
+    Every batch is full: the last one repeats a picture. So what a picture is depends on nothing but its prompt, its
+    seed and the settings: not on its neighbours, on the order, on interruptions or on how many processes share.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, sampling: Sampling, state: PartialState) -> None:
+        self.pipe = pipe
+        self.sampling = sampling
+        self.state = state
+
+    def run(self, sets: dict[Configuration, PictureSet]) -> None:
+        """Complete all sets, and record how long it took beside the pictures."""
+        shares = {configuration: self._share(pictures) for configuration, pictures in sets.items()}
+        self.state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
+        with tqdm(total=sum(map(len, shares.values())), unit="picture", desc=self._title, disable=self._quiet) as bar:
+            for configuration, share in shares.items():
+                self._complete(configuration, sets[configuration], share, bar)
+        self.state.wait_for_everyone()
+
+    @property
+    def _title(self) -> str:
+        count = self.state.num_processes
+        return "generating" if count == 1 else f"generating, process 1 of {count}"
+
+    @property
+    def _quiet(self) -> bool:
+        return not self.state.is_main_process
+
+    def _share(self, pictures: PictureSet) -> list[Picture]:
+        with self.state.split_between_processes(pictures.missing()) as share:
+            return list(share)
+
+    def _complete(self, configuration: Configuration, pictures: PictureSet, share: list[Picture], bar: tqdm) -> None:
+        size = self.sampling.batch_size
+        record = Record(pictures.folder / f"record-{self.state.process_index}.json", self.state.device)
+        with self._merging(configuration):
+            for start in range(0, len(share), size):
+                batch = share[start : start + size]
+                clock = time.perf_counter()
+                images = self.draw(batch)
+                seconds = time.perf_counter() - clock
+                for picture, image in zip(batch, images, strict=True):
+                    pictures.save(picture, image)
+                record.add(seconds / size, "" if configuration.merge is None else str(atc_diffusion.summary(self.pipe)))
+                bar.update(len(batch))
+
+    def _merging(self, configuration: Configuration) -> AbstractContextManager[object]:
+        return nullcontext() if configuration.merge is None else atc_diffusion.patched(self.pipe, configuration.merge)
+
+    def draw(self, batch: Sequence[Picture]) -> list[Image.Image]:
+        """Sample one picture for every prompt, each from noise of its own seed, drawn on the CPU."""
+        full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
+        output = self.pipe(
+            [picture.prompt for picture in full],
+            num_inference_steps=self.sampling.steps,
+            guidance_scale=self.sampling.guidance,
+            height=self.sampling.size,
+            width=self.sampling.size,
+            generator=[torch.Generator().manual_seed(picture.seed) for picture in full],
+        )
+        return list(output.images[: len(batch)])
+
+
+class Record:
+    """How long one process took over a set, and on what; a JSON file that later runs go on with.
+
+    The first batch of every run warms up and is not counted.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+        self.warm = False
+        self.seconds: list[float] = json.loads(path.read_text())["seconds_per_picture"] if path.exists() else []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def add(self, seconds: float, text: str) -> None:
+        """Record a batch: seconds per picture, and `atc_diffusion.summary` after it."""
+        if self.warm:
+            self.seconds.append(seconds)
+        self.warm = True
+        record = {
+            "seconds_per_picture": self.seconds,
+            "peak_memory_bytes": self._peak_memory(),
+            "device": _device_name(self.device),
+            "versions": versions(),
+            "summary": text,
+        }
+        write_atomically(self.path, json.dumps(record, indent=2).encode())
+
+    def _peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def read_records(folder: Path) -> dict[str, Any]:
+    """What all processes recorded in `folder`, as one: median seconds per picture, largest memory, devices."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("record-*.json"))]
+    seconds = [value for record in records for value in record["seconds_per_picture"]]
+    memory = [record["peak_memory_bytes"] for record in records if record["peak_memory_bytes"] is not None]
+    return {
+        "seconds_per_picture": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": max(memory, default=None),
+        "devices": sorted({record["device"] for record in records}),
+        "versions": records[-1]["versions"] if records else versions(),
+        "summary": records[-1]["summary"] if records else "",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make and score the pictures."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"atc_diffusion": atc_diffusion.__version__, "python": platform.python_version()} | packages
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
