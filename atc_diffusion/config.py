@@ -49,7 +49,7 @@ class MergeConfig:
             raise ValueError(f"modules must be a tuple such as ('self_attention', 'mlp'), got {self.modules!r}")
         for module in self.modules:
             check_member("every entry of modules", module, MODULES)
-        if self.max_downsample is not None and self.max_downsample < 1:
+        if self.max_downsample is not None and not (isinstance(self.max_downsample, int) and self.max_downsample >= 1):
             raise ValueError(f"max_downsample must be None or a factor 1, 2, 4, ..., got {self.max_downsample!r}")
 
     def num_clusters(self, num_tokens: int) -> int:

@@ -46,6 +46,8 @@ def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any)
     """
     if config is not None and options:
         raise ValueError(f"give either config or options, got both: {config!r} and {options!r}")
+    if not isinstance(config, MergeConfig | None):
+        raise ValueError(f"config must be an ATCConfig or ToMeConfig, got {config!r}")
     config = config if config is not None else _config(options)
     unet = _unet(model)
     blocks = _select(unet, config)

@@ -5,6 +5,7 @@ that are each other's nearest neighbour is joined in the final tree, and all suc
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from atc_diffusion.clustering._linkage import UPDATES
 from atc_diffusion.clustering.tree import ClusterTree
+
+Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 TILE = 2**20  # distances looked at together; 4 MiB in float32 stays in a core's cache
 
@@ -60,6 +63,11 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
 
 
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """Columns `[B, R, Q]` of `x` `[B, R, M]` at `index` `[B, Q]`."""
+    return x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+
+
 class _Means:
     """Clusters as the means of their tokens: memory `O(N C)`, no matrix of distances."""
 
@@ -79,23 +87,30 @@ class _CosineMeans(_Means):
     """Average linkage over cosine distance: the mean of all cosines is the product of the mean unit vectors."""
 
     def distances(self, rows: Tensor) -> Tensor:
-        return cosine_distances(_rows(self.means, rows), self.means)
+        return torch.bmm(_rows(self.means, rows).neg_(), self.means.mT)
 
     def heights(self, merged: Tensor) -> Tensor:
-        return merged
+        return (1 + merged).clamp_(min=0)
 
 
 class _WardMeans(_Means):
     """Ward's linkage, squared and halved: n_i n_j / (n_i + n_j) times the squared distance of the means."""
 
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__(tokens)
+        self.norms = self.means.square().sum(dim=2)
+
+    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
+        super().merge(keep, partners, d)
+        self.norms = self.means.square().sum(dim=2)
+
     def distances(self, rows: Tensor) -> Tensor:
-        norms = self.means.square().sum(dim=2)
-        squared = torch.baddbmm(norms[:, None, :], _rows(self.means, rows), self.means.mT, alpha=-2)
-        squared.add_(norms.gather(1, rows)[:, :, None]).clamp_(min=0)
+        squared = torch.baddbmm(self.norms[:, None, :], _rows(self.means, rows), self.means.mT, alpha=-2)
+        squared.add_(self.norms.gather(1, rows)[:, :, None])
         return squared.div_(1 / self.sizes.gather(1, rows)[:, :, None] + 1 / self.sizes[:, None, :])
 
     def heights(self, merged: Tensor) -> Tensor:
-        return (2 * merged).sqrt()
+        return (2 * merged).clamp_(min=0).sqrt_()
 
 
 class _Matrix:
@@ -104,7 +119,7 @@ class _Matrix:
     def __init__(self, matrix: Tensor, linkage: str) -> None:
         self.matrix = matrix
         self.sizes = matrix.new_ones(matrix.shape[:2])
-        self.update = UPDATES[linkage]
+        self._join = UPDATES[linkage]
 
     def distances(self, rows: Tensor) -> Tensor:
         return _rows(self.matrix, rows)
@@ -113,16 +128,25 @@ class _Matrix:
         return merged
 
     def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        old_sizes, alone = self.sizes, (partners == keep)[:, :, None]
-        n_i, n_j = self.sizes.gather(1, keep)[:, :, None], self.sizes.gather(1, partners)[:, :, None]
-        self.sizes = torch.where(alone, n_i, n_i + n_j)[:, :, 0]
+        pairs = _where_first(partners != keep)
+        d, first, second = (x.gather(1, pairs) for x in (d, keep, partners))
+        n_first, n_second = self.sizes.gather(1, first), self.sizes.gather(1, second)
+        alone = first == second
 
-        def merge_rows(matrix: Tensor, n_k: Tensor) -> Tensor:
-            rows, other = _rows(matrix, keep), _rows(matrix, partners)
-            return torch.where(alone, rows, self.update(rows, other, d[:, :, None], n_i, n_j, n_k[:, None, :]))
+        rows = _rows(self.matrix, first), _rows(self.matrix, second)
+        joined = self._join(*rows, d[:, :, None], n_first[:, :, None], n_second[:, :, None], self.sizes[:, None, :])
+        joined = torch.where(alone[:, :, None], rows[0], joined)
+        self.sizes = self.sizes.gather(1, keep).scatter_add_(1, pairs, n_second.masked_fill(alone, 0))
 
-        half_merged = merge_rows(self.matrix, old_sizes)
-        self.matrix = merge_rows(half_merged.mT.contiguous(), self.sizes)
+        columns = _columns(joined, first), _columns(joined, second)
+        n_pairs = self.sizes.gather(1, pairs)[:, :, None]
+        both = self._join(*columns, d[:, None, :], n_first[:, None, :], n_second[:, None, :], n_pairs)
+        both = torch.where(alone[:, None, :], columns[0], both)
+
+        joined = _columns(joined, keep).scatter_(2, pairs[:, None, :].expand_as(both), both)
+        self.matrix = _columns(_rows(self.matrix, keep), keep)
+        self.matrix.scatter_(1, pairs[:, :, None].expand_as(joined), joined)
+        self.matrix.scatter_(2, pairs[:, None, :].expand_as(joined.mT), joined.mT)
 
 
 class _ReciprocalMerging:
@@ -140,7 +164,7 @@ class _ReciprocalMerging:
         self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: an empty slot
         self.neighbours = torch.zeros_like(self.ids)  # first tokens
         self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
-        self.formed = torch.zeros_like(clusters.sizes)  # height at which the cluster came to be
+        self.formed = torch.full_like(clusters.sizes, -math.inf)  # height at which the cluster came to be
         self.stale = torch.ones_like(self.ids, dtype=torch.bool)
         # One column more than there are tokens takes what is scattered from empty slots.
         self.parents = torch.arange(num_tokens + 1, device=device).repeat(batch, 1)
@@ -151,35 +175,23 @@ class _ReciprocalMerging:
         """Merge until no distance is left below the `num_merges`-th smallest height; at most N - 1 rounds."""
         number = 0
         while self.num_merges and self.ids.shape[1] > 1:
-            self._search()
+            self._search(self.stale, _first)
             self._merge(number)
             number += 1
         heights = self.clusters.heights(self.heights[:, :-1])
         return ClusterTree.from_merges(self.parents[:, :-1], heights, self.rounds[:, :-1])
 
-    def _search(self) -> None:
-        """Find the nearest neighbours of the stale clusters."""
-        rows = _where_first(self.stale)
-        for tile in rows.split(max(1, TILE // self.ids.numel()), dim=1):
-            bounds, neighbours = self._nearest(tile)
-            self.bounds.scatter_(1, tile, bounds)
-            self.neighbours.scatter_(1, tile, neighbours)
-        self.bounds.masked_fill_(self.ids == self.num_tokens, math.inf)
-
-    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances `[B, Q]` and first tokens of the nearest neighbours of the slots `rows`."""
-        distances = self.clusters.distances(rows)
-        distances.scatter_(2, rows[:, :, None], math.inf)
+    def _search(self, wanted: Tensor, choose: Choose) -> None:
+        """Find the nearest neighbours of the clusters in the slots `wanted`, a mask `[B, M]`."""
         empty = self.ids == self.num_tokens
-        if empty.any():
-            distances.masked_fill_(empty[:, None, :], math.inf)
-        nearest = distances.amin(dim=2)
-        # Of equally near clusters take the smallest i XOR j: being symmetric, it pairs them off instead of
-        # sending all to one.
-        ids = self.ids.int()
-        apart = ids.gather(1, rows)[:, :, None] ^ ids[:, None, :]
-        apart.masked_fill_(distances > nearest[:, :, None], torch.iinfo(torch.int32).max)
-        return nearest, self.ids.gather(1, rows) ^ apart.amin(dim=2)
+        for rows in _where_first(wanted).split(max(1, TILE // self.ids.numel()), dim=1):
+            distances = self.clusters.distances(rows).scatter_(2, rows[:, :, None], math.inf)
+            if empty.any():
+                distances.masked_fill_(empty[:, None, :], math.inf)
+            bounds, neighbours = choose(distances, self.ids, self.ids.gather(1, rows))
+            self.bounds.scatter_(1, rows, bounds)
+            self.neighbours.scatter_(1, rows, neighbours)
+        self.bounds.masked_fill_(empty, math.inf)
 
     def _merge(self, number: int) -> None:
         """Join all reciprocal pairs, record them as round `number`, and drop what needs no further look."""
@@ -199,13 +211,21 @@ class _ReciprocalMerging:
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Slots `[B, M]` of the nearest neighbours, and which of them are reciprocal."""
+        partners, paired = self._partners()
+        tied = ~paired & self.bounds.isfinite() & (self.bounds == self.bounds.gather(1, partners))
+        if tied.any():
+            self._search(tied, _pairing)
+            partners, paired = self._partners()
+        return partners, paired
+
+    def _partners(self) -> tuple[Tensor, Tensor]:
         slots = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
         slot_of = torch.zeros_like(self.parents).scatter_(1, self.ids, slots)
         partners = slot_of.gather(1, self.neighbours)
         # Rounding can leave a ring of neighbours without a reciprocal pair: the closest pair always joins.
         closest = self.bounds.argmin(dim=1, keepdim=True)
         partners.scatter_(1, partners.gather(1, closest), closest)
-        return partners, (partners.gather(1, partners) == slots) & self.bounds.isfinite() & (self.ids < self.num_tokens)
+        return partners, (partners.gather(1, partners) == slots) & self.bounds.isfinite()
 
     def _record(self, absorbed: Tensor, into: Tensor, heights: Tensor, number: int) -> None:
         ids = self.ids.masked_fill(~absorbed, self.num_tokens)
@@ -222,6 +242,23 @@ class _ReciprocalMerging:
         self.stale = self.stale.gather(1, kept) & ~empty
         self.formed = self.formed.gather(1, kept)
         self.neighbours = self.neighbours.gather(1, kept)
+
+
+def _first(distances: Tensor, ids: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Least of `distances` `[B, Q, M]` to the clusters `ids` `[B, M]`, and the first cluster that is so near."""
+    nearest, slots = distances.min(dim=2)
+    return nearest, ids.gather(1, slots)
+
+
+def _pairing(distances: Tensor, ids: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Like `_first`, but of equally near clusters the one of the smallest i XOR j.
+
+    Being symmetric, that pairs equal tokens off instead of sending all of them to one.
+    """
+    nearest = distances.amin(dim=2)
+    apart = row_ids[:, :, None] ^ ids[:, None, :]
+    apart.masked_fill_(distances > nearest[:, :, None], torch.iinfo(torch.int64).max)
+    return nearest, row_ids ^ apart.amin(dim=2)
 
 
 def _where_first(mask: Tensor) -> Tensor:

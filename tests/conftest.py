@@ -1,0 +1,49 @@
+"""Real diffusers classes at tiny size, with random weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    """A UNet in Stable Diffusion 1.x's layout: self-attention at levels 1 and 2, three blocks at the finest."""
+    return UNet2DConditionModel(**UNET).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def components(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """What a Stable Diffusion pipeline needs beside a prompt's embedding."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    return {
+        "unet": unet,
+        "vae": vae.eval(),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "text_encoder": None,
+        "tokenizer": None,
+    }

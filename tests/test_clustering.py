@@ -1,0 +1,230 @@
+"""The laws of clustering, against the definition, SciPy and fastcluster."""
+
+import fastcluster
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import pdist
+from torch import Tensor
+
+from atc_diffusion import ClusterTree, agglomerate, cluster_tree
+from atc_diffusion.clustering import _torch
+
+LINKAGES = ["average", "complete", "single", "ward"]
+BACKENDS = ["torch", "scipy"]
+
+linkages = st.sampled_from(LINKAGES)
+seeds = st.integers(0, 2**32 - 1)
+cases = settings(max_examples=400, deadline=None, derandomize=True)
+
+
+def draw_tokens(seed: int, *shape: int) -> Tensor:
+    """Gaussian tokens in float64: no two distances are equal, or closer than rounding."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_ties(seed: int, num_tokens: int) -> Tensor:
+    """Symmetric distances `[1, N, N]` from a handful of values."""
+    d = torch.randint(1, 5, (1, num_tokens, num_tokens), generator=torch.Generator().manual_seed(seed)).double()
+    return torch.maximum(d, d.mT).masked_fill(torch.eye(num_tokens, dtype=torch.bool), 0)
+
+
+def canonical(labels: Tensor) -> Tensor:
+    """Number the clusters of labels `[N]` by their first token."""
+    first = {int(label): i for i, label in reversed(list(enumerate(labels)))}
+    order = sorted(first, key=lambda label: first[label])
+    return torch.tensor([order.index(int(label)) for label in labels])
+
+
+def replay(merges: np.ndarray, num_clusters: int) -> Tensor:
+    """Labels `[N]` after the first `N - num_clusters` rows of a SciPy linkage matrix."""
+    num_tokens = len(merges) + 1
+    members = {i: [i] for i in range(num_tokens)}
+    for i, (a, b) in enumerate(merges[: num_tokens - num_clusters, :2].astype(int)):
+        members[num_tokens + i] = members.pop(a) + members.pop(b)
+    labels = torch.empty(num_tokens, dtype=torch.int64)
+    for label, tokens in enumerate(members.values()):
+        labels[tokens] = label
+    return canonical(labels)
+
+
+def cluster_distance(distances: Tensor, a: Tensor, b: Tensor, linkage: str) -> float:
+    """Eqs. 1-3 of the ATC paper, between the clusters with the members `a` and `b`."""
+    between = distances[a][:, b]
+    return float({"single": between.min(), "complete": between.max(), "average": between.mean()}[linkage])
+
+
+def assert_valid(labels: Tensor, num_clusters: int) -> None:
+    for item in labels:
+        assert item.unique().tolist() == list(range(num_clusters))
+        assert torch.equal(item, canonical(item))
+
+
+@cases
+@given(seeds, linkages, st.integers(1, 3), st.integers(2, 40), st.integers(2, 8), st.floats(0, 1))
+def test_equals_scipy_and_fastcluster(seed, linkage, batch, num_tokens, channels, share):
+    tokens = draw_tokens(seed, batch, num_tokens, channels)
+    num_clusters = max(1, round(share * num_tokens))
+    labels = agglomerate(tokens, num_clusters, linkage)
+    metric = "euclidean" if linkage == "ward" else "cosine"
+    for item, ours in zip(tokens.numpy(), labels, strict=True):
+        for oracle in (hierarchy.linkage, fastcluster.linkage):
+            assert torch.equal(ours, replay(oracle(pdist(item, metric), linkage), num_clusters))
+
+
+@cases
+@given(seeds, linkages, st.integers(2, 40), st.floats(0, 1))
+def test_backends_agree(seed, linkage, num_tokens, share):
+    tokens = draw_tokens(seed, 1, num_tokens, 5)
+    num_clusters = max(1, round(share * num_tokens))
+    labels = [agglomerate(tokens, num_clusters, linkage, backend=backend) for backend in BACKENDS]
+    assert torch.equal(*labels)
+
+
+@cases
+@given(seeds, st.sampled_from(["average", "complete", "single"]), st.integers(2, 10), st.booleans())
+def test_each_merge_joins_a_closest_pair(seed, linkage, num_tokens, ties):
+    """The definition itself; it decides on ties too, where oracles may differ."""
+    distances = draw_ties(seed, num_tokens) if ties else torch.cdist(x := draw_tokens(seed, 1, num_tokens, 3), x)
+    tree = cluster_tree(distances, linkage, metric="precomputed")
+    for num_clusters in range(num_tokens, 1, -1):
+        labels, after = tree.cut(num_clusters)[0], tree.cut(num_clusters - 1)[0]
+        members = [torch.where(labels == i)[0] for i in range(num_clusters)]
+        apart = {
+            (i, j): cluster_distance(distances[0], members[i], members[j], linkage)
+            for i in range(num_clusters)
+            for j in range(i)
+        }
+        joined = [d for (i, j), d in apart.items() if after[members[i][0]] == after[members[j][0]]]
+        assert joined == [pytest.approx(min(apart.values()), rel=1e-12)]
+
+
+@cases
+@given(seeds, linkages, st.integers(2, 30))
+def test_ties_and_duplicates_give_exactly_k_canonical_labels_and_the_heights_of_scipy(seed, linkage, distinct):
+    tokens = draw_tokens(seed, 1, distinct, 3)
+    tokens = tokens[:, torch.randint(distinct, (2 * distinct,), generator=torch.Generator().manual_seed(seed))]
+    trees = [cluster_tree(tokens, linkage, backend=backend) for backend in BACKENDS]
+    ours, scipys = (tree.heights.sort(dim=1).values[:, :-1] for tree in trees)
+    # Of nearly equal tokens Euclidean distance is the root of a rounding error: sqrt(1e-16).
+    assert torch.allclose(ours, scipys, atol=1e-6 if linkage == "ward" else 1e-12)
+    for num_clusters in (1, distinct, 2 * distinct - 1):
+        assert_valid(trees[0].cut(num_clusters), num_clusters)
+
+
+@cases
+@given(seeds, linkages, st.integers(1, 3), st.integers(1, 40))
+def test_partitions_nest_and_one_tree_serves_every_cut(seed, linkage, batch, num_tokens):
+    tokens = draw_tokens(seed, batch, num_tokens, 4)
+    tree = cluster_tree(tokens, linkage)
+    finer = torch.arange(num_tokens).expand(batch, -1)
+    for num_clusters in range(num_tokens, 0, -max(1, num_tokens // 5)):
+        labels = tree.cut(num_clusters)
+        assert_valid(labels, num_clusters)
+        assert torch.equal(labels, agglomerate(tokens, num_clusters, linkage))
+        for fine, coarse in zip(finer, labels, strict=True):
+            assert len(torch.stack([fine, coarse]).unique(dim=1)[0]) == fine.max() + 1
+        finer = labels
+
+
+@cases
+@given(seeds, linkages, st.integers(2, 20), st.floats(0, 1))
+def test_cut_at_a_distance_is_scipys_fcluster(seed, linkage, num_tokens, quantile):
+    tokens = draw_tokens(seed, 1, num_tokens, 4)
+    merges = hierarchy.linkage(pdist(tokens[0].numpy(), "euclidean" if linkage == "ward" else "cosine"), linkage)
+    distance = float(np.quantile(merges[:, 2], quantile)) + 1e-9
+    expected = torch.from_numpy(hierarchy.fcluster(merges, distance, "distance"))
+    assert torch.equal(cluster_tree(tokens, linkage).cut_at(distance)[0], canonical(expected))
+
+
+@cases
+@given(seeds, linkages, st.integers(2, 30))
+def test_permuting_tokens_permutes_the_partition(seed, linkage, num_tokens):
+    tokens = draw_tokens(seed, 1, num_tokens, 4)
+    permutation = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))
+    num_clusters = (num_tokens + 1) // 2
+    labels = agglomerate(tokens, num_clusters, linkage)[0]
+    permuted = agglomerate(tokens[:, permutation], num_clusters, linkage)[0]
+    assert torch.equal(permuted, canonical(labels[permutation]))
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_a_batch_equals_its_items(linkage):
+    tokens = draw_tokens(0, 5, 70, 6)
+    tokens[1] = tokens[1, :1]  # items that end after different numbers of rounds
+    together = agglomerate(tokens, 20, linkage)
+    assert torch.equal(together, torch.cat([agglomerate(item[None], 20, linkage) for item in tokens]))
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+@pytest.mark.parametrize("num_tokens", [63, 257])
+def test_float32_equals_the_reference(linkage, num_tokens):
+    tokens = draw_tokens(1, 2, num_tokens, 16).float()
+    for num_clusters in (1, num_tokens // 3, num_tokens - 1):
+        labels = agglomerate(tokens, num_clusters, linkage)
+        assert torch.equal(labels, agglomerate(tokens.double(), num_clusters, linkage, backend="scipy"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("linkage", LINKAGES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [0.0, 1.0, 3e4, float("nan"), float("inf"), -float("inf")])
+def test_degenerate_tokens_give_valid_labels(backend, linkage, dtype, value):
+    tokens = draw_tokens(2, 2, 33, 4).to(dtype)
+    tokens[0] = value
+    tokens[1, ::2] = value
+    for num_clusters in (1, 7, 33):
+        assert_valid(agglomerate(tokens, num_clusters, linkage, backend=backend), num_clusters)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_degenerate_distances_are_far(value):
+    distances = torch.tensor([[[0.0, value, 1.0], [value, 0.0, 2.0], [1.0, 2.0, 0.0]]])
+    assert agglomerate(distances, 2, "complete", metric="precomputed").tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_identical_tokens_pair_off_instead_of_queueing_at_one(linkage):
+    """Rounds grow with the logarithm of 1024, not with 1024."""
+    tokens = torch.ones(1, 1024, 3)
+    clusters = _torch._clusters(tokens, linkage, "euclidean" if linkage == "ward" else "cosine")
+    merging = _torch._ReciprocalMerging(clusters, num_clusters=1)
+    merging.run()
+    assert merging.rounds.max() < 2 * 10
+
+
+def test_a_single_cluster_and_a_single_token():
+    assert agglomerate(torch.randn(2, 5, 3), 1).tolist() == [[0] * 5] * 2
+    assert agglomerate(torch.randn(2, 1, 3), 1).tolist() == [[0], [0]]
+    assert agglomerate(torch.randn(1, 4, 3), 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_partial_tree_refuses_to_be_cut_too_low():
+    tree = cluster_tree(draw_tokens(0, 1, 100, 3), num_clusters=50)
+    assert isinstance(tree, ClusterTree)
+    assert_valid(tree.cut(50), 50)
+    with pytest.raises(ValueError, match="not built down to 2 clusters"):
+        tree.cut(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
+        ({"metric": "manhattan"}, "metric must be one of"),
+        ({"backend": "triton"}, "backend must be one of 'torch', 'scipy', got 'triton'"),
+        ({"linkage": "ward", "metric": "cosine"}, "use metric='euclidean'"),
+        ({"num_clusters": 0}, "between 1 and the 6 tokens there are, got 0"),
+        ({"num_clusters": 7}, "between 1 and the 6 tokens there are, got 7"),
+        ({"tokens": torch.zeros(6, 3)}, r"\[B, N, C\], got torch.float32 \[6, 3\]"),
+        ({"tokens": torch.zeros(1, 6, 3, dtype=torch.int64)}, "torch.int64"),
+        ({"metric": "precomputed"}, "must be square"),
+    ],
+)
+@pytest.mark.parametrize("function", [agglomerate, cluster_tree])
+def test_bad_input_is_named(function, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(**({"tokens": torch.zeros(1, 6, 3), "num_clusters": 2} | options))

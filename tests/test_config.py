@@ -1,0 +1,70 @@
+"""What a configuration accepts, and how it says no."""
+
+import pytest
+import torch
+
+from atc_diffusion import ATCConfig, ToMeConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 60}, r"share of tokens kept, in \(0, 1\], got 60; did you mean 0.6\?"),
+        ({"r": 0}, "got 0$"),
+        ({"r": -0.5}, "got -0.5$"),
+        ({"r": float("nan")}, "got nan$"),
+        ({"r": "0.6"}, "got '0.6'$"),
+        ({"r": None}, "got None$"),
+        ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
+        ({"features": "queries"}, "features must be one of 'keys', 'values', .*, got 'queries'"),
+        ({"merge": "values"}, "merge must be one of 'tokens', 'keys_values', got 'values'"),
+        ({"modules": ("mlp", "norm")}, "every entry of modules must be one of .*, got 'norm'"),
+        ({"modules": "mlp"}, "modules must be a tuple such as .*, got 'mlp'"),
+        ({"modules": ()}, r"modules must be a tuple such as .*, got \(\)"),
+        ({"max_downsample": 0}, "max_downsample must be None or a factor .*, got 0"),
+        ({"max_downsample": "1"}, "max_downsample must be None or a factor .*, got '1'"),
+        ({"backend": "cuda"}, "backend must be one of 'torch', 'scipy', got 'cuda'"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ATCConfig(**options)
+
+
+def test_configurations_are_values():
+    assert ATCConfig(r=0.5) == ATCConfig(r=0.5)
+    assert len({ATCConfig(r=0.5), ATCConfig(r=0.5), ATCConfig(r=0.4)}) == 2
+    with pytest.raises(AttributeError):
+        ATCConfig().r = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("r", "num_tokens", "kept"), [(1, 10, 10), (0.6, 4096, 2458), (0.001, 10, 1), (0.25, 15, 4)])
+def test_the_share_is_of_tokens_kept(r, num_tokens, kept):
+    assert ATCConfig(r=r).num_clusters(num_tokens) == kept
+
+
+def test_the_papers_setting_clusters_hidden_states_into_plain_means():
+    config = ATCConfig.paper(0.4, "single")
+    assert config == ATCConfig(r=0.4, linkage="single", features="hidden_states", proportional_attention=False)
+
+
+@pytest.mark.parametrize("linkage", ["average", "ward"])
+def test_atc_groups_by_its_linkage(linkage):
+    from atc_diffusion import agglomerate
+
+    features = torch.randn(2, 20, 4)
+    merge_map = ATCConfig(r=0.5, linkage=linkage).merge_map(features, (4, 5), torch.tensor(0))
+    assert torch.equal(merge_map.labels, agglomerate(features, 10, linkage))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0.2}, "ToMe with stride 2 keeps at least 0.25 of the tokens, got r=0.2"),
+        ({"r": 0.1, "stride": 3}, "stride 3 keeps at least 0.1111"),
+        ({"stride": 0}, "stride must be a whole number from 1 up, got 0"),
+    ],
+)
+def test_tome_names_what_it_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        ToMeConfig(**options)

@@ -1,0 +1,271 @@
+"""Patching a real UNet: identity, restoration, and what merging does to attention."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+import atc_diffusion
+from atc_diffusion import ATCConfig, MergeMap, ToMeConfig, apply_patch, patched, remove_patch, summary
+
+CONFIGS = [
+    ATCConfig(),
+    ATCConfig.paper(0.4),
+    ATCConfig(r=0.3, linkage="ward", features="keys_values", merge="keys_values"),
+    ATCConfig(r=0.5, features="values", modules=("self_attention", "cross_attention", "mlp"), max_downsample=2),
+    ATCConfig(r=0.5, modules=("mlp",), linkage="single", backend="scipy"),
+    ToMeConfig(r=0.5),
+]
+SIZES = [(8, 8), (7, 9), (16, 4)]
+
+
+def run(unet: Any, size: tuple[int, int] = (8, 8), timestep: int = 10) -> Tensor:
+    """One step on the same made-up input, batch 2."""
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    with torch.no_grad():
+        return unet(sample.to(unet.dtype), timestep, text.to(unet.dtype)).sample
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_merging_changes_the_output_and_removal_restores_it_to_the_bit(unet, config, size):
+    before = run(unet, size)
+    assert apply_patch(unet, config) is unet
+    merged = run(unet, size)
+    assert merged.isfinite().all()
+    assert not torch.equal(merged, before)
+    assert remove_patch(unet) is unet
+    assert torch.equal(run(unet, size), before)
+
+
+@pytest.mark.parametrize("config_class", [ATCConfig, ToMeConfig])
+@pytest.mark.parametrize("merge", ["tokens", "keys_values"])
+def test_keeping_all_is_the_identity_to_the_bit(unet, config_class, merge):
+    before = run(unet)
+    apply_patch(unet, config_class(r=1, merge=merge, modules=("self_attention", "cross_attention", "mlp")))
+    assert torch.equal(run(unet), before)
+
+
+@pytest.mark.parametrize("merge", ["tokens", "keys_values"])
+def test_merging_equal_tokens_with_their_weight_is_exact(unet, merge):
+    """Proportional attention over duplicates equals attention over all of them (Bolya et al. 2023, Eq. 1)."""
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.randn(1, 4, 16).repeat_interleave(torch.tensor([1, 2, 5, 8]), dim=1)
+    expected = attn(tokens)
+    apply_patch(unet, r=0.25, merge=merge)
+    assert torch.allclose(attn(tokens), expected, atol=1e-6)
+    apply_patch(unet, r=0.25, merge=merge, proportional_attention=False)
+    assert not torch.allclose(attn(tokens), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("proportional_attention", [True, False])
+def test_a_mask_is_merged_with_the_tokens(unet, proportional_attention):
+    """Masking a whole cluster of equal tokens is masking each of them."""
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.randn(1, 4, 16).repeat_interleave(4, dim=1)
+    mask = torch.zeros(1, 1, 16)
+    mask[:, :, :4] = -10000.0
+    expected = attn(tokens, attention_mask=mask)
+    apply_patch(unet, r=0.25, proportional_attention=proportional_attention)
+    assert torch.allclose(attn(tokens, attention_mask=mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(unet, dtype):
+    merged = run(apply_patch(unet.to(dtype)))
+    assert merged.dtype == dtype
+    assert merged.isfinite().all()
+
+
+def test_the_features_decide_what_is_merged(unet):
+    outputs = [run(apply_patch(unet, features=f)) for f in ("keys", "values", "keys_values", "hidden_states")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+def test_hidden_states_are_the_blocks_input_before_its_norm(unet, monkeypatch):
+    seen = []
+    original = ATCConfig.merge_map
+
+    def spy(self: ATCConfig, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
+        seen.append((features, grid))
+        return original(self, features, grid, step)
+
+    monkeypatch.setattr(ATCConfig, "merge_map", spy)
+    inputs: list[Tensor] = []
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    run(apply_patch(unet, ATCConfig.paper(0.5)), (7, 9))
+    assert torch.equal(seen[0][0], inputs[0])
+    assert seen[0][1] == (7, 9)
+
+
+def test_patching_again_replaces(unet):
+    once = run(apply_patch(unet, r=0.4))
+    apply_patch(unet, ToMeConfig(r=0.8))
+    assert torch.equal(run(apply_patch(unet, r=0.4)), once)
+    before = run(remove_patch(unet))
+    assert torch.equal(run(remove_patch(unet)), before)
+
+
+def test_nothing_but_hooks_is_touched(unet):
+    keys, processors = list(unet.state_dict()), unet.attn_processors
+    forwards = {name: type(module) for name, module in unet.named_modules()}
+    apply_patch(unet)
+    assert list(unet.state_dict()) == keys
+    assert unet.attn_processors == processors
+    assert {name: type(module) for name, module in unet.named_modules()} == forwards
+    remove_patch(unet)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+def test_other_processors_and_fused_projections_keep_working(unet):
+    expected = run(apply_patch(unet))
+    unet.set_attn_processor(AttnProcessor())
+    assert torch.allclose(run(unet), expected, atol=1e-5)
+    unet.set_default_attn_processor()
+    unet.fuse_qkv_projections()
+    assert torch.allclose(run(unet), expected, atol=1e-5)
+
+
+def test_a_deep_copy_is_independent(unet):
+    before, merged = run(unet), run(apply_patch(unet))
+    clone = copy.deepcopy(unet)
+    remove_patch(unet)
+    assert torch.equal(run(clone), merged)
+    assert torch.equal(run(unet), before)
+    for parameter in clone.parameters():
+        parameter.zero_()
+    assert torch.equal(run(unet), before)
+    assert not run(clone).any()
+    assert torch.equal(run(remove_patch(clone)), run(clone))
+
+
+def test_save_and_load(unet, tmp_path):
+    before = run(unet)
+    apply_patch(unet).save_pretrained(tmp_path)
+    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path)), before)
+
+
+def test_patched_restores_what_was_there_also_after_an_exception(unet):
+    before = run(unet)
+    with patched(unet, r=0.5) as same:
+        assert same is unet
+        assert not torch.equal(run(unet), before)
+    assert torch.equal(run(unet), before)
+    apply_patch(unet, r=0.8)
+    with pytest.raises(RuntimeError, match="boom"), patched(unet, ToMeConfig()):
+        raise RuntimeError("boom")
+    assert summary(unet).config == ATCConfig(r=0.8)
+
+
+def test_an_exception_in_the_forward_leaves_no_trace(unet):
+    expected = run(apply_patch(unet))
+    handle = unet.mid_block.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(unet)
+    handle.remove()
+    assert torch.equal(run(unet), expected)
+
+
+def test_the_global_generator_is_left_alone(unet):
+    state = torch.get_rng_state()
+    for config in CONFIGS:
+        run(apply_patch(unet, config))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_through_merged_attention(unet):
+    parameter = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v.weight
+    parameter.requires_grad_(True)
+    apply_patch(unet)
+    unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 5, 12)).sample.sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.any()
+
+
+def test_summary_tells_what_was_merged_in_the_last_run(unet):
+    apply_patch(unet, r=0.5)
+    assert [layer.clusterings for layer in summary(unet).layers] == [0, 0, 0]
+    for timestep in (900, 600, 300):
+        run(unet, timestep=timestep)
+    assert [layer.clusterings for layer in summary(unet).layers] == [3, 3, 3]
+    run(unet, (7, 9), timestep=900)
+    layers = summary(unet).layers
+    assert [layer.name.split(".attentions")[0] for layer in layers] == ["down_blocks.0", "up_blocks.1", "up_blocks.1"]
+    assert {(layer.downsample, layer.tokens, layer.kept, layer.clusterings) for layer in layers} == {(1, 63, 32, 1)}
+    table = str(summary(unet)).splitlines()
+    assert table[0].startswith("ATCConfig(r=0.5")
+    assert table[1].split() == ["layer", "level", "tokens", "kept", "clusterings"]
+    assert table[2].split() == ["down_blocks.0.attentions.0.transformer_blocks.0", "1", "63", "32", "1"]
+
+
+def test_levels(unet):
+    assert {layer.downsample for layer in summary(apply_patch(unet)).layers} == {1}
+    layers = summary(apply_patch(unet, max_downsample=2)).layers
+    assert [layer.downsample for layer in layers] == [1, 2, 2, 2, 1, 1, 2]
+    run(unet, (8, 8))
+    assert [layer.tokens for layer in summary(unet).layers] == [64, 16, 16, 16, 64, 64, 16]
+
+
+def test_a_controlnet_can_be_patched_too(unet):
+    controlnet = apply_patch(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)))
+    assert [layer.downsample for layer in summary(controlnet).layers] == [1]
+
+
+def bare_unet(**changes: Any) -> UNet2DConditionModel:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    return UNet2DConditionModel(
+        block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=4, **(blocks | changes)
+    )
+
+
+ATTENTION_ONLY = UNet2DModel(
+    block_out_channels=(32,), down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",)
+)
+COARSE = bare_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Linear(1, 1), {}, "Linear has no UNet; pass a pipeline that has one, or the UNet itself"),
+        ("a pipeline", {}, "str has no UNet"),
+        (bare_unet(), {}, "UNet2DConditionModel has no transformer block with self-attention"),
+        (ATTENTION_ONLY, {}, "UNet2DModel has no transformer block"),
+        (COARSE, {"max_downsample": 1}, "max_downsample=1, but the levels that have self-attention are 2; use one"),
+    ],
+)
+def test_models_that_do_not_fit_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        apply_patch(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 60}, "did you mean 0.6"),
+        ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, features"),
+        ({"config": ATCConfig(), "r": 0.5}, "either config or options, got both"),
+        ({"config": {"r": 0.5}}, "config must be an ATCConfig or ToMeConfig, got {'r': 0.5}"),
+        ({"config": 0.6}, "config must be an ATCConfig or ToMeConfig, got 0.6"),
+    ],
+)
+def test_bad_options_leave_the_model_as_it_was(unet, options, message):
+    expected = run(apply_patch(unet, r=0.7))
+    with pytest.raises(ValueError, match=message):
+        apply_patch(unet, **options)
+    assert torch.equal(run(unet), expected)
+
+
+def test_summary_of_an_unpatched_model_says_so(unet):
+    with pytest.raises(ValueError, match="this UNet2DConditionModel is not patched; call apply_patch first"):
+        summary(unet)
+
+
+def test_the_public_names_are_all_there():
+    assert all(hasattr(atc_diffusion, name) for name in atc_diffusion.__all__)
