@@ -11,19 +11,14 @@ from results import Result, Study
 
 
 def plot_fid(study: Study) -> Figure:
-    """FID with its interval against the share of tokens kept, one line for every way of merging."""
+    """FID against the share of tokens kept; bars are the paired intervals of the difference from the unmerged set."""
     figure, axes = _figure(study, "tokens kept (%)", f"FID, n = {study.unmerged.scores.n}")
     for label, line in study.lines.items():
         results = _from_most_kept(line)
-        fid = [result.scores.fid for result in results]
-        axes.errorbar(
-            [result.keep for result in results],
-            [estimate.value for estimate in fid],
-            [estimate.margin for estimate in fid],
-            marker="o",
-            capsize=2,
-            label=label,
-        )
+        keeps, fid = [result.keep for result in results], [result.scores.fid.value for result in results]
+        margins = [0.0, *(result.fidelity.fid_change.margin for result in results[1:])]
+        axes.errorbar(keeps, fid, margins, marker="o", markersize=4, capsize=3, label=label)
+    axes.axhline(study.unmerged.scores.fid.value, color="grey", linestyle="--", label="unmerged")
     axes.invert_xaxis()
     _legend(figure, axes)
     return figure
