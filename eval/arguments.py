@@ -46,7 +46,7 @@ def add_pictures(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     classes = "'all', a count ('100': the first hundred) or a list of indices ('3,7,12') (default: all)"
     add("--classes", default="all", metavar="WHICH", help=classes)
-    add("--images-per-class", type=int, default=2, metavar="N", help="pictures of each class (default: 2)")
+    add("--images-per-class", type=_positive, default=2, metavar="N", help="pictures of each class (default: 2)")
     names = "names of the classes, a line each (default: the 1000 of ImageNet)"
     add("--class-names", type=Path, default=IMAGENET_NAMES, metavar="FILE", help=names)
     prompt = "prompt with {} for the class name (default: %(default)r)"
@@ -57,11 +57,11 @@ def add_pictures(group: argparse._ArgumentGroup) -> None:
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", default=STABLE_DIFFUSION, help="hub id or folder of a pipeline (default: %(default)s)")
-    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: 7.5)")
-    add("--size", type=int, default=512, help="height and width in pixels (default: 512)")
+    add("--size", type=_positive, default=512, help="height and width in pixels (default: 512)")
     batch = "prompts in a batch; part of what a picture is, for rounding can depend on it (default: 8)"
-    add("--batch-size", type=int, default=8, metavar="N", help=batch)
+    add("--batch-size", type=_positive, default=8, metavar="N", help=batch)
     dtypes = ["float16", "bfloat16", "float32"]
     add("--dtype", choices=dtypes, help="of the model (default: float16 on a CUDA GPU, else float32)")
     add(
@@ -78,7 +78,17 @@ def add_scoring(group: argparse._ArgumentGroup) -> None:
     add("--inception-weights", type=Path, metavar="FILE", help=weights)
     resize = "as in the original FID, or as clean-fid, which the paper used (default: tensorflow)"
     add("--resize", choices=list(RESIZERS), default="tensorflow", help=resize)
-    add("--bootstrap", type=int, default=200, metavar="N", help="draws for the intervals (default: 200)")
-    add("--show", type=int, nargs="+", default=[0], metavar="CLASS", help="classes to show pictures of (default: 0)")
+    add("--bootstrap", type=_several, default=200, metavar="N", help="draws for the intervals (default: 200)")
+    add("--show", type=int, nargs="+", metavar="CLASS", help="classes to show pictures of (default: the first)")
     emoji = "for --demo: the emoji pictures of the npm package @lobehub/fluent-emoji-3d"
     add("--emoji-pictures", type=Path, default=Path("package/assets"), metavar="DIR", help=emoji)
+
+
+def _positive(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    return _positive(text, least=2)

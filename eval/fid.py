@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate what is missing, then score and report. Whatever can be wrong is looked at before."""
     pictures = planned_pictures(args)
+    shown = shown_pictures(pictures, args.show)
     configurations = grid(args.method, args.keep, merge_options(args))
     if args.list:
         print_list(pictures)
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         note_command(args.out)
         results = score(complete_sets(args.out, pictures, sampling), features, reference, args.bootstrap)
-        write_report(make_study(args, results, features, len(reference)), args.report or args.out)
+        write_report(make_study(args, results, shown, features.name, len(reference)), args.report or args.out)
         print(f"wrote {(args.report or args.out) / 'report.md'}")
 
 
@@ -71,6 +72,15 @@ def planned_pictures(args: argparse.Namespace) -> list[Picture]:
     if len(classes) * args.images_per_class < FEWEST:
         raise ValueError(f"{len(classes)} x {args.images_per_class} pictures are too few to score; {FEWEST} at least")
     return plan(names, classes, args.images_per_class, args.prompt, args.seed)
+
+
+def shown_pictures(pictures: Sequence[Picture], classes: Sequence[int] | None) -> list[Picture]:
+    """The first picture of each of the `classes` to show."""
+    firsts = {picture.class_index: picture for picture in pictures if picture.image_index == 0}
+    missing = [index for index in classes or [] if index not in firsts]
+    if missing:
+        raise ValueError(f"--show {missing[0]}, but there are no pictures of that class; see --list")
+    return [firsts[index] for index in classes or list(firsts)[:1]]
 
 
 def print_list(pictures: Sequence[Picture]) -> None:
@@ -135,14 +145,16 @@ def score(
     ]
 
 
-def make_study(args: argparse.Namespace, results: list[Result], features: Features, num_reference: int) -> Study:
+def make_study(
+    args: argparse.Namespace, results: list[Result], shown: list[Picture], features: str, num_reference: int
+) -> Study:
     pictures = results[0].pictures.pictures
     record = results[0].record
     conditions = {
         "model": args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
         "reference": f"{num_reference} pictures",
-        "features": features.name,
+        "features": features,
         "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
         "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -153,7 +165,7 @@ def make_study(args: argparse.Namespace, results: list[Result], features: Featur
         conditions,
         commands=(args.out / COMMANDS).read_text().splitlines(),
         draws=bootstrap_draws(len(pictures), args.bootstrap),
-        shown=[picture for picture in pictures if picture.class_index in args.show and picture.image_index == 0],
+        shown=shown,
         is_papers_model=args.model == STABLE_DIFFUSION,
     )
 

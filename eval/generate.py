@@ -53,17 +53,20 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
     Raises:
         ValueError: if the model is neither a folder with a pipeline nor to be had from the hub.
     """
+    dtype = getattr(torch, sampling.dtype)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(sampling.model, safety_checker=None, requires_safety_checker=False)
+        pipe = DiffusionPipeline.from_pretrained(
+            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
     except OSError as error:
         raise ValueError(
             f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
             f"none; give --model FOLDER, or connect once and run: hf download {sampling.model}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, getattr(torch, sampling.dtype))
+    return pipe.to(device)
 
 
 class Generator:

@@ -1,0 +1,144 @@
+"""Features: torch-fidelity's own networks, resizing, weights that are checked, and a cache by content."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import features
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from features import EfficientNetLite0, Features, InceptionV3, find_inception_weights, resize_clean, resize_tensorflow
+from PIL import Image
+from reference import list_pictures
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+CPU = torch.device("cpu")
+Draw = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights for torch-fidelity's Inception, in a file; its constructor insists on loading some."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **kwargs: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_gives_torch_fidelitys_features(weights: Path) -> None:
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
+    ours = InceptionV3("ours", ["2048"], feature_extractor_weights_path=weights)
+    images = torch.randint(256, (2, 3, 40, 30), dtype=torch.uint8)
+    resized = torch.stack([resize_tensorflow(image, 299) for image in images])
+    torch.testing.assert_close(ours(resized)[0], theirs(images)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_with_another_hash_are_refused(weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"has SHA-256 .*, but torch-fidelity's Inception weights have 6726825d"):
+        find_inception_weights(weights)
+
+
+def test_weights_with_the_right_hash_are_taken(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    assert find_inception_weights(weights) == str(weights)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"inception-weights .*nothing\.pth is no file; fetch it from https://"):
+        find_inception_weights(tmp_path / "nothing.pth")
+
+
+def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
+    with pytest.raises(ValueError, match=rf"fetch http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
+        find_inception_weights()
+
+
+def test_tensorflow_resizing_takes_every_other_pixel_of_twice_the_size() -> None:
+    image = torch.randint(256, (3, 20, 20), dtype=torch.uint8)
+    torch.testing.assert_close(resize_tensorflow(image, 10), image[:, ::2, ::2].float(), rtol=0, atol=1e-3)
+
+
+def test_clean_resizing_keeps_means_and_is_in_float() -> None:
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
+    resized = resize_clean(image, 10)
+    assert resized.shape == (3, 10, 10)
+    assert not torch.equal(resized, resized.round())
+    # Antialiased: neighbours average out, so the spread falls about fourfold where TensorFlow's stays.
+    assert resized.std() < 0.4 * image.float().std()
+    torch.testing.assert_close(resized.mean(), image.float().mean(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("resize", [resize_tensorflow, resize_clean])
+def test_resizing_to_the_same_size_changes_nothing(resize: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    image = torch.randint(256, (3, 12, 12), dtype=torch.uint8)
+    torch.testing.assert_close(resize(image, 12), image.float(), rtol=0, atol=1e-3)
+
+
+def test_the_packaged_network_classifies_by_these_features() -> None:
+    network = EfficientNetLite0("efficientnet-lite0", ["1280"]).eval()
+    images = torch.randint(256, (2, 3, 224, 224)).float()
+    pooled = network(images)[0]
+    torch.testing.assert_close(network.network._fc(pooled), network.network((images - 127) / 128))
+
+
+def test_torch_fidelity_itself_can_use_the_packaged_network(draw_pictures: Draw) -> None:
+    one, two = draw_pictures("one", 6), draw_pictures("two", 6)
+    metrics = torch_fidelity.calculate_metrics(
+        input1=str(one),
+        input2=str(two),
+        feature_extractor="efficientnet-lite0",
+        fid=True,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    # The same pictures. Eigenvalues of the product that should vanish leave the root of float32's rounding at most.
+    assert metrics["frechet_inception_distance"] == pytest.approx(0, abs=1e-2)
+
+
+def test_features_do_not_depend_on_the_batch_that_a_picture_is_in(draw_pictures: Draw, tmp_path: Path) -> None:
+    paths = list_pictures(draw_pictures("pictures", 5))
+    compute = Features("efficientnet-lite0", "clean", tmp_path / "cache", CPU)
+    torch.testing.assert_close(compute(paths)[3:], compute(paths[3:]), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_several_sizes_make_one_set(draw_pictures: Draw, tmp_path: Path) -> None:
+    paths = list_pictures(draw_pictures("small", 2)) + list_pictures(draw_pictures("large", 2, size=40))
+    for resize in ("clean", "tensorflow"):
+        assert Features("efficientnet-lite0", resize, tmp_path / "cache", CPU)(paths).shape == (4, 1280)
+
+
+def test_features_are_computed_once_for_the_same_content(
+    draw_pictures: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = draw_pictures("pictures", 4)
+    compute = Features("efficientnet-lite0", "tensorflow", tmp_path / "cache", CPU)
+    first = compute(list_pictures(folder))
+    monkeypatch.setattr(Features, "_compute", lambda *_: pytest.fail("computed again"))
+    folder = folder.rename(tmp_path / "moved")
+    os.utime(folder / "0.png", (0, 0))
+    assert torch.equal(compute(list_pictures(folder)), first)
+
+
+def test_other_content_resizing_or_order_is_computed_anew(draw_pictures: Draw, tmp_path: Path) -> None:
+    paths = list_pictures(draw_pictures("pictures", 4))
+    tensorflow, clean = (
+        Features("efficientnet-lite0", each, tmp_path / "cache", CPU) for each in ("tensorflow", "clean")
+    )
+    first = tensorflow(paths)
+    assert torch.equal(tensorflow(paths[::-1]), first.flip(0))
+    assert not torch.equal(clean(paths), first)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(paths[0])
+    changed = tensorflow(paths)
+    assert torch.equal(changed[1:], first[1:])
+    assert not torch.equal(changed[0], first[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 4
