@@ -16,6 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "size": SIZE,
     "steps": 20,
     "guidance": 3.0,
+    "batch_size": 4,
     "keep": [90, 75, 60, 50, 40, 25, 15, 10],
     "method": ["tome", "atc"],
     "linkage": ["average", "single", "complete"],

@@ -154,7 +154,6 @@ def make_study(
         "model": args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
         "reference": f"{num_reference} pictures",
-        "features": features,
         "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
         "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -162,6 +161,7 @@ def make_study(
     }
     return Study(
         results,
+        features,
         conditions,
         commands=(args.out / COMMANDS).read_text().splitlines(),
         draws=bootstrap_draws(len(pictures), args.bootstrap),

@@ -18,12 +18,13 @@ PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
     "ATC complete": {100: 33.80, 90: 33.67, 80: 33.71, 70: 33.70, 60: 33.74, 50: 33.56, 40: 33.65},
 }
 FID_TEXT = """\
-Lower is nearer to the reference. FID is biased upwards at small n: compare it only within one n, one kind of features
-and one reference. ± is half the 95 % interval by bootstrap over the generated pictures. A star marks a difference from
-the unmerged model whose 95 % interval, paired over the same draws, excludes zero; without it, none is claimed."""
+Lower is nearer to the reference; columns are shares of tokens kept. FID is biased upwards at small n: compare it only
+within one n, one kind of features and one reference. ± is half the 95 % interval by bootstrap over the generated
+pictures. A star marks a difference from the unmerged model whose 95 % interval, paired over the same draws, excludes
+zero; without it, none is claimed."""
 FIDELITY_TEXT = """\
-Means over the pictures, ± half the 95 % interval by bootstrap. Pictures are compared as saved, in 8 bits, so that PSNR
-cannot exceed 58.9 dB."""
+Means over the pictures, ± half the 95 % interval by bootstrap. Columns are shares of tokens kept. High PSNR and SSIM
+and a small distance of the features are near. Pictures are compared as saved, in 8 bits: PSNR cannot exceed 58.9 dB."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
 interval of its mean; **bold** where that excludes zero. Each interval holds on its own, not all of them at once."""
@@ -36,6 +37,7 @@ Cell = Callable[[Result], str]
 
 def write_report(study: Study, folder: Path) -> None:
     """Write `results.json`, `results.csv`, `report.md` and its pictures to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results.json", json.dumps(study.json, indent=2).encode())
     write_atomically(folder / "results.csv", study.csv.encode())
     save_figure(plot_fid(study), folder / "fid.png")
@@ -55,6 +57,7 @@ def markdown(study: Study) -> str:
         *_fidelity_section(study),
         *_changes_section(study),
         "## Time, and the other scores",
+        f"FID, KID, precision and recall by {study.features}.",
         _details(study),
         *(_shown(picture) for picture in study.shown),
     ]
@@ -67,7 +70,8 @@ def _fid_section(study: Study) -> list[str]:
     if study.is_papers_model:
         rows += [[f"{label}, the paper", *_paper_row(study, label)] for label in PAPER_TABLE_2]
         text.append(PAPER_TEXT)
-    return ["## FID", *text, _by_keep(study.keeps, rows), "![FID by the share of tokens kept](fid.png)"]
+    table = _by_keep(f"FID by {study.features}", study.keeps, rows)
+    return ["## FID", *text, table, "![FID by the share of tokens kept](fid.png)"]
 
 
 def _paper_row(study: Study, label: str) -> list[str]:
@@ -78,12 +82,12 @@ def _fidelity_section(study: Study) -> list[str]:
     if not study.merged:
         return []
     cells: dict[str, Cell] = {
-        "PSNR in dB, higher is nearer": lambda result: _written(result.fidelity.psnr, 1),
-        "SSIM, higher is nearer": lambda result: _written(result.fidelity.ssim, 3),
-        "Distance of the features, lower is nearer": lambda result: _written(result.fidelity.feature_distance, 2),
+        "PSNR in dB": lambda result: _written(result.fidelity.psnr, 1),
+        "SSIM": lambda result: _written(result.fidelity.ssim, 3),
+        f"distance by {study.features}": lambda result: _written(result.fidelity.feature_distance, 2),
     }
     keeps = study.keeps[1:]
-    tables = [f"{title}:\n\n{_by_keep(keeps, _rows(study, keeps, cell))}" for title, cell in cells.items()]
+    tables = [_by_keep(title, keeps, _rows(study, keeps, cell)) for title, cell in cells.items()]
     figure = "![PSNR by seconds per picture](fidelity.png)"
     return ["## Nearness to the unmerged picture of the same seed", FIDELITY_TEXT, *tables, figure]
 
@@ -93,7 +97,7 @@ def _changes_section(study: Study) -> list[str]:
     if not changes:
         return []
     rows = [[title, *(cells.get(keep, "") for keep in keeps)] for title, cells in changes.items()]
-    return ["## One choice changed, everything else equal", CHANGES_TEXT, _by_keep(keeps, rows)]
+    return ["## One choice changed, everything else equal", CHANGES_TEXT, _by_keep("change of PSNR in dB", keeps, rows)]
 
 
 def changes_of_one_choice(study: Study) -> dict[str, dict[float, str]]:
@@ -163,8 +167,8 @@ def _rows(study: Study, keeps: Sequence[float], cell: Cell) -> list[list[str]]:
     ]
 
 
-def _by_keep(keeps: Sequence[float], rows: Sequence[Sequence[str]]) -> str:
-    return _table(["tokens kept", *(f"{keep:g} %" for keep in keeps)], rows)
+def _by_keep(title: str, keeps: Sequence[float], rows: Sequence[Sequence[str]]) -> str:
+    return _table([title, *(f"{keep:g} %" for keep in keeps)], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

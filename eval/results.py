@@ -52,6 +52,7 @@ class Study:
 
     Attributes:
         results: the unmerged one first.
+        features: the network and the resizing that all scores are by.
         conditions: name and value of each condition, in words.
         commands: the command lines that made the results.
         draws: the bootstrap draws `[B, n]` of the pictures.
@@ -60,6 +61,7 @@ class Study:
     """
 
     results: Sequence[Result]
+    features: str
     conditions: dict[str, str]
     commands: Sequence[str]
     draws: Draws
@@ -94,7 +96,7 @@ class Study:
 
     @property
     def csv(self) -> str:
-        rows = [result.row for result in self.results]
+        rows = [result.row | {"features": self.features} for result in self.results]
         file = io.StringIO()
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()

@@ -48,7 +48,15 @@ def study() -> Study:
         *grid(["atc"], [50], {"proportional_attention": [False, True]})[1:],
     ]
     results = [make_result(configuration) for configuration in configurations]
-    return Study(results, {"model": "tiny"}, ["python eval/fid.py"], bootstrap_draws(4, 50), [], is_papers_model=False)
+    return Study(
+        results,
+        features="some network",
+        conditions={"model": "tiny"},
+        commands=["python eval/fid.py"],
+        draws=bootstrap_draws(4, 50),
+        shown=[],
+        is_papers_model=False,
+    )
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -63,7 +71,7 @@ def section(text: str, title: str) -> str:
 
 def test_the_table_has_a_row_for_each_way_and_a_column_for_each_share(study: Study) -> None:
     table = rows(section(markdown(study), "FID"))
-    assert table["tokens kept"] == ["100 %", "50 %", "40 %"]
+    assert table["FID by some network"] == ["100 %", "50 %", "40 %"]
     assert table["ToMe"] == ["33.80 ± 1.00", "33.80 ± 1.00*", "33.80 ± 1.00*"]
     assert table["ATC average"] == ["33.80 ± 1.00", "33.80 ± 1.00*", ""]
 
