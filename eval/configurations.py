@@ -27,11 +27,13 @@ class Configuration:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen beside the share kept, by field; "method" is ToMe, or ATC with its linkage."""
+        """What was chosen, by field; "method" is ToMe, or ATC with its linkage.
+
+        Without the share kept, which tables have columns for, and the backend, which changes no cluster.
+        """
         if self.merge is None:
             return {"method": "unmerged"}
-        choices = asdict(self.merge)
-        del choices["r"]
+        choices = {field: value for field, value in asdict(self.merge).items() if field not in ("r", "backend")}
         if "linkage" not in choices:
             return {"method": "ToMe"} | choices
         return {"method": f"ATC {choices.pop('linkage')}"} | choices

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from accelerate import PartialState
 from fid import main
-from generate import Generator, Sampling, load_pipeline
+from generate import Generator, Record, Sampling, load_pipeline, read_records
 from pictures import Picture, plan
 from PIL import Image
 
@@ -109,6 +110,23 @@ def test_a_damaged_picture_is_made_again_before_scoring(options: list[str], tmp_
     main([*options, "--out", str(out)])
     assert pictures_in(out) == before
     assert (out / "results.csv").read_text().splitlines()[0] == results.decode().splitlines()[0]
+
+
+def test_an_incomplete_set_of_an_earlier_command_is_left_out(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main([*options, "--out", str(out)])
+    next(out.glob("sets/tome*/0001_1.png")).unlink()
+    main([*options, "--out", str(out), "--method", "atc"])
+    assert [row["label"] for row in csv.DictReader((out / "results.csv").open())] == ["unmerged", "ATC average"]
+
+
+def test_the_time_of_the_first_batch_of_a_run_is_not_counted(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record-0.json", torch.device("cpu"))
+    for seconds in (9.0, 1.0, 2.0):
+        record.add(seconds, "summary")
+    Record(tmp_path / "record-0.json", torch.device("cpu")).add(8.0, "summary")
+    Record(tmp_path / "record-1.json", torch.device("cpu")).add(7.0, "summary")
+    assert read_records(tmp_path)["seconds_per_picture"] == 1.5
 
 
 def test_merging_changes_pictures_and_is_undone_for_the_next_set(options: list[str], tmp_path: Path) -> None:
