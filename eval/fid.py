@@ -151,7 +151,7 @@ def make_study(
     pictures = results[0].pictures.pictures
     record = results[0].record
     conditions = {
-        "model": args.model,
+        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
         "reference": f"{num_reference} pictures",
         "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
