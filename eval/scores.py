@@ -5,13 +5,15 @@ share the draws, so the interval of a difference is paired, and the bias that a 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from features import Features
 from numpy.typing import NDArray
-from pictures import PictureSet
+from pictures import Picture, PictureSet
 from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
@@ -183,17 +185,21 @@ class Scorer:
         return Estimate.of(values[0], values[1:])
 
     def _fidelity(self, pictures: PictureSet, features: Tensor, fid: Array) -> Fidelity:
-        pairs = [(_array(pictures.load(each)), _array(self.unmerged.load(each))) for each in pictures.pictures]
-        psnr_of_each = np.array([psnr(*pair) for pair in pairs])
-        ssim_of_each = np.array([ssim(*pair) for pair in pairs])
+        with ThreadPoolExecutor() as threads:
+            nearness = np.array(list(threads.map(partial(self._nearness, pictures), pictures.pictures)))
         distances = (features.double() - self.unmerged_features.double()).norm(dim=1).numpy()
         return Fidelity(
             fid_change=self._estimate(fid - self.unmerged_fid),
-            psnr=Estimate.of_mean(psnr_of_each, self.draws),
-            ssim=Estimate.of_mean(ssim_of_each, self.draws),
+            psnr=Estimate.of_mean(nearness[:, 0], self.draws),
+            ssim=Estimate.of_mean(nearness[:, 1], self.draws),
             feature_distance=Estimate.of_mean(distances, self.draws),
-            psnr_of_each=psnr_of_each,
+            psnr_of_each=nearness[:, 0],
         )
+
+    def _nearness(self, pictures: PictureSet, picture: Picture) -> tuple[float, float]:
+        """PSNR and SSIM of one picture to the unmerged one."""
+        pair = _array(pictures.load(picture)), _array(self.unmerged.load(picture))
+        return psnr(*pair), ssim(*pair)
 
 
 def _array(image: Image.Image) -> Array:

@@ -84,10 +84,10 @@ def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: 
 
 def test_scored_again_nothing_is_generated_and_the_results_are_the_same(options: list[str], tmp_path: Path) -> None:
     main([*options, "--out", str(tmp_path / "out")])
-    results = (tmp_path / "out" / "results.json").read_bytes()
+    results = (tmp_path / "out" / "results.csv").read_bytes()
     (tmp_path / "model").rename(tmp_path / "gone")
     main([*options, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "results.json").read_bytes() == results
+    assert (tmp_path / "out" / "results.csv").read_bytes() == results
 
 
 def test_a_folder_takes_more_configurations_but_no_other_settings(options: list[str], tmp_path: Path) -> None:
