@@ -20,7 +20,7 @@ from arguments import STABLE_DIFFUSION, parse
 from configurations import Configuration, grid, merge_options
 from demo import draw_reference
 from features import Features
-from generate import Generator, Sampling, load_pipeline, read_records
+from generate import Sampler, Sampling, load_pipeline, read_records
 from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
 from reference import list_pictures
 from report import write_report
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         reference = reference_pictures(args)
         features = Features(args.features, args.resize, args.out / "features", state.device, args.inception_weights)
     if any(each.missing() for each in sets.values()):
-        Generator(load_pipeline(sampling, state.device), sampling, state).run(sets)
+        Sampler(load_pipeline(sampling, state.device), sampling, state).run(sets)
     if state.is_main_process:
         note_command(args.out)
         results = score(complete_sets(args.out, pictures, sampling), features, reference, args.bootstrap)

@@ -69,7 +69,7 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
     return pipe.to(device)
 
 
-class Generator:
+class Sampler:
     """Makes what is missing of the sets, this process's share of it.
 
     Every batch is full: the last one repeats a picture. So what a picture is depends on nothing but its prompt, its

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from fid import main
-from generate import Generator, Record, Sampling, load_pipeline, read_records
+from generate import Record, Sampler, Sampling, load_pipeline, read_records
 from pictures import Picture, plan
 from PIL import Image
 
@@ -49,9 +49,7 @@ def pictures_in(out: Path) -> dict[str, bytes]:
 
 def draw(sampling: Sampling, pictures: list[Picture]) -> list[np.ndarray[Any, Any]]:
     state = PartialState(cpu=True)
-    return [
-        np.asarray(each) for each in Generator(load_pipeline(sampling, state.device), sampling, state).draw(pictures)
-    ]
+    return [np.asarray(each) for each in Sampler(load_pipeline(sampling, state.device), sampling, state).draw(pictures)]
 
 
 def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
