@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.config import ATCConfig, MergeConfig
 from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.run import Run
 
 Model = TypeVar("Model")
 Args = tuple[Any, ...]
@@ -170,8 +171,11 @@ class _Patch:
     def __init__(self, unet: nn.Module, config: MergeConfig, blocks: "list[_Block]") -> None:
         self.config = config
         self.blocks = blocks
-        self.run = _Run()
-        self.handles = [unet.register_forward_pre_hook(self.run.step, with_kwargs=True)]
+        self.run = Run(config)
+        self.handles = [
+            unet.register_forward_pre_hook(self._begin, with_kwargs=True),
+            unet.register_forward_hook(self._end),
+        ]
         for block in blocks:
             self.handles += block.attach(unet, self.run)
         _forget_compiled()
@@ -181,25 +185,23 @@ class _Patch:
             handle.remove()
         _forget_compiled()
 
+    @torch.compiler.disable
+    def _begin(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        names = ("sample", "timestep", "encoder_hidden_states")
+        sample, timestep, text = (kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names))
+        if self.run.begin(sample, timestep, text):
+            for block in self.blocks:
+                block.clusterings = torch.zeros((), dtype=torch.int64, device=sample.device)
+
+    @torch.compiler.disable
+    def _end(self, unet: nn.Module, args: Args, output: Any) -> None:
+        self.run.end()
+
 
 def _forget_compiled() -> None:
     """torch.compile does not guard on forward hooks: without this, a compiled UNet would not notice them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-class _Run:
-    """Where the denoising is. Kept in tensors, for reading the timestep would wait for the device."""
-
-    def __init__(self) -> None:
-        self.timestep = torch.tensor(-1.0)
-        self.is_first_step = torch.tensor(True)
-
-    def step(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        timestep = torch.as_tensor(timestep).float().max()
-        self.is_first_step = timestep > self.timestep
-        self.timestep = timestep
 
 
 class _Block:
@@ -215,7 +217,7 @@ class _Block:
         self.hidden_states: Tensor | None = None
         self.merge_map: MergeMap | None = None  # None: nothing to merge
 
-    def attach(self, unet: nn.Module, run: _Run) -> list[RemovableHandle]:
+    def attach(self, unet: nn.Module, run: Run) -> list[RemovableHandle]:
         self.run = run
         block: Any = unet.get_submodule(self.name)
         transformer = unet.get_submodule(self.name.partition(".transformer_blocks.")[0])
@@ -251,11 +253,19 @@ class _Block:
         hidden_states = _first(args, kwargs)
         self.tokens = hidden_states.shape[1]
         self.kept = self.config.num_clusters(self.tokens)
-        if self.kept < self.tokens:
+        if self.kept == self.tokens:
+            return
+        key = str(self.downsample) if self.config.share_layers else self.name
+        if key not in self.run.merge_maps:
             with torch.no_grad():
-                features = self._features(attn, hidden_states)
-                self.merge_map = self.config.merge_map(features, self.grid, self.run.timestep)
-            self.clusterings = torch.where(self.run.is_first_step, 0, self.clusterings) + 1
+                self.run.merge_maps[key] = self._merge_map(self._features(attn, hidden_states))
+            self.clusterings = self.clusterings + 1
+        self.merge_map = self.run.merge_maps[key]
+
+    def _merge_map(self, features: Tensor) -> MergeMap:
+        """Group the tokens `[B, N, C]`, those of the guidance's parts by all their features side by side."""
+        parts = features.chunk(self.run.guidance_parts)
+        return self.config.merge_map(torch.cat(parts, dim=2), self.grid, self.run.timestep).repeat(len(parts))
 
     def _features(self, attn: Any, hidden_states: Tensor) -> Tensor:
         """What tokens are compared by, `[B, N, C]`."""
