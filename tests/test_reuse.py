@@ -164,8 +164,8 @@ def test_two_plain_images_in_one_batch_never_share(unet):
 def test_a_position_in_the_schedule_is_known_without_waiting_for_its_device():
     """Meta tensors have no values that could be read."""
     schedule = torch.arange(10, 0, -1, device="meta")
-    moments = [_moment(timestep) for timestep in schedule]
-    assert None not in moments
+    moments = [moment for timestep in schedule if (moment := _moment(timestep)) is not None]
+    assert len(moments) == 10
     assert not any(_goes_back(a, b) for a, b in itertools.pairwise(moments))
     assert _goes_back(moments[3], moments[0])
     assert _moment(torch.empty((), device="meta")) is None
