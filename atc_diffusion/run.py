@@ -19,41 +19,43 @@ class Run:
     """Follows one UNet through its calls.
 
     Attributes:
-        merge_maps: what the layers found in this call, or in the earlier one whose groupings still serve.
         guidance_parts: how many parts of the batch are the same picture under different guidance; 1 if unknown.
         timestep: scalar tensor, the present one.
     """
 
     def __init__(self, config: MergeConfig) -> None:
         self.config = config
-        self.merge_maps: dict[str, MergeMap] = {}
         self.guidance_parts = 1
         self.timestep = torch.tensor(0.0)
         self._moment: Moment | None = None
-        self._finished = True
         self._prompts: list[_Prompt] = []
+        self._present: _Prompt | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, and what is read from a file, begin afresh."""
-        return self.__dict__ | {"_prompts": []}
+        return self.__dict__ | {"_prompts": [], "_present": None}
+
+    @property
+    def merge_maps(self) -> dict[str, MergeMap]:
+        """What the layers found in this call, or in an earlier one whose groupings still serve; by layer."""
+        return {} if self._present is None else self._present.merge_maps
 
     def begin(self, sample: Tensor, timestep: Tensor | float, text: Tensor) -> bool:
         """Make ready for a call of the UNet with `sample` `[B, C, H, W]`; tell whether a new run begins."""
         moment, before = _moment(timestep), self._moment
-        is_new = not self._finished or before is None or moment is None or _goes_back(before, moment)
+        is_new = self._present is not None or before is None or moment is None or _goes_back(before, moment)
         if is_new:
             self._prompts.clear()
         prompt = self._prompt(text)
         prompt.advance(sample, moment, self.config)
-        self.merge_maps, self.guidance_parts = prompt.merge_maps, prompt.guidance_parts
+        self._present, self.guidance_parts = prompt, prompt.guidance_parts
         self.timestep = torch.as_tensor(timestep).float().max()
-        self._moment, self._finished = moment, False
+        self._moment = moment
         return is_new
 
     def end(self) -> None:
-        """The call returned; where it did not, the next one begins a new run."""
-        self.merge_maps = {}
-        self._finished = True
+        """The call returned. Where it did not, for an exception, the next one begins a new run."""
+        self._present = None
 
     def _prompt(self, text: Tensor) -> "_Prompt":
         """The state of the calls with this very tensor: guidance may call the UNet for each half in turn."""
