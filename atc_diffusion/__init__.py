@@ -3,8 +3,9 @@
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.tree import ClusterTree
 from atc_diffusion.config import ATCConfig, MergeConfig, ToMeConfig
+from atc_diffusion.hooks import LayerSummary
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.patch import LayerSummary, Summary, apply_patch, patched, remove_patch, summary
+from atc_diffusion.patch import Summary, apply_patch, patched, remove_patch, summary
 from atc_diffusion.tome import bipartite_labels
 
 __all__ = [

@@ -29,6 +29,11 @@ class MergeConfig:
         max_downsample: patch the levels of the UNet down to this factor (1, 2, 4, ...). None: the finest level
             that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL.
         modules: any of "self_attention", "cross_attention" (its queries) and "mlp".
+        share_guidance: group the tokens of a picture once for all parts of its classifier-free guidance, by the
+            features of all of them. Which items of a batch are such parts is found out, so that this begins at a
+            run's second step.
+        share_layers: let the grouping of a level's first layer serve its other layers.
+        refresh_every: how many denoising steps one grouping serves.
 
     Raises:
         ValueError: naming the value that does not fit and what would.
@@ -40,6 +45,9 @@ class MergeConfig:
     merge: str = "tokens"
     max_downsample: int | None = None
     modules: tuple[str, ...] = ("self_attention",)
+    share_guidance: bool = False
+    share_layers: bool = False
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
         _check_share(self.r)
@@ -51,6 +59,8 @@ class MergeConfig:
             check_member("every entry of modules", module, MODULES)
         if self.max_downsample is not None and not (isinstance(self.max_downsample, int) and self.max_downsample >= 1):
             raise ValueError(f"max_downsample must be None or a factor 1, 2, 4, ..., got {self.max_downsample!r}")
+        if not isinstance(self.refresh_every, int) or self.refresh_every < 1:
+            raise ValueError(f"refresh_every must be a number of steps from 1 up, got {self.refresh_every!r}")
 
     def num_clusters(self, num_tokens: int) -> int:
         """How many of `num_tokens` tokens are kept."""

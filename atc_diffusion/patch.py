@@ -9,18 +9,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from torch import nn
 
 from atc_diffusion.config import ATCConfig, MergeConfig
-from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.hooks import Args, BlockHooks, Kwargs, LayerSummary
+from atc_diffusion.run import Run
 
 Model = TypeVar("Model")
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 _PATCH = "_atc_diffusion"
-_MASKED = -1e4  # as good as -inf, and finite in float16
 _BLOCK_NAME = re.compile(
     r"((?P<side>down|up)_blocks\.(?P<level>\d+)|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
 )
@@ -70,21 +68,11 @@ def remove_patch(model: Model) -> Model:
 def patched(model: Model, config: MergeConfig | None = None, **options: Any) -> Iterator[Model]:
     """`apply_patch` for the length of a `with` block; what was there before is restored, after an exception too."""
     before = _patch_of(_unet(model))
+    apply_patch(model, config, **options)
     try:
-        yield apply_patch(model, config, **options)
+        yield model
     finally:
         remove_patch(model) if before is None else apply_patch(model, before.config)
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One patched block: its name, the level's downsampling factor, and what its last run did."""
-
-    name: str
-    downsample: int
-    tokens: int
-    kept: int
-    clusterings: int
 
 
 @dataclass(frozen=True)
@@ -135,11 +123,11 @@ def _patch_of(unet: nn.Module) -> "_Patch | None":
     return getattr(unet, _PATCH, None)
 
 
-def _select(unet: nn.Module, config: MergeConfig) -> "list[_Block]":
+def _select(unet: nn.Module, config: MergeConfig) -> list[BlockHooks]:
     """The blocks at the levels that `config` asks for."""
     num_levels = len(cast(nn.ModuleList, unet.down_blocks))
     blocks = [
-        _Block(name, _downsample(match, num_levels), config)
+        BlockHooks(name, _downsample(match, num_levels), config)
         for name, module in unet.named_modules()
         if isinstance(module, BasicTransformerBlock) and not module.only_cross_attention
         if (match := _BLOCK_NAME.fullmatch(name))
@@ -153,7 +141,13 @@ def _select(unet: nn.Module, config: MergeConfig) -> "list[_Block]":
             f"max_downsample={coarsest}, but the levels that have self-attention are {', '.join(map(str, levels))}; "
             "use one of them, or None for the finest"
         )
-    return [block for block in blocks if block.downsample <= coarsest]
+    selected = [block for block in blocks if block.downsample <= coarsest]
+    attentions: list[Any] = [unet.get_submodule(f"{block.name}.attn1") for block in selected]
+    if config.merge == "keys_values" and any(isinstance(a.processor, FusedAttnProcessor2_0) for a in attentions):
+        raise ValueError(
+            "merge='keys_values' needs unfused projections; call unfuse_qkv_projections() on the UNet first"
+        )
+    return selected
 
 
 def _downsample(match: re.Match[str], num_levels: int) -> int:
@@ -167,11 +161,14 @@ def _downsample(match: re.Match[str], num_levels: int) -> int:
 class _Patch:
     """The hooks on one UNet. They are PyTorch's own, so a deep copy of the model has its own patch."""
 
-    def __init__(self, unet: nn.Module, config: MergeConfig, blocks: "list[_Block]") -> None:
+    def __init__(self, unet: nn.Module, config: MergeConfig, blocks: list[BlockHooks]) -> None:
         self.config = config
         self.blocks = blocks
-        self.run = _Run()
-        self.handles = [unet.register_forward_pre_hook(self.run.step, with_kwargs=True)]
+        self.run = Run(config)
+        self.handles = [
+            unet.register_forward_pre_hook(self._begin, with_kwargs=True),
+            unet.register_forward_hook(self._end),
+        ]
         for block in blocks:
             self.handles += block.attach(unet, self.run)
         _forget_compiled()
@@ -181,128 +178,19 @@ class _Patch:
             handle.remove()
         _forget_compiled()
 
+    @torch.compiler.disable
+    def _begin(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        if self.run.begin(given["sample"], given["timestep"], given["encoder_hidden_states"]):
+            for block in self.blocks:
+                block.clusterings = torch.zeros((), dtype=torch.int64, device=given["sample"].device)
+
+    @torch.compiler.disable
+    def _end(self, unet: nn.Module, args: Args, output: Any) -> None:
+        self.run.end()
+
 
 def _forget_compiled() -> None:
     """torch.compile does not guard on forward hooks: without this, a compiled UNet would not notice them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-class _Run:
-    """Where the denoising is. Kept in tensors, for reading the timestep would wait for the device."""
-
-    def __init__(self) -> None:
-        self.timestep = torch.tensor(-1.0)
-        self.is_first_step = torch.tensor(True)
-
-    def step(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        timestep = torch.as_tensor(timestep).float().max()
-        self.is_first_step = timestep > self.timestep
-        self.timestep = timestep
-
-
-class _Block:
-    """One transformer block: groups its tokens, and merges them around its modules."""
-
-    def __init__(self, name: str, downsample: int, config: MergeConfig) -> None:
-        self.name = name
-        self.downsample = downsample
-        self.config = config
-        self.tokens = self.kept = 0
-        self.clusterings = torch.tensor(0)
-        self.grid = (0, 0)
-        self.hidden_states: Tensor | None = None
-        self.merge_map: MergeMap | None = None  # None: nothing to merge
-
-    def attach(self, unet: nn.Module, run: _Run) -> list[RemovableHandle]:
-        self.run = run
-        block: Any = unet.get_submodule(self.name)
-        transformer = unet.get_submodule(self.name.partition(".transformer_blocks.")[0])
-        around = {"self_attention": block.attn1, "cross_attention": block.attn2, "mlp": block.ff}
-        return [
-            transformer.register_forward_pre_hook(self._see_grid, with_kwargs=True),
-            block.register_forward_pre_hook(self._see_hidden_states, with_kwargs=True),
-            block.attn1.register_forward_pre_hook(self._group, with_kwargs=True),
-            *(handle for name in self.config.modules for handle in self._attach_merge(name, around[name])),
-            block.register_forward_hook(self._forget),
-        ]
-
-    def _attach_merge(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        if name == "self_attention" and self.config.merge == "keys_values":
-            return [module.register_forward_pre_hook(self._merge_keys_values, with_kwargs=True)]
-        merge = self._merge_self_attention if name == "self_attention" else self._merge
-        return [
-            module.register_forward_pre_hook(merge, with_kwargs=True),
-            module.register_forward_hook(self._unmerge),
-        ]
-
-    def summary(self) -> LayerSummary:
-        return LayerSummary(self.name, self.downsample, self.tokens, self.kept, int(self.clusterings))
-
-    def _see_grid(self, transformer: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        height, width = _first(args, kwargs).shape[-2:]
-        self.grid = (height, width)
-
-    def _see_hidden_states(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        self.hidden_states, self.merge_map = _first(args, kwargs), None
-
-    def _group(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        hidden_states = _first(args, kwargs)
-        self.tokens = hidden_states.shape[1]
-        self.kept = self.config.num_clusters(self.tokens)
-        if self.kept < self.tokens:
-            with torch.no_grad():
-                features = self._features(attn, hidden_states)
-                self.merge_map = self.config.merge_map(features, self.grid, self.run.timestep)
-            self.clusterings = torch.where(self.run.is_first_step, 0, self.clusterings) + 1
-
-    def _features(self, attn: Any, hidden_states: Tensor) -> Tensor:
-        """What tokens are compared by, `[B, N, C]`."""
-        if self.config.features == "hidden_states":
-            return cast(Tensor, self.hidden_states)
-        projections = {"keys": [attn.to_k], "values": [attn.to_v], "keys_values": [attn.to_k, attn.to_v]}
-        features = [project(hidden_states) for project in projections[self.config.features]]
-        return features[0] if len(features) == 1 else torch.cat([_unit_deviation(x) for x in features], dim=2)
-
-    def _merge(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if self.merge_map is None:
-            return args, kwargs
-        return (self.merge_map.merge(args[0]), *args[1:]), kwargs
-
-    def _merge_self_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        return self._merge(attn, args, self._weigh(kwargs, args[0].dtype))
-
-    def _merge_keys_values(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if self.merge_map is None:
-            return args, kwargs
-        merged = {"encoder_hidden_states": self.merge_map.merge(args[0])}
-        return args, self._weigh(kwargs, args[0].dtype) | merged
-
-    def _weigh(self, kwargs: Kwargs, dtype: torch.dtype) -> Kwargs:
-        """Add the logarithms `[B, 1, K]` of the clusters' weights to the attention mask (Bolya et al. 2023, Eq. 1).
-
-        A mask `[B, 1, N]` that is there already gives every token the weight exp(mask).
-        """
-        mask = kwargs.get("attention_mask")
-        if self.merge_map is None or (mask is None and not self.config.proportional_attention):
-            return kwargs
-        weights = torch.ones(()) if mask is None else self.merge_map.merge(mask.float().exp().mT).mT
-        if self.config.proportional_attention:
-            weights = weights * self.merge_map.sizes[:, None, :]
-        return kwargs | {"attention_mask": weights.log().clamp(min=_MASKED).to(dtype)}
-
-    def _unmerge(self, module: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return output if self.merge_map is None else self.merge_map.unmerge(output)
-
-    def _forget(self, block: nn.Module, args: Args, output: Tensor) -> None:
-        self.hidden_states = self.merge_map = None
-
-
-def _first(args: Args, kwargs: Kwargs) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _unit_deviation(x: Tensor) -> Tensor:
-    """Each item of `x` `[B, N, C]` divided by its standard deviation."""
-    return x / x.float().std(dim=(1, 2), keepdim=True).clamp(min=1e-12).to(x.dtype)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
@@ -38,10 +40,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configurations(args: argparse.Namespace) -> dict[float, MergeConfig]:
-    """One configuration for every percentage, 100 first; bad values fail here, before anything is loaded."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the pictures were drawn, or mean something else."""
     if args.method == "tome" and args.linkage:
         raise ValueError(f"--linkage {args.linkage} is ATC's; leave it out with --method tome")
+    if any(0 < keep < 1 for keep in args.keep):
+        raise ValueError(f"--keep is in percent, got {min(args.keep):g}; did you mean {100 * min(args.keep):g}?")
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"cannot write {str(args.out)!r}: there is no folder {str(args.out.parent)!r}")
+
+
+def configurations(args: argparse.Namespace) -> dict[float, MergeConfig]:
+    """One configuration for every percentage, 100 first."""
     method = ToMeConfig if args.method == "tome" else ATCConfig
     options = {"linkage": args.linkage} if args.linkage else {}
     return {keep: method(r=keep / 100, **options) for keep in dict.fromkeys([100.0, *args.keep])}
@@ -49,14 +61,16 @@ def configurations(args: argparse.Namespace) -> dict[float, MergeConfig]:
 
 def load(model: str) -> Any:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(model)
     except OSError as error:
-        raise ValueError(
-            f"cannot load {model!r}: neither a folder with a pipeline nor within reach ({error})"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot load {model!r}; give a folder with a pipeline, or go online ({reason})") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device, dtype)
 
 
 def draw(pipe: Any, args: argparse.Namespace, steps: int) -> tuple[list[Image.Image], float]:
@@ -94,6 +108,7 @@ def contact_sheet(columns: dict[str, list[Image.Image]], side: int = 192, margin
 
 def main() -> None:
     args = parse_arguments()
+    check(args)
     configs = configurations(args)
     pipe = load(args.model)
     draw(pipe, args, steps=2)  # warm up

@@ -132,6 +132,14 @@ def test_other_processors_and_fused_projections_keep_working(unet):
     assert torch.allclose(run(unet), expected, atol=1e-5)
 
 
+def test_fused_projections_have_no_keys_of_their_own(unet):
+    unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="needs unfused projections; call unfuse_qkv_projections"):
+        apply_patch(unet, merge="keys_values")
+    unet.unfuse_qkv_projections()
+    run(apply_patch(unet, merge="keys_values"))
+
+
 def test_a_deep_copy_is_independent(unet):
     before, merged = run(unet), run(apply_patch(unet))
     clone = copy.deepcopy(unet)

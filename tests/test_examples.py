@@ -1,0 +1,64 @@
+"""What a newcomer runs: the README's code and the example, with the model that ships here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_readmes_code_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readmes_files_exist():
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("method", ["atc", "tome"])
+def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, method):
+    options = ["--steps", "4", "--keep", "60", "25", "--prompt", "fox", "star", "--method", method, "--out", "a.png"]
+    done = run_example(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"r = 1 .* s/picture   the reference", lines[0])
+    fidelity = [float(re.fullmatch(r"r = .* s/picture +([\d.]+) dB", line)[1]) for line in lines[1:3]]  # type: ignore[index]
+    # An unrelated picture is at about 10 dB.
+    assert 60 > fidelity[0] > fidelity[1] > 15 if method == "atc" else min(fidelity) > 15
+    assert Image.open(tmp_path / "a.png").size == (3 * 192, 28 + 2 * 192)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "0"], r"share of tokens kept, in \(0, 1\], got 0"),
+        (["--keep", "0.6"], "--keep is in percent, got 0.6; did you mean 60"),
+        (["--keep", "160"], r"share of tokens kept, in \(0, 1\], got 1.6"),
+        (["--method", "tome", "--linkage", "single"], "--linkage single is ATC's"),
+        (["--model", "no/such-model"], "cannot load 'no/such-model'"),
+        (["--out", "missing/a.png"], "cannot write 'missing/a.png': there is no folder 'missing'"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--size", "100"], "divisible by 8 but are 100 and 100"),
+    ],
+)
+def test_generate_says_what_does_not_fit(tmp_path, options, message):
+    done = run_example(*options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(message, done.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
