@@ -1,7 +1,6 @@
 """Merging in a diffusers UNet, by forward hooks on its transformer blocks."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,5 +191,4 @@ class _Patch:
 
 def _forget_compiled() -> None:
     """torch.compile does not guard on forward hooks: without this, a compiled UNet would not notice them."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    torch.compiler.reset()
