@@ -37,7 +37,7 @@ SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and for how long; the defaults made the committed weights."""
+    """What is trained and for how long; README.md tells how the committed weights' minutes went."""
 
     device: str = "cpu"
     names: tuple[str, ...] = tuple(THINGS)
