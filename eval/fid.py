@@ -20,7 +20,7 @@ from arguments import STABLE_DIFFUSION, parse
 from configurations import Configuration, grid, merge_options
 from demo import draw_reference
 from features import Features
-from generate import Sampler, Sampling, load_pipeline, read_records
+from generate import Sampler, Sampling, load_pipeline, read_records, weights_digest
 from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
 from reference import list_pictures
 from report import write_report
@@ -94,6 +94,7 @@ def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
         raise ValueError(f"--device {args.device}, but the device here is {device.type}")
     return Sampling(
         model=args.model,
+        weights=weights_digest(args.model),
         steps=args.steps,
         guidance=args.guidance,
         size=args.size,

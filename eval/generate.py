@@ -1,5 +1,6 @@
 """Generates sets of pictures with a diffusers pipeline: resumable, and divided between processes."""
 
+import hashlib
 import json
 import platform
 import statistics
@@ -7,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ class Sampling:
     """What every set has in common: whatever changes the bits of a picture beside prompt, seed and merging.
 
     The batch size is among them, for matrix products are rounded differently in batches of another size, and then
-    other tokens can be the most similar.
+    other tokens can be the most similar. `weights` is the `weights_digest` of `model`, which may be trained further.
     """
 
     model: str
+    weights: str
     steps: int
     guidance: float
     size: int
@@ -45,6 +48,18 @@ class Sampling:
     @property
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def weights_digest(model: str) -> str:
+    """The first digits of a SHA-256 over the weights in the folder `model`; "hub" for a model of the hub."""
+    if not Path(model).is_dir():
+        return "hub"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(model).rglob("*") if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            for chunk in iter(partial(file.read, 2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline:

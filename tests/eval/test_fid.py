@@ -17,9 +17,10 @@ import pytest
 import torch
 from accelerate import PartialState
 from fid import main
-from generate import Record, Sampler, Sampling, load_pipeline, read_records
+from generate import Record, Sampler, Sampling, load_pipeline, read_records, weights_digest
 from pictures import Picture, plan
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "fid.py"
 Draw = Callable[..., Path]
@@ -40,7 +41,16 @@ def options(model: Path, draw_pictures: Draw, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def sampling(model: Path) -> Sampling:
-    return Sampling(str(model), steps=2, guidance=7.5, size=16, batch_size=4, dtype="float32", device="cpu")
+    return Sampling(
+        str(model),
+        weights_digest(str(model)),
+        steps=2,
+        guidance=7.5,
+        size=16,
+        batch_size=4,
+        dtype="float32",
+        device="cpu",
+    )
 
 
 def pictures_in(out: Path) -> dict[str, bytes]:
@@ -80,12 +90,23 @@ def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: 
     assert 0 < float(rows[3]["psnr"]) < 58.9
 
 
-def test_scored_again_nothing_is_generated_and_the_results_are_the_same(options: list[str], tmp_path: Path) -> None:
+def test_scored_again_nothing_is_generated_and_the_results_are_the_same(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main([*options, "--out", str(tmp_path / "out")])
-    results = (tmp_path / "out" / "results.csv").read_bytes()
-    (tmp_path / "model").rename(tmp_path / "gone")
+    results = (tmp_path / "out" / "results.json").read_bytes()
+    monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("generated again"))
     main([*options, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "results.csv").read_bytes() == results
+    assert (tmp_path / "out" / "results.json").read_bytes() == results
+
+
+def test_a_model_trained_further_is_other_settings(options: list[str], tmp_path: Path) -> None:
+    main([*options, "--out", str(tmp_path / "out"), "--method", "none"])
+    weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_in.bias"] += 1
+    save_file(weights, tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(SystemExit, match=r"other settings \(weights: '\w+' there, '\w+' now\)"):
+        main([*options, "--out", str(tmp_path / "out"), "--method", "none"])
 
 
 def test_a_folder_takes_more_configurations_but_no_other_settings(options: list[str], tmp_path: Path) -> None:
