@@ -9,6 +9,7 @@ from demo import DEFAULTS as DEMO_DEFAULTS
 from features import LAYERS, RESIZERS
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
 IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
 
 
