@@ -28,7 +28,7 @@ EMOJI = Path(__file__).parent / "emoji_diffusion"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMOJI), help="hub id or folder of a diffusers pipeline")
-    parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "birthday cake", "rocket"])
+    parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin", "wrapped gift"])
     parser.add_argument("--keep", nargs="+", type=float, default=[100, 60, 25], help="percent of the tokens kept")
     parser.add_argument("--method", choices=["atc", "tome"], default="atc")
     parser.add_argument("--linkage", choices=LINKAGES, help="of ATC (default: average)")

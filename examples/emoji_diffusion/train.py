@@ -241,13 +241,13 @@ def tokenize(pipe: StableDiffusionPipeline, names: list[str]) -> Tensor:
 
 
 def draw_batch(latents: Tensor, tokens: Tensor, empty: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Draw latents [B, C, H, W], half of them flipped, and token ids [B, L], a tenth empty.
+    """Draw latents [B, C, H, W] and token ids [B, L], a tenth of them empty.
 
-    `latents` is [2, N, C, H, W] (plain, flipped), `tokens` [N, L] and `empty` [1, L].
+    `latents` is [N, C, H, W], `tokens` [N, L] and `empty` [1, L].
     """
     things = torch.randint(len(tokens), (size,))
     dropped = torch.rand(size, 1, device=tokens.device) < 0.1
-    return latents[torch.randint(2, (size,)), things], torch.where(dropped, empty, tokens[things])
+    return latents[things], torch.where(dropped, empty, tokens[things])
 
 
 def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class Trainer:
         pipe.unet.compile()
 
     def fit(self, latents: Tensor, names: list[str]) -> None:
-        """Train on latents [2, N, C, H, W] and their names until the minutes are over."""
+        """Train on latents [N, C, H, W] and their names until the minutes are over."""
         tokens, empty = tokenize(self.pipe, names), tokenize(self.pipe, [""])
         saves = int(self.share * self.recipe.minutes / 10)
         for share in progress(self.recipe.minutes, self.share):
@@ -348,7 +348,7 @@ def train(recipe: Recipe, pictures: Path, work: Path, output: Path) -> None:
     print(f"vae PSNR {psnr(vae, loaded):.2f} dB", flush=True)
     names = list(recipe.names or paths)
     chosen = loaded[[list(paths).index(name) for name in names]]
-    latents = torch.stack([encode(vae, chosen), encode(vae, chosen.flip(-1))])
+    latents = encode(vae, chosen)
     trainer = Trainer(make_pipeline(vae, list(paths), recipe, work), recipe, work)
     if (work / "state.pt").exists():
         trainer.resume()
