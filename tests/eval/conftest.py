@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion in a folder, and pictures to score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +48,12 @@ def draw_pictures(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return draw
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As accelerate gives each of several processes: sums are rounded differently by other numbers of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
