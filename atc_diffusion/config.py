@@ -1,12 +1,17 @@
 """What to merge and how: choices, validated when they are made."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
 from atc_diffusion.clustering import agglomerate, check_choices, check_member
+from atc_diffusion.clustering.windows import agglomerate_windows, num_windows
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.tome import bipartite_labels, draw_destinations
+
+Share = float | Callable[[float], float]
 
 FEATURES = ("keys", "values", "keys_values", "hidden_states")
 MERGES = ("tokens", "keys_values")
@@ -18,7 +23,9 @@ class MergeConfig:
     """What every way of merging has in common.
 
     Attributes:
-        r: share of tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`.
+        r: share of tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`. Or a function that gives the
+            share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched, by
+            their downsampling factor, to either: `{1: 0.4, 2: 0.8}`.
         features: what is compared: the self-attention's "keys" (as the ATC paper's text says), its "values", both
             ("keys_values", each scaled to unit deviation), or the block's input before `norm1` ("hidden_states",
             as the authors' code does).
@@ -27,7 +34,7 @@ class MergeConfig:
         merge: "tokens" merges the input of a module and un-merges its output; "keys_values" keeps every query of
             the self-attention and merges only what it attends to.
         max_downsample: patch the levels of the UNet down to this factor (1, 2, 4, ...). None: the finest level
-            that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL.
+            that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL. Not with a mapping for r.
         modules: any of "self_attention", "cross_attention" (its queries) and "mlp".
         share_guidance: group the tokens of a picture once for all parts of its classifier-free guidance, by the
             features of all of them. Which items of a batch are such parts is found out, so that this begins at a
@@ -39,7 +46,7 @@ class MergeConfig:
         ValueError: naming the value that does not fit and what would.
     """
 
-    r: float = 0.6
+    r: Share | Mapping[int, Share] = 0.6
     features: str = "keys"
     proportional_attention: bool = True
     merge: str = "tokens"
@@ -50,7 +57,10 @@ class MergeConfig:
     refresh_every: int = 1
 
     def __post_init__(self) -> None:
-        _check_share(self.r)
+        if isinstance(self.r, Mapping):
+            self._check_levels(self.r)
+        for share in self.r.values() if isinstance(self.r, Mapping) else [self.r]:
+            _check_share(share)
         check_member("features", self.features, FEATURES)
         check_member("merge", self.merge, MERGES)
         if not isinstance(self.modules, tuple) or not self.modules:
@@ -62,12 +72,30 @@ class MergeConfig:
         if not isinstance(self.refresh_every, int) or self.refresh_every < 1:
             raise ValueError(f"refresh_every must be a number of steps from 1 up, got {self.refresh_every!r}")
 
+    def _check_levels(self, r: Mapping[int, Share]) -> None:
+        if not r or not all(isinstance(level, int) and level >= 1 for level in r):
+            raise ValueError(f"r by level needs downsampling factors as keys, such as {{1: 0.4, 2: 0.8}}, got {r!r}")
+        if self.max_downsample is not None:
+            raise ValueError(f"r={r!r} names the levels; leave out max_downsample={self.max_downsample}")
+
+    def at(self, downsample: int, progress: float | None) -> "MergeConfig":
+        """The same choices at one level and moment, where `r` is a number."""
+        r = self.r[downsample] if isinstance(self.r, Mapping) else self.r
+        if callable(r):
+            if progress is None:
+                raise ValueError(
+                    "r is a function of the progress of denoising, which this timestep does not tell; call the UNet"
+                    " with an entry of scheduler.timesteps or a number"
+                )
+            r = r(progress)
+        return self if r is self.r else replace(self, r=r)
+
     def num_clusters(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens are kept."""
-        return max(1, round(self.r * num_tokens))
+        """How many of `num_tokens` tokens are kept; `r` must be a number."""
+        return max(1, round(cast(float, self.r) * num_tokens))
 
     def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
-        """Group tokens by their `features` `[B, N, C]`.
+        """Group tokens by their `features` `[B, N, C]`; `r` must be a number.
 
         Args:
             features: what tokens are compared by.
@@ -84,14 +112,18 @@ class ATCConfig(MergeConfig):
     Attributes:
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
+        window: side of the windows, in tokens, that are clustered each on its own; None for the whole picture at once.
         backend: what clusters: "torch", "scipy" (the slow reference), or None for the fastest there is.
     """
 
     linkage: str = "average"
+    window: int | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 2):
+            raise ValueError(f"window must be None or a side of at least 2 tokens, got {self.window!r}")
         check_choices(self.linkage, backend=self.backend)
 
     @classmethod
@@ -101,7 +133,11 @@ class ATCConfig(MergeConfig):
 
     def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
         num_clusters = self.num_clusters(features.shape[1])
-        return MergeMap(agglomerate(features, num_clusters, self.linkage, backend=self.backend), num_clusters)
+        if self.window is None or self.window >= max(grid):
+            return MergeMap(agglomerate(features, num_clusters, self.linkage, backend=self.backend), num_clusters)
+        num_clusters = max(num_clusters, num_windows(*grid, self.window))
+        labels = agglomerate_windows(features, num_clusters, *grid, self.window, self.linkage, self.backend)
+        return MergeMap(labels, num_clusters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +159,7 @@ class ToMeConfig(MergeConfig):
         super().__post_init__()
         if not isinstance(self.stride, int) or self.stride < 1:
             raise ValueError(f"stride must be a whole number from 1 up, got {self.stride!r}")
-        if self.r * self.stride**2 < 1:
+        if isinstance(self.r, int | float) and self.r * self.stride**2 < 1:
             raise ValueError(
                 f"ToMe with stride {self.stride} keeps at least {1 / self.stride**2:.4g} of the tokens, got r={self.r};"
                 " use a larger r or stride, or ATCConfig"
@@ -136,6 +172,12 @@ class ToMeConfig(MergeConfig):
 
 
 def _check_share(r: object) -> None:
+    """A function is asked at the beginning, in the middle and at the end."""
+    for share in map(r, (0.0, 0.5, 1.0)) if callable(r) else [r]:
+        _check_number(share)
+
+
+def _check_number(r: object) -> None:
     if not isinstance(r, int | float) or not 0 < r <= 1 or r is True:
         hint = f"; did you mean {r / 100:g}?" if isinstance(r, int | float) and 1 < r <= 100 else ""
         raise ValueError(f"r is the share of tokens kept, in (0, 1], got {r!r}{hint}")

@@ -86,6 +86,7 @@ class BlockHooks:
                 merge_maps[key] = self._merge_map(self._features(attn, hidden_states))
             self.clusterings = self.clusterings + 1
         self.merge_map = merge_maps[key]
+        self.kept = self.merge_map.num_clusters
 
     def _merge_map(self, features: Tensor) -> MergeMap:
         """Group the tokens `[B, N, C]`, those of the guidance's parts by all their features side by side."""

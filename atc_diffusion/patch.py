@@ -1,7 +1,7 @@
 """Merging in a diffusers UNet, by forward hooks on its transformer blocks."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -134,19 +134,28 @@ def _select(unet: nn.Module, config: MergeConfig) -> list[BlockHooks]:
     levels = sorted({block.downsample for block in blocks})
     if not levels:
         raise ValueError(f"{type(unet).__name__} has no transformer block with self-attention, so nothing to merge")
-    coarsest = config.max_downsample or levels[0]
-    if coarsest < levels[0]:
-        raise ValueError(
-            f"max_downsample={coarsest}, but the levels that have self-attention are {', '.join(map(str, levels))}; "
-            "use one of them, or None for the finest"
-        )
-    selected = [block for block in blocks if block.downsample <= coarsest]
+    wanted = _levels(config, levels)
+    selected = [block for block in blocks if block.downsample in wanted]
     attentions: list[Any] = [unet.get_submodule(f"{block.name}.attn1") for block in selected]
     if config.merge == "keys_values" and any(isinstance(a.processor, FusedAttnProcessor2_0) for a in attentions):
         raise ValueError(
             "merge='keys_values' needs unfused projections; call unfuse_qkv_projections() on the UNet first"
         )
     return selected
+
+
+def _levels(config: MergeConfig, levels: list[int]) -> list[int]:
+    """Those of the `levels` that have self-attention, from the finest on, that `config` asks for."""
+    there_are = f"the levels that have self-attention are {', '.join(map(str, levels))}"
+    if isinstance(config.r, Mapping):
+        missing = config.r.keys() - levels
+        if missing:
+            raise ValueError(f"r names level {min(missing)}, but {there_are}; use some of them")
+        return list(config.r)
+    coarsest = config.max_downsample or levels[0]
+    if coarsest < levels[0]:
+        raise ValueError(f"max_downsample={coarsest}, but {there_are}; use one of them, or None for the finest")
+    return [level for level in levels if level <= coarsest]
 
 
 def _downsample(match: re.Match[str], num_levels: int) -> int:
@@ -180,8 +189,10 @@ class _Patch:
     @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-        if self.run.begin(given["sample"], given["timestep"], given["encoder_hidden_states"]):
-            for block in self.blocks:
+        is_new = self.run.begin(given["sample"], given["timestep"], given["encoder_hidden_states"])
+        for block in self.blocks:
+            block.config = self.config.at(block.downsample, self.run.progress)
+            if is_new:
                 block.clusterings = torch.zeros((), dtype=torch.int64, device=given["sample"].device)
 
     @torch.compiler.disable

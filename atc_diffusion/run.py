@@ -19,14 +19,14 @@ class Run:
     """Follows one UNet through its calls.
 
     Attributes:
-        guidance_parts: how many parts of the batch are the same picture under different guidance; 1 if unknown.
         timestep: scalar tensor, the present one.
+        progress: how much of the schedule lies behind it, from 0 to 1; None if that cannot be told.
     """
 
     def __init__(self, config: MergeConfig) -> None:
         self.config = config
-        self.guidance_parts = 1
         self.timestep = torch.tensor(0.0)
+        self.progress: float | None = 0.0
         self._moment: Moment | None = None
         self._prompts: list[_Prompt] = []
         self._present: _Prompt | None = None
@@ -40,6 +40,11 @@ class Run:
         """What the layers found in this call, or in an earlier one whose groupings still serve; by layer."""
         return {} if self._present is None else self._present.merge_maps
 
+    @property
+    def guidance_parts(self) -> int:
+        """How many parts of the batch are the same picture under different guidance; 1 if unknown."""
+        return 1 if self._present is None else self._present.guidance_parts
+
     def begin(self, sample: Tensor, timestep: Tensor | float, text: Tensor) -> bool:
         """Make ready for a call of the UNet with `sample` `[B, C, H, W]`; tell whether a new run begins."""
         moment, before = _moment(timestep), self._moment
@@ -48,8 +53,9 @@ class Run:
             self._prompts.clear()
         prompt = self._prompt(text)
         prompt.advance(sample, moment, self.config)
-        self._present, self.guidance_parts = prompt, prompt.guidance_parts
+        self._present = prompt
         self.timestep = torch.as_tensor(timestep).float().max()
+        self.progress = _progress(timestep)
         self._moment = moment
         return is_new
 
@@ -102,6 +108,21 @@ def _moment(timestep: Tensor | float) -> Moment | None:
     if timestep.numel() == 1 and storage.nbytes() > timestep.itemsize:  # an entry of scheduler.timesteps
         return storage.data_ptr(), int(timestep.storage_offset())
     return None
+
+
+def _progress(timestep: Tensor | float) -> float | None:
+    """How much of the denoising lies behind, from 0 (noise) to 1, without waiting for the device.
+
+    By its place in scheduler.timesteps, if it is an entry of that; else by its value in a schedule from 1000 to 0, if
+    that is known here.
+    """
+    if isinstance(timestep, Tensor):
+        places = timestep.untyped_storage().nbytes() // timestep.itemsize
+        if places > timestep.numel() == 1:
+            return int(timestep.storage_offset()) / (places - 1)
+        if timestep.device.type != "cpu":
+            return None
+    return min(max(1 - float(torch.as_tensor(timestep).max()) / 1000, 0.0), 1.0)
 
 
 def _goes_back(before: Moment, now: Moment) -> bool:

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig
 
@@ -23,7 +23,7 @@ class Configuration:
     @property
     def keep(self) -> float:
         """Tokens kept, in percent."""
-        return 100.0 if self.merge is None else round(100 * self.merge.r, 6)
+        return 100.0 if self.merge is None else round(100 * cast(float, self.merge.r), 6)
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Configuration:
         """The method, and every choice that is not the paper's."""
         if self.merge is None:
             return "unmerged"
-        default = Configuration(_default(type(self.merge), self.merge.r)).choices
+        default = Configuration(_default(type(self.merge), self.keep / 100)).choices
         changed = (field for field in self.choices if field != "method" and self.choices[field] != default[field])
         return ", ".join([self.choices["method"], *(describe(field, self.choices[field]) for field in changed)])
 

@@ -15,6 +15,12 @@ from atc_diffusion import ATCConfig, ToMeConfig
         ({"r": float("nan")}, "got nan$"),
         ({"r": "0.6"}, "got '0.6'$"),
         ({"r": None}, "got None$"),
+        ({"r": lambda progress: 1.5 - progress}, r"in \(0, 1\], got 1.5"),
+        ({"r": {1: 0.5, 2: 40}}, r"got 40; did you mean 0.4\?"),
+        ({"r": {}}, "r by level needs downsampling factors as keys, such as .*, got {}"),
+        ({"r": {0.5: 1}}, "r by level needs downsampling factors as keys"),
+        ({"r": {1: 0.5}, "max_downsample": 2}, "names the levels; leave out max_downsample=2"),
+        ({"window": 1}, "window must be None or a side of at least 2 tokens, got 1"),
         ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
         ({"features": "queries"}, "features must be one of 'keys', 'values', .*, got 'queries'"),
         ({"merge": "values"}, "merge must be one of 'tokens', 'keys_values', got 'values'"),
@@ -23,7 +29,7 @@ from atc_diffusion import ATCConfig, ToMeConfig
         ({"modules": ()}, r"modules must be a tuple such as .*, got \(\)"),
         ({"max_downsample": 0}, "max_downsample must be None or a factor .*, got 0"),
         ({"max_downsample": "1"}, "max_downsample must be None or a factor .*, got '1'"),
-        ({"backend": "cuda"}, "backend must be one of 'torch', 'scipy', got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of 'torch', .*, got 'cuda'"),
     ],
 )
 def test_bad_values_are_named(options, message):
@@ -41,6 +47,14 @@ def test_configurations_are_values():
 @pytest.mark.parametrize(("r", "num_tokens", "kept"), [(1, 10, 10), (0.6, 4096, 2458), (0.001, 10, 1), (0.25, 15, 4)])
 def test_the_share_is_of_tokens_kept(r, num_tokens, kept):
     assert ATCConfig(r=r).num_clusters(num_tokens) == kept
+
+
+def test_the_share_may_depend_on_level_and_progress():
+    config = ATCConfig(r={1: lambda progress: 0.25 + 0.5 * progress, 2: 0.8}, linkage="ward")
+    assert config.at(1, 0.5) == ATCConfig(r=0.5, linkage="ward")
+    assert config.at(2, None) == ATCConfig(r=0.8, linkage="ward")
+    with pytest.raises(ValueError, match=r"call the UNet with an entry of scheduler\.timesteps or a number"):
+        config.at(1, None)
 
 
 def test_the_papers_setting_clusters_hidden_states_into_plain_means():

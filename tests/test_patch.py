@@ -18,6 +18,7 @@ CONFIGS = [
     ATCConfig(r=0.3, linkage="ward", features="keys_values", merge="keys_values"),
     ATCConfig(r=0.5, features="values", modules=("self_attention", "cross_attention", "mlp"), max_downsample=2),
     ATCConfig(r=0.5, modules=("mlp",), linkage="single", backend="scipy"),
+    ATCConfig(r={1: 0.4, 2: 0.5}, window=3),
     ToMeConfig(r=0.5),
 ]
 SIZES = [(8, 8), (7, 9), (16, 4)]

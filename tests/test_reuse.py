@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, Stabl
 from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
-from atc_diffusion import ATCConfig, apply_patch, summary
-from atc_diffusion.run import _goes_back, _moment
+from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
+from atc_diffusion.run import _goes_back, _moment, _progress
 from tests.test_pipelines import PARTS, draw, text
 
 LAYERS = 3
@@ -129,15 +129,12 @@ def test_guidance_parts_share_from_the_second_step(unet, parts, pictures):
     latents = sample().repeat(parts * pictures, 1, 1, 1)
     apply_patch(unet, share_guidance=True)
     exact = run(unet, [900], prompt, latents)
-    patch = unet._atc_diffusion
     assert torch.equal(exact, run(apply_patch(unet), [900], prompt, latents))
     apply_patch(unet, share_guidance=True)
     run(unet, [900], prompt, latents)
-    run(unet, [700], prompt, sample(pictures).repeat(parts, 1, 1, 1))
-    patch = unet._atc_diffusion
-    assert patch.run.guidance_parts == parts
-    run(unet, [500], prompt, sample(pictures).repeat(parts, 1, 1, 1))
-    assert patch.run.guidance_parts == parts
+    for timestep in (700, 500):
+        run(unet, [timestep], prompt, sample(pictures).repeat(parts, 1, 1, 1))
+        assert unet._atc_diffusion.run._prompts[0].guidance_parts == parts
 
 
 def test_shared_groupings_are_those_of_all_parts_side_by_side(unet):
@@ -170,6 +167,36 @@ def test_a_position_in_the_schedule_is_known_without_waiting_for_its_device():
     assert _goes_back(moments[3], moments[0])
     assert _moment(torch.empty((), device="meta")) is None
     assert _moment(torch.empty(2, device="meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("timestep", "expected"),
+    [(999, 0.001), (torch.tensor(250), 0.75), (0.0, 1.0), (2000, 0.0), (torch.empty((), device="meta"), None)],
+)
+def test_progress_without_a_schedule_is_by_the_timestep(timestep, expected):
+    assert _progress(timestep) == pytest.approx(expected)
+
+
+def test_progress_is_the_place_in_the_schedule():
+    for device in ("cpu", "meta"):
+        schedule = torch.tensor([999, 400, 399, 1], device=device)
+        assert [_progress(timestep) for timestep in schedule] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_the_share_follows_level_and_progress(unet):
+    apply_patch(unet, r={1: lambda progress: 0.25 + 0.5 * progress, 2: 0.5})
+    for timestep, kept in ((1000, 16), (500, 32), (0, 48)):
+        run(unet, [timestep], embedding())
+        assert {(layer.downsample, layer.kept) for layer in summary(unet).layers} == {(1, kept), (2, 8)}
+
+
+def test_a_share_of_one_merges_nothing_at_that_moment(unet):
+    apply_patch(unet, r=lambda progress: 1.0 if progress < 0.5 else 0.5)
+    merged = run(unet, [400], embedding())
+    early = run(unet, [900], embedding())
+    remove_patch(unet)
+    assert torch.equal(early, run(unet, [900], embedding()))
+    assert not torch.equal(merged, run(unet, [400], embedding()))
 
 
 SCHEDULERS = [
