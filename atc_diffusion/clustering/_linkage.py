@@ -1,7 +1,7 @@
 """How far a cluster is from the union of two others (Lance & Williams 1967).
 
 `d_ki`, `d_kj` and `d_ij` are distances between clusters, `n_i`, `n_j` and `n_k` their sizes; all broadcast.
-ATC's Eqs. 1-3 define single, complete and average; `ward` follows SciPy's convention.
+ATC's Eqs. 2 and 3 define complete and average; `ward` follows SciPy's convention.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def single(d_ki: Tensor, d_kj: Tensor, d_ij: Tensor, n_i: Tensor, n_j: Tensor, n_k: Tensor) -> Tensor:
-    return torch.minimum(d_ki, d_kj)
 
 
 def complete(d_ki: Tensor, d_kj: Tensor, d_ij: Tensor, n_i: Tensor, n_j: Tensor, n_k: Tensor) -> Tensor:
@@ -29,4 +25,4 @@ def ward(d_ki: Tensor, d_kj: Tensor, d_ij: Tensor, n_i: Tensor, n_j: Tensor, n_k
     return (squared / (n_i + n_j + n_k)).clamp(min=0).sqrt()
 
 
-UPDATES: dict[str, Update] = {"single": single, "complete": complete, "average": average, "ward": ward}
+UPDATES: dict[str, Update] = {"complete": complete, "average": average, "ward": ward}

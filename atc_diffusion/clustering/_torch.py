@@ -1,7 +1,8 @@
 """Batched reciprocal merging in plain torch (RAC, Sumengen et al. 2021, arXiv 2105.11653).
 
-All four linkages are reducible: joining two clusters brings neither closer to a third. So every pair of clusters
+Every linkage here is reducible: joining two clusters brings neither closer to a third. So every pair of clusters
 that are each other's nearest neighbour is joined in the final tree, and all such pairs are joined in one round.
+Single linkage, which is reducible too, has a quicker way.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atc_diffusion.clustering import _single
 from atc_diffusion.clustering._linkage import UPDATES
 from atc_diffusion.clustering.tree import ClusterTree
 
@@ -36,6 +38,8 @@ class Clusters(Protocol):
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
     """Cluster prepared `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+    if linkage == "single":
+        return _single.build_tree(_pairwise(tokens, metric))
     return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters).run()
 
 
