@@ -37,8 +37,8 @@ class MergeConfig:
             that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL. Not with a mapping for r.
         modules: any of "self_attention", "cross_attention" (its queries) and "mlp".
         share_guidance: group the tokens of a picture once for all parts of its classifier-free guidance, by the
-            features of all of them. Which items of a batch are such parts is found out, so that this begins at a
-            run's second step.
+            features of the last, which is the conditional one in Stable Diffusion. Which items of a batch are such
+            parts is found out, so that this begins at a run's second step.
         share_layers: let the grouping of a level's first layer serve its other layers.
         refresh_every: how many denoising steps one grouping serves.
 

@@ -83,20 +83,22 @@ class BlockHooks:
         key = str(self.downsample) if self.config.share_layers else self.name
         if key not in merge_maps:
             with torch.no_grad():
-                merge_maps[key] = self._merge_map(self._features(attn, hidden_states))
+                merge_maps[key] = self._merge_map(attn, hidden_states)
             self.clusterings = self.clusterings + 1
         self.merge_map = merge_maps[key]
         self.kept = self.merge_map.num_clusters
 
-    def _merge_map(self, features: Tensor) -> MergeMap:
-        """Group the tokens `[B, N, C]`, those of the guidance's parts by all their features side by side."""
-        parts = features.chunk(self.run.guidance_parts)
-        return self.config.merge_map(torch.cat(parts, dim=2), self.grid, self.run.timestep).repeat(len(parts))
+    def _merge_map(self, attn: nn.Module, hidden_states: Tensor) -> MergeMap:
+        """Group the tokens `[B, N, C]`, those of all the guidance's parts as in the last."""
+        parts = self.run.guidance_parts
+        compared = cast(Tensor, self.hidden_states) if self.config.features == "hidden_states" else hidden_states
+        features = self._features(attn, compared.chunk(parts)[-1])
+        return self.config.merge_map(features, self.grid, self.run.timestep).repeat(parts)
 
     def _features(self, attn: Any, hidden_states: Tensor) -> Tensor:
         """What tokens are compared by, `[B, N, C]`."""
         if self.config.features == "hidden_states":
-            return cast(Tensor, self.hidden_states)
+            return hidden_states
         projections = {"keys": [attn.to_k], "values": [attn.to_v], "keys_values": [attn.to_k, attn.to_v]}
         features = [project(hidden_states) for project in projections[self.config.features]]
         return features[0] if len(features) == 1 else torch.cat([_unit_deviation(x) for x in features], dim=2)

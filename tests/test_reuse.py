@@ -137,12 +137,16 @@ def test_guidance_parts_share_from_the_second_step(unet, parts, pictures):
         assert unet._atc_diffusion.run._prompts[0].guidance_parts == parts
 
 
-def test_shared_groupings_are_those_of_all_parts_side_by_side(unet):
-    """Where both halves have equal features, sharing changes nothing."""
-    prompt = embedding().repeat(2, 1, 1)
-    latents = sample().repeat(2, 1, 1, 1)
-    shared = run(apply_patch(unet, share_guidance=True), [900, 700], prompt, latents)
-    assert torch.allclose(shared, run(apply_patch(unet), [900, 700], prompt, latents), atol=1e-5)
+def test_shared_groupings_are_those_of_the_last_part(unet):
+    prompt, latents = 30 * embedding(2), sample().repeat(2, 1, 1, 1)
+    runs = []
+    for share in (True, False):
+        apply_patch(unet, share_guidance=share)
+        runs.append([run(unet, [timestep], prompt, latents + timestep) for timestep in (900, 700)])
+    shared, exact = runs
+    assert torch.equal(shared[0], exact[0])
+    assert torch.allclose(shared[1][1], exact[1][1], atol=1e-5)
+    assert not torch.allclose(shared[1][0], exact[1][0], atol=1e-5)
 
 
 def test_prompts_without_guidance_never_share(unet):
