@@ -131,6 +131,11 @@ class ATCConfig(MergeConfig):
         """The setting of the paper's Table 2, after the authors' code: hidden states, plain means, no weights."""
         return cls(r=r, linkage=linkage, features="hidden_states", proportional_attention=False)
 
+    @classmethod
+    def fast(cls, r: Share | Mapping[int, Share]) -> "ATCConfig":
+        """The least clustering that keeps pictures as near to the unmerged model's: see eval/results."""
+        return cls(r=r, window=16, share_guidance=True, refresh_every=2)
+
     def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
         num_clusters = self.num_clusters(features.shape[1])
         if self.window is None or self.window >= max(grid):

@@ -1,156 +1,136 @@
-"""Time the clustering and a UNet step: python eval/speed.py [--size 512 1024] [--keep 60 40]
+"""Time the clustering and the UNets' steps beside their peers: python eval/speed.py [--device cuda]
 
-The UNet is Stable Diffusion v1.5's at full size with random weights, so its features are not those of images: the
-clustering may take more or fewer rounds there. Ratios are of medians, taken in one run, the candidates taking turns.
+Prints Markdown tables, each with what it measured. The UNets have their full size and random weights, which do for
+timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
+medians from one run in which the candidates took turns.
+
+The defaults are an hour's subset on a CPU, and on a GPU all tables; rows appear as they are measured.
 """
 
 import argparse
 import platform
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
-from statistics import median
-from typing import Any
+from pathlib import Path
 
-import fastcluster
-import numpy as np
-import tomesd
 import torch
-from diffusers import UNet2DConditionModel
-from scipy.cluster import hierarchy
-from sklearn.cluster import AgglomerativeClustering
-from torch import Tensor
+from speed_attention import attention_table
+from speed_clustering import floor_table, growth_table, peers_table
+from speed_tables import NOT_MEASURED, Table, write
+from speed_unet import CANDIDATES, UNET, compiled_table, step_table
 
-from atc_diffusion import ATCConfig, agglomerate, patched
-
-RUN = 2  # denoising steps timed together, so that a clustering can serve twice
-
-Candidates = dict[str, Callable[[], Any]]
-
-
-def take_turns(candidates: Candidates, repeats: int) -> dict[str, float]:
-    """Median seconds of every candidate: the first runs once to warm up, then they alternate."""
-    next(iter(candidates.values()))()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
+PARTS = ("clustering", "growth", "attention", "step", "compile")
+DEFAULTS = {
+    "cpu": {"parts": PARTS[:-1], "model": ["sd15"], "keep": [60, 40], "tokens": [4096]},
+    "cuda": {"parts": PARTS, "model": ["sd15", "sdxl"], "keep": [60, 40, 25], "tokens": [1024, 4096, 16384]},
+}
+SIZES = {
+    "cpu": {"sd15": [512], "sdxl": [1024]},
+    "cuda": {"sd15": [512, 1024, 2048], "sdxl": [1024]},
+}
+GROWTH = [1024, 2048, 4096, 8192, 16384]
 
 
-def condensed_distances(tokens: Tensor, linkage: str) -> np.ndarray:
-    """What SciPy and fastcluster read: the upper triangle `[N (N - 1) / 2]` in float64."""
-    x = tokens[0].double()
-    if linkage == "ward":
-        distances = torch.cdist(x, x)
-    else:
-        x = torch.nn.functional.normalize(x, dim=1)
-        distances = 1 - x @ x.T
-    rows, columns = torch.triu_indices(len(x), len(x), offset=1)
-    return distances[rows, columns].numpy()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.device == "cuda" and not args.dry_run and not torch.cuda.is_available():
+        sys.exit("PyTorch finds no CUDA GPU here; run this where there is one, or add --dry-run for empty tables")
+    with ExitStack() as stack:
+        files = [sys.stdout, *([stack.enter_context(args.out.open("w", encoding="utf-8"))] if args.out else [])]
+        write([unmeasured(args) if args.dry_run else conditions(args.device)], files)
+        for table in tables(args):
+            write(table.lines(args.dry_run), files)
 
 
-def partition(merges: np.ndarray, num_clusters: int) -> np.ndarray:
-    return hierarchy.fcluster(merges, num_clusters, "maxclust")
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    parser.set_defaults(**DEFAULTS[parser.parse_args(arguments).device])
+    return parser.parse_args(arguments)
 
 
-def engines(tokens: Tensor, num_clusters: int, linkage: str) -> Candidates:
-    """Exact clustering of `tokens` `[1, N, C]`, from tokens to labels `[N]`."""
-    metric = "euclidean" if linkage == "ward" else "cosine"
-    sklearn = AgglomerativeClustering(num_clusters, metric=metric, linkage=linkage)
-    return {
-        "atc_diffusion": lambda: agglomerate(tokens, num_clusters, linkage)[0].numpy(),
-        "fastcluster": lambda: partition(
-            fastcluster.linkage(condensed_distances(tokens, linkage), linkage, preserve_input=False), num_clusters
-        ),
-        "scipy": lambda: partition(hierarchy.linkage(condensed_distances(tokens, linkage), linkage), num_clusters),
-        "scikit-learn": lambda: sklearn.fit_predict(tokens[0].numpy()),
-    }
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=list(DEFAULTS), default="cpu", help="(default: cpu)")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"of {', '.join(PARTS)} (default: all; CPU: no compile)",
+    )
+    add(
+        "--model",
+        nargs="+",
+        choices=list(UNET),
+        metavar="MODEL",
+        help=f"of {', '.join(UNET)} (default: sd15; GPU: both)",
+    )
+    sizes = "pixels a side (default: 512, for SDXL 1024; GPU: sd15 at 512, 1024 and 2048)"
+    add("--size", nargs="+", type=_pixels, metavar="PIXELS", help=sizes)
+    keeps = "percentages of the tokens kept; all but step and attention take the first (default: 60 40; GPU: 60 40 25)"
+    add("--keep", nargs="+", type=_percent, metavar="PERCENT", help=keeps)
+    candidates = f"of {', '.join(CANDIDATES)}, beside the unpatched UNet (default: all)"
+    add("--candidates", nargs="*", choices=CANDIDATES, default=CANDIDATES, metavar="NAME", help=candidates)
+    tokens = "sizes of the clustering problems (default: 4096; GPU: 1024 4096 16384)"
+    add("--tokens", nargs="+", type=_positive, metavar="N", help=tokens)
+    growth = "sizes of those that grow (default: 1024 2048 4096 8192 16384)"
+    add("--growth-tokens", nargs="+", type=_positive, default=GROWTH, metavar="N", help=growth)
+    add("--repeats", type=_positive, default=3, metavar="N", help="timings of every candidate (default: 3)")
+    add("--dry-run", action="store_true", help=f"measure nothing: '{NOT_MEASURED}' in every cell")
+    add("--out", type=Path, metavar="FILE", help="a copy of what is printed")
+    return parser
 
 
-def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
-    pairs = np.unique(np.stack([a, b]), axis=1).shape[1]
-    return pairs == len(np.unique(a)) == len(np.unique(b))
+def tables(args: argparse.Namespace) -> Iterator[Table]:
+    """The chosen tables, about in the order of the time that they take."""
+    first, repeats, device = args.keep[0], args.repeats, args.device
+    models = [(model, size) for model in args.model for size in args.size or SIZES[device][model]]
+    models.sort(key=lambda each: each[1])
+    if "clustering" in args.parts and device == "cuda":
+        yield floor_table(args.tokens, first, repeats)
+    elif "clustering" in args.parts:
+        yield from (peers_table(num_tokens, first, repeats) for num_tokens in args.tokens)
+    if "growth" in args.parts:
+        yield growth_table(sorted(set(args.growth_tokens)), first, repeats, device)
+    if "attention" in args.parts:
+        yield from (attention_table(model, size, args.keep, repeats, device) for model, size in models)
+    if "step" in args.parts:
+        yield from (step_table(model, size, args.keep, args.candidates, repeats, device) for model, size in models)
+    if "compile" in args.parts:
+        yield compiled_table(*models[0], first, repeats, device)
 
 
-def time_clustering(num_tokens: int, keep: int, repeats: int) -> None:
-    print(f"\n## One clustering of {num_tokens} x 320 Gaussian tokens to {keep} %, from tokens to labels\n")
-    print("| linkage | engine | seconds | times ours | same partition |\n|---|---|---|---|---|")
-    tokens = torch.randn(1, num_tokens, 320, generator=torch.Generator().manual_seed(0))
-    for linkage in ("average", "complete", "single", "ward"):
-        candidates = engines(tokens, round(num_tokens * keep / 100), linkage)
-        labels = candidates["atc_diffusion"]()
-        same = {name: same_partition(labels, candidate()) for name, candidate in candidates.items()}
-        seconds = take_turns(candidates, repeats)
-        for name, value in seconds.items():
-            ratio = value / seconds["atc_diffusion"]
-            print(f"| {linkage} | {name} | {value:.3f} | {ratio:.2f} | {'yes' if same[name] else 'no'} |", flush=True)
-
-
-@contextmanager
-def tomesd_patched(unet: UNet2DConditionModel, ratio: float) -> Any:
-    tomesd.apply_patch(unet, ratio=ratio)
-    try:
-        yield
-    finally:
-        tomesd.remove_patch(unet)
-
-
-def patches(unet: UNet2DConditionModel, keep: int) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-    r = keep / 100
-    configs = {
-        f"ATC paper {keep} %": ATCConfig.paper(r),
-        f"ATC {keep} %": ATCConfig(r=r),
-        f"ATC keys/values {keep} %": ATCConfig(r=r, merge="keys_values"),
-        f"ATC {keep} %, {RUN} steps a clustering": ATCConfig(r=r, refresh_every=RUN),
-        f"ATC keys/values {keep} %, {RUN} steps a clustering": ATCConfig(r=r, merge="keys_values", refresh_every=RUN),
-    }
-    return {f"tomesd {keep} %": partial(tomesd_patched, unet, ratio=1 - r)} | {
-        name: partial(patched, unet, config) for name, config in configs.items()
-    }
-
-
-@torch.inference_mode()
-def time_step(unet: UNet2DConditionModel, size: int, keeps: list[int], repeats: int) -> None:
-    print(f"\n## A step of Stable Diffusion v1.5's UNet, random weights, {size} x {size}, batch 2, float32\n")
-    print(f"Mean of runs of {RUN} steps.\n\n| patch | seconds a step | ratio to unpatched |\n|---|---|---|")
-    sample, text = torch.randn(2, 4, size // 8, size // 8), torch.randn(2, 77, 768)
-    contexts = {"unpatched": nullcontext} | {k: v for keep in keeps for k, v in patches(unet, keep).items()}
-
-    def run(context: Callable[[], AbstractContextManager[Any]]) -> None:
-        with context():
-            for timestep in range(RUN, 0, -1):
-                unet(sample, timestep, text)
-
-    seconds = take_turns({name: partial(run, context) for name, context in contexts.items()}, repeats)
-    for name, value in seconds.items():
-        print(f"| {name} | {value / RUN:.2f} | {value / seconds['unpatched']:.2f} |", flush=True)
-
-
-def conditions() -> str:
+def conditions(device: str) -> str:
     packages = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{torch.get_num_threads()} CPU threads ({platform.processor() or platform.machine()}); {versions}"
+    processor = f"{torch.get_num_threads()} CPU threads ({platform.processor() or platform.machine()})"
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, " if device == "cuda" else ""
+    return f"{gpu}{processor}; Python {platform.python_version()}, {versions}."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs="*", default=[512], help="pixels; 1024 takes minutes a step")
-    parser.add_argument("--keep", type=int, nargs="+", default=[60, 40], help="percent of the tokens kept")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[4096], help="sizes of the clustering problems")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of every candidate")
-    args = parser.parse_args()
-    print(conditions())
-    for num_tokens in args.tokens:
-        time_clustering(num_tokens, args.keep[0], args.repeats)
-    if args.size:
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
-        for size in args.size:
-            time_step(unet, size, args.keep, args.repeats)
+def unmeasured(args: argparse.Namespace) -> str:
+    return f"Not measured yet; `python eval/speed.py --device {args.device}` fills this in."
+
+
+def _positive(text: str) -> int:
+    return _whole(text, "a whole number from 1 up", lambda value: value >= 1)
+
+
+def _percent(text: str) -> int:
+    return _whole(text, "a whole percentage from 1 to 100", lambda value: 1 <= value <= 100)
+
+
+def _pixels(text: str) -> int:
+    return _whole(text, "a multiple of 64 pixels", lambda value: value > 0 and value % 64 == 0)
+
+
+def _whole(text: str, expected: str, fits: Callable[[int], bool]) -> int:
+    if not text.isdecimal() or not fits(int(text)):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class ClusterTree:
         parents: `[B, N]` int64, the cluster that absorbed each token's cluster; itself where none did.
         heights: `[B, N]`, the distance at which that happened; infinite where it did not.
         order: `[B, N]` int64, the tokens in the order in which they were absorbed, the others behind them.
+        num_clusters: the least number of clusters that it was built down to.
 
     Heights never fall along a chain of parents, so every prefix of `order` is a valid clustering.
     """
@@ -23,13 +24,14 @@ class ClusterTree:
     parents: Tensor
     heights: Tensor
     order: Tensor
+    num_clusters: int = 1
 
     @classmethod
-    def from_merges(cls, parents: Tensor, heights: Tensor, rounds: Tensor) -> "ClusterTree":
-        """Order recorded merges by height, then round, then token; all arguments are `[B, N]`."""
+    def from_merges(cls, parents: Tensor, heights: Tensor, rounds: Tensor, num_clusters: int = 1) -> "ClusterTree":
+        """Order recorded merges by height, then round, then token; all tensors are `[B, N]`."""
         by_round = rounds.argsort(dim=1, stable=True)
         by_height = heights.gather(1, by_round).argsort(dim=1, stable=True)
-        return cls(parents, heights, by_round.gather(1, by_height))
+        return cls(parents, heights, by_round.gather(1, by_height), num_clusters)
 
     def cut(self, num_clusters: int) -> Tensor:
         """Labels `[B, N]` of exactly `num_clusters` clusters, numbered by first token.
@@ -39,10 +41,10 @@ class ClusterTree:
         """
         num_tokens = self.parents.shape[1]
         check_num_clusters(num_clusters, num_tokens)
+        if num_clusters < self.num_clusters:
+            raise ValueError(f"this tree was not built down to {num_clusters} clusters; build it with fewer")
         absorbed = torch.zeros_like(self.parents, dtype=torch.bool)
         absorbed.scatter_(1, self.order[:, : num_tokens - num_clusters], True)
-        if not self.heights[absorbed].isfinite().all():
-            raise ValueError(f"this tree was not built down to {num_clusters} clusters; build it with fewer")
         return _labels(self.parents, absorbed)
 
     def cut_at(self, distance: float) -> Tensor:
