@@ -1,7 +1,7 @@
 """The report: results as JSON and CSV, tables in Markdown, plots and grids of pictures."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -25,6 +25,10 @@ zero; without it, none is claimed."""
 FIDELITY_TEXT = """\
 Means over the pictures, ± half the 95 % interval by bootstrap. Columns are shares of tokens kept. High PSNR and SSIM
 and a small distance of the features are near. Pictures are compared as saved, in 8 bits: PSNR cannot exceed 58.9 dB."""
+NEARNESS = (45, 40, 35)  # dB
+EQUAL_FIDELITY_TEXT = """\
+The fastest that each way of merging gets while its mean PSNR stays at or above the column's, of the shares of tokens that
+were tried: seconds per picture, and that share. The unmerged model takes {unmerged:.2f} s."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
 interval of its mean; **bold** where that excludes zero. Each interval holds on its own, not all of them at once."""
@@ -55,6 +59,7 @@ def markdown(study: Study) -> str:
         "\n".join(["```", *study.commands, "```"]),
         *_fid_section(study),
         *_fidelity_section(study),
+        *_equal_fidelity_section(study),
         *_changes_section(study),
         "## Time, and the other scores",
         f"FID, KID, precision and recall by {study.features}.",
@@ -90,6 +95,25 @@ def _fidelity_section(study: Study) -> list[str]:
     tables = [_by_keep(title, keeps, _rows(study, keeps, cell)) for title, cell in cells.items()]
     figure = "![PSNR by seconds per picture](fidelity.png)"
     return ["## Nearness to the unmerged picture of the same seed", FIDELITY_TEXT, *tables, figure]
+
+
+def _equal_fidelity_section(study: Study) -> list[str]:
+    unmerged = study.unmerged.record["seconds_per_picture"]
+    if not study.merged or unmerged is None:
+        return []
+    rows = [[label, *(_fastest(line.values(), psnr) for psnr in NEARNESS)] for label, line in study.lines.items()]
+    table = _table(["seconds per picture", *(f"{psnr} dB" for psnr in NEARNESS)], rows)
+    return ["## Speed at equal fidelity", EQUAL_FIDELITY_TEXT.format(unmerged=unmerged), table]
+
+
+def _fastest(line: Iterable[Result], psnr: float) -> str:
+    """The least seconds per picture at which the merged results of `line` stay within `psnr`, and the share kept."""
+    merged = [result for result in line if result.scores.fidelity and result.record["seconds_per_picture"]]
+    near = [result for result in merged if result.fidelity.psnr.value >= psnr]
+    if not near:
+        return ""
+    fastest = min(near, key=lambda result: result.record["seconds_per_picture"])
+    return f"{fastest.record['seconds_per_picture']:.2f} at {fastest.keep:g} %"
 
 
 def _changes_section(study: Study) -> list[str]:

@@ -76,6 +76,15 @@ def test_the_table_has_a_row_for_each_way_and_a_column_for_each_share(study: Stu
     assert table["ATC average"] == ["33.80 ± 1.00", "33.80 ± 1.00*", ""]
 
 
+def test_speed_at_equal_fidelity_is_that_of_the_fastest_share_that_is_near_enough(study: Study) -> None:
+    quicker = [replace(each, record=RECORD | {"seconds_per_picture": each.keep / 100}) for each in study.results]
+    text = section(markdown(replace(study, results=quicker)), "Speed at equal fidelity")
+    assert "The unmerged model takes 1.00 s." in text
+    assert rows(text)["seconds per picture"] == ["45 dB", "40 dB", "35 dB"]
+    assert rows(text)["ToMe"] == ["", "", ""]
+    assert rows(text)["ATC average, proportional attention"] == ["", "0.50 at 50 %", "0.50 at 50 %"]
+
+
 def test_a_difference_within_its_interval_has_no_star(study: Study) -> None:
     unresolved = replace(study, results=[study.unmerged, make_result(study.merged[0].configuration, fid_margin=1.5)])
     assert rows(section(markdown(unresolved), "FID"))["ToMe"] == ["33.80 ± 1.00", "33.80 ± 1.00"]
