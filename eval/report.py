@@ -27,8 +27,8 @@ Means over the pictures, ± half the 95 % interval by bootstrap. Columns are sha
 and a small distance of the features are near. Pictures are compared as saved, in 8 bits: PSNR cannot exceed 58.9 dB."""
 NEARNESS = (45, 40, 35)  # dB
 EQUAL_FIDELITY_TEXT = """\
-The fastest that each way of merging gets while its mean PSNR stays at or above the column's, of the shares of tokens that
-were tried: seconds per picture, and that share. The unmerged model takes {unmerged:.2f} s."""
+The fastest that each way of merging gets while its mean PSNR stays at or above the column's, of the shares of tokens
+that were tried: seconds per picture, and that share. The unmerged model takes {unmerged:.2f} s."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
 interval of its mean; **bold** where that excludes zero. Each interval holds on its own, not all of them at once."""

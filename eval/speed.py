@@ -4,7 +4,8 @@ Prints Markdown tables, each with what it measured. The UNets have their full si
 timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
 medians from one run in which the candidates took turns.
 
-The defaults are an hour's subset on a CPU, and on a GPU all tables; rows appear as they are measured.
+The defaults take some ten minutes on two CPU cores; on a GPU they are all there is, made to fit into about five.
+Rows appear as they are measured, the slowest last.
 """
 
 import argparse

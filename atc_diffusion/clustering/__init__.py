@@ -1,6 +1,7 @@
 """Exact hierarchical clustering of batches of tokens, down to a chosen number of clusters."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,9 @@ from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
 
 LINKAGES = ("average", "complete", "single", "ward")
 METRICS = ("cosine", "euclidean", "precomputed")
-BACKENDS = ("torch", "scipy")
+BACKENDS = ("torch", "scipy", "triton")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def agglomerate(
@@ -28,23 +31,26 @@ def agglomerate(
         linkage: distance between clusters: "single" (Eq. 1), "complete" (Eq. 2), "average" (Eq. 3) or "ward".
         metric: distance between tokens: "cosine", "euclidean" or "precomputed". None: "euclidean" for Ward's
             linkage, which is defined for it alone, and "cosine" for the others.
-        backend: "torch" (batched, any device), "scipy" (the reference, on the CPU) or None for the fastest.
+        backend: "triton" (CUDA kernels, float32, no host synchronisation), "torch" (batched, any device), "scipy" (the
+            reference, on the CPU), or None: "triton" for CUDA tokens where Triton is installed, "torch" for all else,
+            float64 included.
 
     Returns:
         Labels `[B, N]` int64 in `0..num_clusters - 1`, on the tokens' device; clusters are numbered by their first
         token, so two equal partitions have equal labels. Differentiable code may use them as constants.
 
     Raises:
-        ValueError: for an unknown name, a shape or a number of clusters that does not fit.
+        ValueError: for an unknown name, a shape or a number of clusters that does not fit, or a backend that is not
+            installed or does not take such tokens.
 
     Example:
         >>> agglomerate(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]), num_clusters=2)
         tensor([[0, 1, 0]])
     """
     metric = check_choices(linkage, metric, backend)
-    check_tokens(tokens, metric)
+    check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
-    return _agglomerate(tokens.detach(), num_clusters, linkage, metric, backend or "torch")
+    return _agglomerate(tokens.detach(), num_clusters, linkage, metric, backend or fastest_backend(tokens))
 
 
 def cluster_tree(
@@ -64,9 +70,9 @@ def cluster_tree(
         (tensor([[0, 1, 0]]), tensor([[0, 1, 2]]))
     """
     metric = check_choices(linkage, metric, backend)
-    check_tokens(tokens, metric)
+    check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
-    return _build_tree(tokens.detach(), num_clusters, linkage, metric, backend or "torch")
+    return _build_tree(tokens.detach(), num_clusters, linkage, metric, backend or fastest_backend(tokens))
 
 
 def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
@@ -80,6 +86,8 @@ def check_choices(linkage: str, metric: str | None = None, backend: str | None =
         check_member("backend", backend, BACKENDS)
     if backend == "scipy" and importlib.util.find_spec("scipy") is None:
         raise ValueError("backend='scipy' needs SciPy; run `pip install scipy` or use backend='torch'")
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend='triton' needs Triton; run `pip install triton` or use backend='torch'")
     return metric
 
 
@@ -88,15 +96,25 @@ def check_member(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_tokens(tokens: Tensor, metric: str) -> None:
+def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> None:
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be a float tensor [B, N, C], got {tokens.dtype} {list(tokens.shape)}")
     if metric == "precomputed" and tokens.shape[1] != tokens.shape[2]:
         raise ValueError(f"precomputed distances must be square, [B, N, N], got {list(tokens.shape)}")
+    if backend == "triton" and tokens.dtype == torch.float64:
+        raise ValueError("backend='triton' clusters in float32; use backend='torch' for torch.float64")
+    if backend == "triton" and not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton' needs tokens on a CUDA device, got {tokens.device}; use backend='torch'")
+
+
+def fastest_backend(tokens: Tensor) -> str:
+    """What None means: it depends on the tokens' device and dtype alone, and on what is installed."""
+    return "triton" if HAS_TRITON and tokens.is_cuda and tokens.dtype != torch.float64 else "torch"
 
 
 def _build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> ClusterTree:
-    return _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
+    with torch.autocast(tokens.device.type, enabled=False):  # distances in half precision decide nothing
+        return _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
 
 
 @torch.library.custom_op("atc_diffusion::agglomerate", mutates_args=())
@@ -112,6 +130,8 @@ def _(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str
 def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
     if name == "scipy":
         from atc_diffusion.clustering._scipy import build_tree
+    elif name == "triton":
+        from atc_diffusion.clustering._triton import build_tree
     else:
         from atc_diffusion.clustering._torch import build_tree
     return build_tree

@@ -183,7 +183,9 @@ class _ReciprocalMerging:
             self._merge(number)
             number += 1
         heights = self.clusters.heights(self.heights[:, :-1])
-        return ClusterTree.from_merges(self.parents[:, :-1], heights, self.rounds[:, :-1], self.num_tokens - self.num_merges)
+        return ClusterTree.from_merges(
+            self.parents[:, :-1], heights, self.rounds[:, :-1], self.num_tokens - self.num_merges
+        )
 
     def _search(self, wanted: Tensor, choose: Choose) -> None:
         """Find the nearest neighbours of the clusters in the slots `wanted`, a mask `[B, M]`."""
