@@ -1,0 +1,32 @@
+"""The memory of one clustering on the CPU, in a process that does nothing else."""
+
+import multiprocessing
+import resource
+import sys
+
+import torch
+
+from atc_diffusion import agglomerate
+
+
+def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) -> int:
+    """How far one clustering raises the peak memory of a fresh process that has the tokens already."""
+    # Forked from a small server: a process that was started anew would inherit the peak of the one that started it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["atc_diffusion"])
+    with context.Pool(1) as pool:
+        return pool.apply(_growth_of_peak, (num_tokens, channels, num_clusters, linkage, torch.get_num_threads()))
+
+
+def _growth_of_peak(num_tokens: int, channels: int, num_clusters: int, linkage: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    tokens = torch.randn(1, num_tokens, channels)
+    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # what the first call loads is not the clustering's
+    before = _peak()
+    agglomerate(tokens, num_clusters, linkage)
+    return _peak() - before
+
+
+def _peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

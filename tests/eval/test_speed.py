@@ -1,0 +1,229 @@
+"""The benchmark's parts, run at tiny size; what they time is no test's business."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import speed
+import torch
+from diffusers import UNet2DConditionModel
+from speed_attention import ways
+from speed_clustering import engines, floor, gaussian, same_partition
+from speed_memory import peak_bytes
+from speed_tables import NOT_MEASURED, Rows, Table
+from speed_timing import take_turns
+from speed_unet import UNET as FULL_SIZE
+from speed_unet import Candidate, Denoising, load, select, share_weights
+
+from atc_diffusion import ATCConfig
+from tests.conftest import UNET
+
+SDXL: dict[str, Any] = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 12,
+}
+TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
+
+Run = Callable[[str], list[list[str]]]
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    load.cache_clear()
+    monkeypatch.setitem(FULL_SIZE, "sd15", UNET)
+    monkeypatch.setitem(FULL_SIZE, "sdxl", SDXL)
+
+
+@pytest.fixture
+def run(_tiny: None, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The cells of all rows that the benchmark prints."""
+
+    def cells(line: str) -> list[list[str]]:
+        speed.main([*TINY.split(), *line.split()])
+        return rows(capsys.readouterr().out)
+
+    return cells
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the tables' rows, without their headers."""
+    tables = [re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[2:] for table in text.split("\n## ")]
+    return [row.split(" | ") for table in tables for row in table]
+
+
+def test_everyone_warms_up_before_anyone_is_timed_and_then_they_alternate() -> None:
+    calls: list[str] = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = take_turns(candidates, repeats=2, device="cpu", calls=2, warm_ups=3)
+    assert "".join(calls) == "aaabbb" + "aabb" + "aabb"
+    assert list(timings) == ["a", "b"]
+
+
+def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
+    table = run("--parts clustering")
+    assert len(table) == 4 * 4
+    assert [row[1] for row in table[:4]] == ["atc_diffusion", "fastcluster", "scipy", "scikit-learn"]
+    assert {row[4] for row in table} == {"yes"}
+
+
+def test_partitions_are_compared_whatever_their_labels() -> None:
+    a, renamed, other = np.array([0, 0, 1, 2]), np.array([5, 5, 3, 4]), np.array([0, 1, 1, 2])
+    assert same_partition(a, renamed)
+    assert not same_partition(a, other)
+    assert not same_partition(a, np.zeros(4))
+
+
+def test_an_engine_that_is_asked_for_another_number_of_clusters_gives_another_partition() -> None:
+    ours = engines(gaussian(1, 32), 16, "average")["atc_diffusion"]()
+    assert not same_partition(ours, engines(gaussian(1, 32), 8, "average")["scipy"]())
+
+
+def test_growth_tells_exponents_and_memory_beside_the_matrix(run: Run) -> None:
+    table = run("--parts growth")
+    assert [row[:2] for row in table] == [["average", "64"], ["average", "128"], ["ward", "64"], ["ward", "128"]]
+    assert [bool(row[3]) for row in table] == [False, True, False, True]
+    assert all(int(row[4]) < 100 for row in table)
+
+
+def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() -> None:
+    torch.ones(2**27)  # 512 MiB, more than what is measured
+    matrix = 4 * 2048**2
+    assert peak_bytes(2048, 8, 2047, "complete") > matrix
+    assert peak_bytes(2048, 8, 2047, "average") < matrix
+
+
+def test_the_floor_is_arithmetic_without_a_matrix_and_traffic_with_one() -> None:
+    assert floor(1000, "ward", rate=1e12, bandwidth=1.0) == pytest.approx(2 * 2.3 * 2 * 1e6 * 320 / 1e12)
+    assert floor(1000, "single", rate=1e30, bandwidth=1e12) == pytest.approx(4.5 * 4 * 2 * 1e6 / 1e12)
+
+
+def test_weights_folded_into_the_head_are_a_mask() -> None:
+    q, k, v = (torch.randn(2, 3, n, 40, dtype=torch.float64) for n in (9, 6, 6))
+    outputs = {name: way() for name, way in ways(q, k, v, torch.randint(1, 9, (2, 6)).double().log()).items()}
+    for name in ("folded", "folded before"):
+        assert outputs[name].shape == q.shape
+        assert torch.allclose(outputs[name], outputs["mask"], rtol=0, atol=1e-13)  # some hundred roundings of 1e-16
+    assert not torch.allclose(outputs["off"], outputs["mask"], atol=1e-2)
+
+
+def test_attention_names_the_kernel(run: Run) -> None:
+    table = run("--parts attention --model sd15 sdxl")
+    assert [row[1] for row in table] == ["off", "mask", "folded", "folded before"] * 2
+    assert {row[4] for row in table} == {"flash_attention_for_cpu"}
+
+
+def test_steps_of_every_candidate_are_told_beside_the_unpatched(run: Run) -> None:
+    table = run("--parts step --model sd15 sdxl --keep 60 20")
+    sixty = [["60 %", "tomesd"], ["25 %", "todo"], ["60 %", "atc-paper"], ["60 %", "atc"], ["60 %", "atc-fast"]]
+    twenty = [["20 %", "atc-paper"], ["20 %", "atc"], ["20 %", "atc-fast"]]
+    assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
+    assert table[0][3] == "1.00"
+    assert [row[4] for row in table[:5]] == ["", "", "", "3", "3"]
+
+
+def test_compiled_steps_have_rows_too(run: Run) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        table = run("--parts compile")
+    assert [row[1] for row in table] == ["unpatched", "atc", "atc-fast"]
+
+
+def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> None:
+    assert [str(each) for each in select([60, 20], ["tomesd", "todo"])] == [
+        "unpatched 100 %",
+        "tomesd 60 %",
+        "todo 25 %",
+    ]
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-fast"])
+def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
+    unet, candidate = load(model, "cpu"), Candidate(name, 25)
+    plain, changed = (Denoising(share_weights(unet), each, 64) for each in (Candidate("unpatched", 100), candidate))
+    changed.sample, changed.inputs = plain.sample, plain.inputs
+    changed.turn()
+    plain.turn()
+    assert torch.equal(plain.output, unet(plain.sample, 999, **plain.inputs).sample)
+    assert not torch.allclose(changed.output, plain.output, atol=1e-3)
+    assert all(a is b for a, b in zip(unet.parameters(), changed.unet.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speed_unet.ATC", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
+    run = Denoising(share_weights(load("sd15", "cpu")), Candidate("every third", 50), 64)
+    for turns in (1, 2, 3):
+        run.turn()
+        assert run.steps == 3 * turns
+        assert run.clusterings_a_step() == "1"  # three layers, every third step
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_an_output_that_is_not_finite_is_refused() -> None:
+    run = Denoising(share_weights(load("sd15", "cpu")), Candidate("unpatched", 100), 64)
+    run.sample = run.sample * torch.inf
+    run.turn()
+    with pytest.raises(ValueError, match="the output of unpatched 100 % is not finite"):
+        run.check_output()
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_the_unets_have_full_size(model: str, parameters: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**FULL_SIZE[model])
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+
+
+def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    speed.main(["--device", "cuda", "--dry-run", "--out", str(tmp_path / "speed.md")])
+    text = capsys.readouterr().out
+    table = rows(text)
+    assert (tmp_path / "speed.md").read_text() == text
+    assert "SDXL's UNet, random weights, 1024 x 1024, batch 2, float16, on cuda" in text
+    assert "torch.compile" in text
+    assert len(table) == 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 4) + 3
+    assert all(set(row[2:]) == {NOT_MEASURED} for row in table)
+
+
+def test_rows_that_do_not_fit_a_gpu_say_so_and_the_others_are_measured() -> None:
+    def measure_too_much() -> list[list[str]]:
+        raise torch.OutOfMemoryError
+
+    table = Table("", "", ["size", "ms"], [Rows([["small"]], lambda: [["1"]]), Rows([["large"]], measure_too_much)])
+    assert list(table.lines())[-2:] == ["| small | 1 |", "| large | out of memory |"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
+    with pytest.raises(SystemExit, match=r"^PyTorch finds no CUDA GPU here; run this where there is one, or add"):
+        speed.main(["--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--keep 0.6", "expected a whole percentage from 1 to 100, got '0.6'"),
+        ("--size 500", "expected a multiple of 64 pixels, got '500'"),
+        ("--repeats 0", "expected a whole number from 1 up, got '0'"),
+        ("--candidates dog", "invalid choice: 'dog'"),
+    ],
+)
+def test_what_does_not_fit_is_named(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        speed.parse(line.split())
+    assert text in capsys.readouterr().err
+
+
+def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
+    args = speed.parse(["--device", "cuda", "--keep", "50"])
+    assert args.keep == [50]
+    assert args.tokens == [1024, 4096, 16384]
+    assert speed.parse([]).tokens == [4096]
