@@ -4,8 +4,8 @@ Prints Markdown tables, each with what it measured. The UNets have their full si
 timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
 medians from one run in which the candidates took turns.
 
-The defaults take some ten minutes on two CPU cores; on a GPU they are all there is, made to fit into about five.
-Rows appear as they are measured, the slowest last.
+The defaults take some ten minutes on two CPU cores. On a GPU they are all there is, and the tables that take longest,
+of 2048 x 2048 pixels and of torch.compile, come last; each table is printed once it is measured.
 """
 
 import argparse
