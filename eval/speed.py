@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from speed_attention import attention_table
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.device == "cuda" and not args.dry_run and not torch.cuda.is_available():
         sys.exit("PyTorch finds no CUDA GPU here; run this where there is one, or add --dry-run for empty tables")
     with ExitStack() as stack:
-        files = [sys.stdout, *([stack.enter_context(args.out.open("w", encoding="utf-8"))] if args.out else [])]
+        files: list[TextIO] = [sys.stdout]
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            files.append(stack.enter_context(args.out.open("w", encoding="utf-8")))
         write([unmeasured(args) if args.dry_run else conditions(args.device)], files)
         for table in tables(args):
             write(table.lines(args.dry_run), files)
@@ -55,20 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=list(DEFAULTS), default="cpu", help="(default: cpu)")
-    add(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        metavar="PART",
-        help=f"of {', '.join(PARTS)} (default: all; CPU: no compile)",
-    )
-    add(
-        "--model",
-        nargs="+",
-        choices=list(UNET),
-        metavar="MODEL",
-        help=f"of {', '.join(UNET)} (default: sd15; GPU: both)",
-    )
+    parts = f"of {', '.join(PARTS)} (default: all; CPU: no compile)"
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", help=parts)
+    models = f"of {', '.join(UNET)} (default: sd15; GPU: both)"
+    add("--model", nargs="+", choices=list(UNET), metavar="MODEL", help=models)
     sizes = "pixels a side (default: 512, for SDXL 1024; GPU: sd15 at 512, 1024 and 2048)"
     add("--size", nargs="+", type=_pixels, metavar="PIXELS", help=sizes)
     keeps = "percentages of the tokens kept; all but step and attention take the first (default: 60 40; GPU: 60 40 25)"

@@ -183,10 +183,10 @@ def test_the_unets_have_full_size(model: str, parameters: int) -> None:
 
 
 def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    speed.main(["--device", "cuda", "--dry-run", "--out", str(tmp_path / "speed.md")])
+    speed.main(["--device", "cuda", "--dry-run", "--out", str(tmp_path / "new" / "speed.md")])
     text = capsys.readouterr().out
     table = rows(text)
-    assert (tmp_path / "speed.md").read_text() == text
+    assert (tmp_path / "new" / "speed.md").read_text() == text
     assert "SDXL's UNet, random weights, 1024 x 1024, batch 2, float16, on cuda" in text
     assert "torch.compile" in text
     assert len(table) == 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 4) + 3
