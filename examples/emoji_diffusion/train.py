@@ -88,7 +88,18 @@ def load_picture(path: Path, pixels: int) -> Tensor:
 
 
 def make_tokenizer(names: list[str], recipe: Recipe, folder: Path) -> CLIPTokenizer:
-    """Train a byte-pair vocabulary on the names, with CLIP's conventions."""
+    """Train a byte-pair vocabulary on the names, with CLIP's conventions, unless `folder` has one.
+
+    Training breaks ties in any order, so a model that is trained on must keep the vocabulary that it has.
+    """
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if not vocab.exists():
+        train_vocabulary(names, folder)
+    return CLIPTokenizer(vocab=str(vocab), merges=str(merges), model_max_length=recipe.tokens)
+
+
+def train_vocabulary(names: list[str], folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt` to `folder`."""
     blank = CLIPTokenizer().backend_tokenizer
     trainer = BpeTrainer(
         vocab_size=2048,
@@ -99,8 +110,7 @@ def make_tokenizer(names: list[str], recipe: Recipe, folder: Path) -> CLIPTokeni
     )
     blank.train_from_iterator(names, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    vocab, merges = blank.model.save(str(folder))
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=recipe.tokens)
+    blank.model.save(str(folder))
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe) -> CLIPTextModel:
