@@ -215,7 +215,7 @@ def test_a_partial_tree_refuses_to_be_cut_too_low():
     [
         ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
         ({"metric": "manhattan"}, "metric must be one of"),
-        ({"backend": "triton"}, "backend must be one of 'torch', 'scipy', got 'triton'"),
+        ({"backend": "numpy"}, "backend must be one of 'torch', 'scipy', 'triton', got 'numpy'"),
         ({"linkage": "ward", "metric": "cosine"}, "use metric='euclidean'"),
         ({"num_clusters": 0}, "between 1 and the 6 tokens there are, got 0"),
         ({"num_clusters": 7}, "between 1 and the 6 tokens there are, got 7"),

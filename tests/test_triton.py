@@ -1,0 +1,229 @@
+"""The CUDA kernels against the reference: on the device where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import atc_diffusion.clustering as clustering
+from atc_diffusion import MergeMap, agglomerate, cluster_tree
+from tests.test_clustering import assert_valid
+
+pytest.importorskip("triton")
+from atc_diffusion.clustering import _triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LINKAGES = ["average", "complete", "single", "ward"]
+CASES = [
+    ("average", "cosine"),
+    ("average", "euclidean"),
+    ("complete", "cosine"),
+    ("single", "euclidean"),
+    ("ward", "euclidean"),
+    ("ward", "precomputed"),
+    ("single", "precomputed"),
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in masked lanes
+on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Few tokens go through all loops then: several tiles and blocks, launched rounds and rounds that are left."""
+    monkeypatch.setattr(_triton, "ROUNDS", 2)
+    monkeypatch.setattr(_triton, "BLOCK", 16)
+
+
+def draw_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def draw_problem(metric: str, batch: int, num_tokens: int, channels: int) -> Tensor:
+    tokens = draw_tokens(batch, num_tokens, channels)
+    return torch.cdist(tokens, tokens) if metric == "precomputed" else tokens
+
+
+def chain(num_tokens: int) -> Tensor:
+    """Points `[1, N, 1]`, every one as far from the last as that from the first: one pair a round is reciprocal."""
+    return 2 ** torch.arange(num_tokens, dtype=torch.float32, device=DEVICE)[None, :, None]
+
+
+@pytest.mark.parametrize(("linkage", "metric"), CASES)
+@pytest.mark.parametrize(("batch", "num_tokens", "channels"), [(1, 3, 3), (2, 19, 20)])
+def test_equals_the_reference(linkage, metric, batch, num_tokens, channels):
+    problem = draw_problem(metric, batch, num_tokens, channels)
+    num_clusters = num_tokens // 3
+    labels, scipys, torchs = (
+        agglomerate(problem, num_clusters, linkage, metric, backend) for backend in ("triton", "scipy", "torch")
+    )
+    assert torch.equal(labels, scipys)
+    assert torch.equal(labels, torchs)
+
+
+@pytest.mark.parametrize("linkage", ["average", "ward", "complete"])
+@pytest.mark.parametrize(("num_tokens", "channels"), [(17, 130), (70, 3)])
+def test_odd_sizes(linkage, num_tokens, channels):
+    tokens = draw_tokens(1, num_tokens, channels)
+    labels = agglomerate(tokens, 7, linkage, backend="triton")
+    assert torch.equal(labels, agglomerate(tokens, 7, linkage, backend="scipy"))
+
+
+@pytest.mark.parametrize(("linkage", "metric"), CASES[2:5])
+def test_one_tree_serves_every_cut(linkage, metric):
+    tokens = draw_tokens(1, 20, 3)
+    tree, scipys = (cluster_tree(tokens, linkage, metric, backend) for backend in ("triton", "scipy"))
+    for num_clusters in range(1, 21):
+        assert torch.equal(tree.cut(num_clusters), scipys.cut(num_clusters))
+    assert torch.allclose(tree.heights.sort(dim=1).values, scipys.heights.sort(dim=1).values, atol=1e-6)
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_a_single_token_two_and_as_many_clusters_as_tokens(linkage):
+    assert agglomerate(draw_tokens(2, 1, 3), 1, linkage, backend="triton").tolist() == [[0], [0]]
+    assert agglomerate(draw_tokens(2, 2, 1), 1, linkage, backend="triton").tolist() == [[0, 0], [0, 0]]
+    assert agglomerate(draw_tokens(1, 4, 3), 4, linkage, backend="triton").tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_chains_take_more_rounds_than_are_launched(linkage):
+    labels = [agglomerate(chain(12), 3, linkage, "euclidean", backend) for backend in ("triton", "scipy")]
+    assert torch.equal(*labels)
+
+
+def test_a_batch_of_different_problems_equals_its_items():
+    tokens = torch.cat([draw_tokens(1, 18, 1), torch.ones(1, 18, 1, device=DEVICE), chain(18)])
+    trees = [cluster_tree(item, "ward", backend="triton", num_clusters=5) for item in (tokens, *tokens.split(1))]
+    assert torch.equal(trees[0].cut(5), torch.cat([tree.cut(5) for tree in trees[1:]]))
+    assert torch.equal(trees[0].heights, torch.cat([tree.heights for tree in trees[1:]]))
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_ties_give_exactly_k_labels_and_the_heights_of_the_reference(linkage):
+    tokens = draw_tokens(1, 9, 3)[:, torch.arange(27) * 7 % 9]
+    tree, scipys = (cluster_tree(tokens, linkage, "euclidean", backend) for backend in ("triton", "scipy"))
+    # Equal tokens are apart by the root of a rounding error, of 2^-23 times their squared norms.
+    assert torch.allclose(tree.heights.sort(dim=1).values, scipys.heights.sort(dim=1).values, atol=4e-3)
+    for num_clusters in (1, 9, 26):
+        assert_valid(tree.cut(num_clusters), num_clusters)
+
+
+def test_identical_tokens_pair_off_instead_of_queueing_at_one(monkeypatch):
+    """Five launched rounds are enough for 32 of them, so that none is left to the last launch."""
+    monkeypatch.setattr(_triton, "ROUNDS", 5)
+    data = torch.ones(1, 32, 3, device=DEVICE)
+    links, numbers, counts = _triton._initial_state(data)
+    _triton._run(data, links, numbers, counts, "average means", num_merges=31)
+    assert counts[0, _triton.ROUND.value] == 5
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_degenerate_tokens_in_low_precision_give_valid_labels(linkage):
+    tokens = draw_tokens(6, 11, 4).half()
+    for i, value in enumerate([0.0, 3e4, float("nan"), float("inf"), -float("inf")]):
+        tokens[i, i % 2 :: 2 - i % 2] = value
+    assert_valid(agglomerate(tokens, 6, linkage, backend="triton").cpu(), 6)
+
+
+def test_low_precision_is_clustered_in_float32():
+    tokens = draw_tokens(1, 17, 8).half()
+    labels = [agglomerate(x, 6, backend="triton") for x in (tokens, tokens.float())]
+    assert torch.equal(*labels)
+
+
+def test_negative_distances_are_ordered_too():
+    distances = draw_problem("precomputed", 1, 12, 3)
+    labels = [agglomerate(d, 4, "complete", "precomputed", backend="triton") for d in (distances, distances - 2)]
+    assert torch.equal(*labels)
+
+
+def test_tokens_stay_as_they_are():
+    for metric in ("cosine", "precomputed"):
+        problem = draw_problem(metric, 1, 9, 4)
+        before = problem.clone()
+        agglomerate(problem, 3, "average", metric, backend="triton")
+        assert torch.equal(problem, before)
+
+
+@pytest.mark.parametrize("backend", clustering.BACKENDS)
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+def test_autocast_changes_nothing(backend, linkage):
+    tokens = draw_tokens(1, 20, 6)
+    labels = agglomerate(tokens, 7, linkage, backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(labels, agglomerate(tokens, 7, linkage, backend=backend))
+
+
+def test_the_backend_depends_on_the_tokens_alone():
+    with FakeTensorMode():
+        cpu, cuda = torch.empty(1, 4, 3), torch.empty(1, 4, 3, device="cuda")
+        assert [clustering.fastest_backend(x) for x in (cpu, cuda, cuda.half(), cuda.double())] == [
+            "torch",
+            "triton",
+            "triton",
+            "torch",
+        ]
+
+
+@pytest.mark.parametrize("function", [agglomerate, cluster_tree])
+def test_what_it_cannot_do_is_said_at_once(function, monkeypatch):
+    tokens = torch.zeros(1, 4, 3)
+    with pytest.raises(ValueError, match=r"clusters in float32; use backend='torch' for torch.float64"):
+        function(tokens.double(), backend="triton", num_clusters=2)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs tokens on a CUDA device, got cpu; use backend='torch'"):
+        function(tokens, backend="triton", num_clusters=2)
+    monkeypatch.setattr(clustering, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="needs Triton; run `pip install triton` or use backend='torch'"):
+        function(tokens, backend="triton", num_clusters=2)
+
+
+def test_a_tree_is_ordered_cut_and_merged_by_without_knowing_its_data():
+    """What needs no data to run needs no synchronisation with a device either."""
+    with FakeTensorMode():
+        parents = torch.arange(9).repeat(2, 1)
+        tree = clustering.ClusterTree.from_merges(parents, torch.ones(2, 9), parents, num_clusters=3)
+        merge_map = MergeMap(tree.cut(4), 4)
+        assert merge_map.unmerge(merge_map.merge(torch.ones(2, 9, 5))).shape == (2, 9, 5)
+
+
+@on_cuda
+@pytest.mark.parametrize(("linkage", "metric"), CASES)
+def test_a_graph_captures_it_and_nothing_synchronises(linkage, metric):
+    problems = [draw_problem(metric, 2, num_tokens=200, channels=seed) for seed in (20, 21, 22)]
+    problems = [p[..., :20] if metric != "precomputed" else p for p in problems]
+    expected = [agglomerate(problem, 70, linkage, metric, "triton") for problem in problems]
+    given = problems[0].clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        agglomerate(given, 70, linkage, metric, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        labels = agglomerate(given, 70, linkage, metric, "triton")
+    for problem, expectation in zip(problems, expected, strict=True):
+        given.copy_(problem)
+        graph.replay()
+        assert torch.equal(labels, expectation)
+
+
+@on_cuda
+@pytest.mark.parametrize(("linkage", "metric"), CASES)
+def test_it_is_the_same_to_the_bit_every_time(linkage, metric, monkeypatch):
+    """Programs that race would not be."""
+    monkeypatch.undo()
+    problem = draw_problem(metric, 2, 2000, 40)
+    trees = [cluster_tree(problem, linkage, metric, "triton", num_clusters=1000) for _ in range(20)]
+    assert all(torch.equal(trees[0].heights, tree.heights) for tree in trees)
+    assert all(torch.equal(trees[0].parents, tree.parents) for tree in trees)
+
+
+@on_cuda
+@pytest.mark.parametrize(("linkage", "metric"), CASES)
+def test_large_problems_have_the_heights_of_the_reference(linkage, metric, monkeypatch):
+    monkeypatch.undo()
+    problem = draw_problem(metric, 2, 2049, 40)
+    trees = [cluster_tree(problem, linkage, metric, backend, num_clusters=1200) for backend in ("triton", "scipy")]
+    merged = [tree.heights.sort(dim=1).values[:, : 2049 - 1200] for tree in trees]
+    assert torch.allclose(*merged, rtol=1e-4, atol=1e-4)
