@@ -52,7 +52,7 @@ def _windows(height: int, width: int, window: int, device: torch.device) -> list
 
 
 def _tree(tokens: Tensor, windows: list[Tensor], linkage: str, backend: str | None) -> ClusterTree:
-    """The trees of all windows as one, which has as many roots as there are windows."""
+    """The trees of all windows as one."""
     parents = torch.empty(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     ranks, heights = torch.empty_like(parents), tokens.new_empty(tokens.shape[:2], dtype=torch.float64)
     for tiles in windows:
@@ -62,4 +62,4 @@ def _tree(tokens: Tensor, windows: list[Tensor], linkage: str, backend: str | No
         parents[:, index] = of_all.gather(1, tree.parents).reshape(len(tokens), -1)
         heights[:, index] = tree.heights.double().reshape(len(tokens), -1)
         ranks[:, index] = tree.order.argsort(dim=1).reshape(len(tokens), -1)
-    return ClusterTree.from_merges(parents, heights, ranks)
+    return ClusterTree.from_merges(parents, heights, ranks, num_clusters=sum(map(len, windows)))
