@@ -37,9 +37,8 @@ MERGE_COLUMNS = tl.constexpr(128)  # in so many channels, or distances to cluste
 NEIGHBOUR = tl.constexpr(0)
 PARENT = tl.constexpr(1)
 ROUND_ABSORBED = tl.constexpr(2)
-ACTIVE = tl.constexpr(3)  # this and the rows below are lists, in ascending order, as long as `counts` says
-STALE = tl.constexpr(4)  # active clusters whose nearest neighbour is not known
-PAIRS = tl.constexpr(5)  # active clusters that have just absorbed their neighbour
+PAIRS = tl.constexpr(3)  # a list, as long as `counts` says, of the clusters that have just absorbed their neighbour
+ACTIVE = tl.constexpr(4)  # the list of all, in two rows for even and odd rounds; see `_clusters`
 LINKS = tl.constexpr(6)
 
 # Rows of `numbers` [B, NUMBERS, N], float32.
@@ -52,7 +51,7 @@ NUMBERS = tl.constexpr(5)
 
 # Entries of `counts` [B, COUNTS], int32.
 NUM_ACTIVE = tl.constexpr(0)
-NUM_STALE = tl.constexpr(1)
+NUM_STALE = tl.constexpr(1)  # active clusters whose nearest neighbour is not known
 NUM_PAIRS = tl.constexpr(2)
 ROUND = tl.constexpr(3)
 COUNTS = tl.constexpr(4)
@@ -103,15 +102,15 @@ def _run(data: Tensor, links: Tensor, numbers: Tensor, counts: Tensor, form: str
     block = min(BLOCK, max(16, triton.next_power_of_2(num_tokens)))
     constants = {"FORM": form, "TILE": tile, "BLOCK": block, "PRECISION": _precision(data.device)}
     splits = min(SPLITS, triton.cdiv(num_tokens, tile))
-    search_grid = (triton.cdiv(num_tokens, tile), splits, batch)
-    merge_grid = (triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1 if means else splits, batch)
+    search_grid = (batch, triton.cdiv(num_tokens, tile), splits)
+    merge_grid = (batch, triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1 if means else splits)
     with torch.cuda.device_of(data):
         for _ in range(min(ROUNDS, num_merges)):
             _kernel[search_grid](*arguments, STEP="search", **constants, num_warps=8)
-            _kernel[1, 1, batch](*arguments, STEP="pair", **constants, num_warps=16)
+            _kernel[batch, 1, 1](*arguments, STEP="pair", **constants, num_warps=16)
             _kernel[merge_grid](*arguments, STEP="merge", **constants, num_warps=8)
         if num_merges:
-            _kernel[1, 1, batch](*arguments, STEP="all", **constants, num_warps=8)
+            _kernel[batch, 1, 1](*arguments, STEP="all", **constants, num_warps=8)
 
 
 def _precision(device: torch.device) -> str:
@@ -137,7 +136,7 @@ def _kernel(
     PRECISION: tl.constexpr,
 ):
     """One step of a round, or all rounds that are left; `data` [B, N, width] holds means or distances."""
-    item = tl.program_id(2).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     data += item * n * width
     links += item * n * LINKS
     numbers += item * n * NUMBERS
@@ -160,11 +159,15 @@ def _kernel(
 
 
 @triton.jit
-def _entries(list, start, length, SIZE: tl.constexpr):
-    """`SIZE` entries of a list from `start` on, and which of them there are."""
+def _clusters(links, counts, start, length, n, SIZE: tl.constexpr):
+    """`SIZE` of the first `length` active clusters, from `start` on, and which of them there are.
+
+    The stale ones are first: they lie at the front of the list, the others at its end.
+    """
     slots = start + tl.arange(0, SIZE)
-    valid = slots < length
-    return tl.load(list + slots, mask=valid, other=0), valid
+    places = tl.where(slots < tl.load(counts + NUM_STALE), slots, slots + n - tl.load(counts + NUM_ACTIVE))
+    clusters = links + n * (ACTIVE + tl.load(counts + ROUND) % 2) + places
+    return tl.load(clusters, mask=slots < length, other=0), slots < length
 
 
 @triton.jit
@@ -174,14 +177,18 @@ def _search(
     """Leave in `keys` how far the nearest neighbours of the stale clusters are, and which."""
     num_active = tl.load(counts + NUM_ACTIVE)
     num_stale = tl.load(counts + NUM_STALE)
-    for first_row in range(tl.program_id(0) * TILE, num_stale, tl.num_programs(0) * TILE):
-        rows, is_row = _entries(links + n * STALE, first_row, num_stale, TILE)
+    for first_row in range(tl.program_id(1) * TILE, num_stale, tl.num_programs(1) * TILE):
+        rows, is_row = _clusters(links, counts, first_row, num_stale, n, TILE)
         nearest = tl.full([TILE], NOBODY, tl.int64)
-        for first_column in range(tl.program_id(1) * TILE, num_active, tl.num_programs(1) * TILE):
-            columns, is_column = _entries(links + n * ACTIVE, first_column, num_active, TILE)
+        # Of two tiles that are each other's mirror image, only that above the diagonal is looked at, in both ways.
+        for first_column in range(first_row + tl.program_id(2) * TILE, num_active, tl.num_programs(2) * TILE):
+            columns, is_column = _clusters(links, counts, first_column, num_active, n, TILE)
+            apart = rows[:, None] ^ columns[None, :]
             distances = _distances(data, numbers, rows, columns, n, width, FORM, TILE, PRECISION)
-            distances = tl.where(is_column[None, :] & (rows[:, None] != columns[None, :]), distances, INFINITY)
-            nearest = tl.minimum(nearest, _nearest(distances, rows, columns))
+            distances = tl.where(is_row[:, None] & is_column[None, :] & (apart != 0), distances, INFINITY)
+            nearest = tl.minimum(nearest, _nearest(distances, apart, 1))
+            is_stale = first_column + tl.arange(0, TILE) < num_stale
+            tl.atomic_min(keys + columns, _nearest(distances, apart, 0), mask=is_stale, sem="relaxed")
         tl.atomic_min(keys + rows, nearest, mask=is_row, sem="relaxed")
 
 
@@ -201,6 +208,7 @@ def _distances(data, numbers, rows, columns, n, width, FORM: tl.constexpr, TILE:
 
 @triton.jit
 def _products(data, rows, columns, width, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    """Products [TILE, TILE] of means."""
     rows = data + rows.to(tl.int64)[:, None] * width
     columns = data + columns.to(tl.int64)[None, :] * width
     products = tl.zeros([TILE, TILE], tl.float32)
@@ -213,14 +221,14 @@ def _products(data, rows, columns, width, TILE: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def _nearest(distances, rows, columns):
-    """Keys of the least distance in every row, on ties to the cluster of the smallest row XOR column.
+def _nearest(distances, apart, AXIS: tl.constexpr):
+    """Keys of the least distances along an axis, on ties to the cluster of the smallest row XOR column.
 
     That being symmetric, equal tokens pair off instead of all pointing at one.
     """
-    nearest = tl.min(distances, axis=1)
-    apart = tl.where(distances == nearest[:, None], rows[:, None] ^ columns[None, :], LAST_TOKEN)
-    return _key(nearest, tl.min(apart, axis=1))
+    nearest = tl.min(distances, axis=AXIS)
+    tied = tl.where(distances == tl.expand_dims(nearest, AXIS), apart, LAST_TOKEN)
+    return _key(nearest, tl.min(tied, axis=AXIS))
 
 
 @triton.jit
@@ -261,7 +269,7 @@ def _take_neighbours(links, numbers, counts, keys, n, BLOCK: tl.constexpr):
     """Read the keys that the search left, and clear them."""
     num_stale = tl.load(counts + NUM_STALE)
     for start in range(0, num_stale, BLOCK):
-        clusters, valid = _entries(links + n * STALE, start, num_stale, BLOCK)
+        clusters, valid = _clusters(links, counts, start, num_stale, n, BLOCK)
         key = tl.load(keys + clusters, mask=valid, other=0)
         tl.debug_barrier()  # here and below: several threads may hold one entry, and all must read before one writes
         tl.store(keys + clusters, tl.full([BLOCK], NOBODY, tl.int64), mask=valid)
@@ -275,7 +283,7 @@ def _join_closest(links, numbers, counts, n, BLOCK: tl.constexpr):
     num_active = tl.load(counts + NUM_ACTIVE)
     closest = tl.full([BLOCK], LAST_KEY, tl.int64)
     for start in range(0, num_active, BLOCK):
-        clusters, valid = _entries(links + n * ACTIVE, start, num_active, BLOCK)
+        clusters, valid = _clusters(links, counts, start, num_active, n, BLOCK)
         key = _key(tl.load(numbers + n * BOUND + clusters), clusters)
         closest = tl.minimum(closest, tl.where(valid, key, LAST_KEY))
     cluster = tl.min(closest, axis=0).to(tl.int32)
@@ -296,7 +304,7 @@ def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
     num_active = tl.load(counts + NUM_ACTIVE)
     number = tl.load(counts + ROUND)
     for start in range(0, num_active, BLOCK):
-        clusters, valid = _entries(links + n * ACTIVE, start, num_active, BLOCK)
+        clusters, valid = _clusters(links, counts, start, num_active, n, BLOCK)
         partners, paired = _partners(links, clusters, n)
         absorbed = valid & paired & (partners < clusters)
         distance = tl.minimum(tl.load(numbers + n * BOUND + clusters), tl.load(numbers + n * BOUND + partners))
@@ -311,7 +319,7 @@ def _kth_smallest(values, k, n, BLOCK: tl.constexpr):
     """Find it digit by digit: it is the greatest number that fewer than `k` values are below."""
     digits = tl.arange(0, 16)
     found = tl.full([1], -(2**31), tl.int32)
-    for place in tl.static_range(8):
+    for place in range(8):
         candidates = found + (digits << (28 - 4 * place))
         below = tl.zeros([16], tl.int32)
         for start in range(0, n, BLOCK):
@@ -324,38 +332,41 @@ def _kth_smallest(values, k, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _renew(links, numbers, counts, last, n, BLOCK: tl.constexpr):
-    """List the clusters that can still merge below the height `last`, the stale ones, and the new ones."""
+    """List the clusters that can still merge below the height `last`, and the new ones among them."""
     num_active = tl.load(counts + NUM_ACTIVE)
-    kept, stale, pairs = 0, 0, 0
+    number = tl.load(counts + ROUND)
+    front = links + n * (ACTIVE + (number + 1) % 2)
+    stale, settled, pairs = 0, 0, 0
     for start in range(0, num_active, BLOCK):
-        clusters, valid = _entries(links + n * ACTIVE, start, num_active, BLOCK)
+        clusters, valid = _clusters(links, counts, start, num_active, n, BLOCK)
         partners, paired = _partners(links, clusters, n)
         _, partner_paired = _partners(links, partners, n)
         is_new = valid & paired & (clusters < partners)
         size = tl.load(numbers + n * SIZE + clusters) + tl.load(numbers + n * SIZE + partners)
         height = tl.load(numbers + n * HEIGHT + partners)
         bound = tl.where(is_new, height, tl.load(numbers + n * BOUND + clusters))
-        is_kept = valid & (is_new | ~paired) & (bound < last)
+        kept = valid & (is_new | ~paired) & (bound < last)
         partner_gone = partner_paired | (tl.load(numbers + n * BOUND + partners) >= last)
         tl.debug_barrier()
         tl.store(numbers + n * BOUND + clusters, height, mask=is_new)
         tl.store(numbers + n * FORMED + clusters, height, mask=is_new)
         tl.store(numbers + n * SIZE + clusters, size, mask=is_new)
-        kept = _append(links + n * ACTIVE, kept, clusters, is_kept)
-        stale = _append(links + n * STALE, stale, clusters, is_kept & partner_gone)
-        pairs = _append(links + n * PAIRS, pairs, clusters, is_kept & is_new)
+        stale = _append(front, 1, stale, clusters, kept & partner_gone)
+        settled = _append(front + n - 1, -1, settled, clusters, kept & ~partner_gone)
+        pairs = _append(links + n * PAIRS, 1, pairs, clusters, kept & is_new)
     tl.debug_barrier()
-    tl.store(counts + NUM_ACTIVE, tl.where(kept > 1, kept, 0))
-    tl.store(counts + NUM_STALE, tl.where(kept > 1, stale, 0))
-    tl.store(counts + NUM_PAIRS, tl.where(kept > 1, pairs, 0))
-    tl.store(counts + ROUND, tl.load(counts + ROUND) + 1)
+    going = stale + settled > 1
+    tl.store(counts + NUM_ACTIVE, tl.where(going, stale + settled, 0))
+    tl.store(counts + NUM_STALE, tl.where(going, stale, 0))
+    tl.store(counts + NUM_PAIRS, tl.where(going, pairs, 0))
+    tl.store(counts + ROUND, number + 1)
 
 
 @triton.jit
-def _append(list, length, clusters, wanted):
-    """Append those wanted to a list; returns its new length."""
+def _append(list, STEP: tl.constexpr, length, clusters, wanted):
+    """Append those wanted to a list that grows by steps of 1 or -1; returns its new length."""
     count = wanted.to(tl.int32)
-    tl.store(list + length + tl.cumsum(count, axis=0) - 1, clusters, mask=wanted)
+    tl.store(list + STEP * (length + tl.cumsum(count, axis=0) - 1), clusters, mask=wanted)
     return length + tl.sum(count, axis=0)
 
 
@@ -372,8 +383,10 @@ def _merge(data, links, numbers, counts, n, width, FORM: tl.constexpr):
 def _merge_means(data, links, numbers, counts, n, width):
     """Take a step towards the neighbour, not a sum: the mean of identical tokens stays that token to the bit."""
     num_pairs = tl.load(counts + NUM_PAIRS)
-    for start in range(tl.program_id(0) * MERGE_ROWS, num_pairs, tl.num_programs(0) * MERGE_ROWS):
-        clusters, valid = _entries(links + n * PAIRS, start, num_pairs, MERGE_ROWS)
+    for start in range(tl.program_id(1) * MERGE_ROWS, num_pairs, tl.num_programs(1) * MERGE_ROWS):
+        slots = start + tl.arange(0, MERGE_ROWS)
+        valid = slots < num_pairs
+        clusters = tl.load(links + n * PAIRS + slots, mask=valid, other=0)
         partners = tl.load(links + n * NEIGHBOUR + clusters)
         step = tl.load(numbers + n * SIZE + partners) / tl.load(numbers + n * SIZE + clusters)
         norms = tl.zeros([MERGE_ROWS], tl.float32)
@@ -399,11 +412,13 @@ def _merge_distances(data, links, numbers, counts, n, FORM: tl.constexpr):
     """
     num_active = tl.load(counts + NUM_ACTIVE)
     num_pairs = tl.load(counts + NUM_PAIRS)
-    for first_row in range(tl.program_id(0) * MERGE_ROWS, num_pairs, tl.num_programs(0) * MERGE_ROWS):
-        rows, is_row = _entries(links + n * PAIRS, first_row, num_pairs, MERGE_ROWS)
+    for first_row in range(tl.program_id(1) * MERGE_ROWS, num_pairs, tl.num_programs(1) * MERGE_ROWS):
+        slots = first_row + tl.arange(0, MERGE_ROWS)
+        is_row = slots < num_pairs
+        rows = tl.load(links + n * PAIRS + slots, mask=is_row, other=0)
         partners = tl.load(links + n * NEIGHBOUR + rows)
-        for first_column in range(tl.program_id(1) * MERGE_COLUMNS, num_active, tl.num_programs(1) * MERGE_COLUMNS):
-            columns, is_column = _entries(links + n * ACTIVE, first_column, num_active, MERGE_COLUMNS)
+        for first_column in range(tl.program_id(2) * MERGE_COLUMNS, num_active, tl.num_programs(2) * MERGE_COLUMNS):
+            columns, is_column = _clusters(links, counts, first_column, num_active, n, MERGE_COLUMNS)
             column_partners, is_new = _partners(links, columns, n)
             inside = is_row[:, None] & is_column[None, :] & (rows[:, None] != columns[None, :])
             inside &= (rows[:, None] < columns[None, :]) | ~is_new[None, :]
