@@ -36,6 +36,7 @@ def _small_tiles(monkeypatch):
     """Few tokens go through all loops then: several tiles and blocks, launched rounds and rounds that are left."""
     monkeypatch.setattr(_triton, "ROUNDS", 2)
     monkeypatch.setattr(_triton, "BLOCK", 16)
+    monkeypatch.setattr(_triton, "PROGRAMS", 3)
 
 
 @pytest.fixture(autouse=True)

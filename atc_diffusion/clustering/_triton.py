@@ -26,7 +26,7 @@ from atc_diffusion.clustering.tree import ClusterTree
 ROUNDS = 10
 
 TILE = 128  # clusters by clusters whose distances are computed together
-SPLITS = 16  # programs that share the columns of a row of tiles
+PROGRAMS = 16  # at most so many by so many an item: enough to fill a GPU, few enough to cost little when idle
 BLOCK = 4096  # clusters that the program of an item looks at together
 
 DEPTH = tl.constexpr(32)  # channels per step of a product
@@ -99,18 +99,23 @@ def _run(data: Tensor, links: Tensor, numbers: Tensor, counts: Tensor, form: str
     arguments = (data, links, numbers, counts, keys, num_tokens, width, num_merges)
     means = form.endswith("means")
     tile = min(TILE if means else TILE // 2, max(16, triton.next_power_of_2(num_tokens) // 4))
-    block = min(BLOCK, max(16, triton.next_power_of_2(num_tokens)))
-    constants = {"FORM": form, "TILE": tile, "BLOCK": block, "PRECISION": _precision(data.device)}
-    splits = min(SPLITS, triton.cdiv(num_tokens, tile))
-    search_grid = (batch, triton.cdiv(num_tokens, tile), splits)
-    merge_grid = (batch, triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1 if means else splits)
+    options = {
+        "FORM": form,
+        "TILE": tile,
+        "BLOCK": min(BLOCK, max(16, triton.next_power_of_2(num_tokens))),
+        "PRECISION": _precision(data.device),
+        "enable_fp_fusion": True,
+    }
+    programs = min(PROGRAMS, triton.cdiv(num_tokens, tile))
+    search_grid = (batch, programs, programs)
+    merge_grid = (batch, triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1) if means else search_grid
     with torch.cuda.device_of(data):
         for _ in range(min(ROUNDS, num_merges)):
-            _kernel[search_grid](*arguments, STEP="search", **constants, num_warps=8)
-            _kernel[batch, 1, 1](*arguments, STEP="pair", **constants, num_warps=16)
-            _kernel[merge_grid](*arguments, STEP="merge", **constants, num_warps=8)
+            _kernel[search_grid](*arguments, STEP="search", **options, num_warps=8)
+            _kernel[batch, 1, 1](*arguments, STEP="pair", **options, num_warps=16)
+            _kernel[merge_grid](*arguments, STEP="merge", **options, num_warps=8)
         if num_merges:
-            _kernel[batch, 1, 1](*arguments, STEP="all", **constants, num_warps=8)
+            _kernel[batch, 1, 1](*arguments, STEP="all", **options, num_warps=8)
 
 
 def _precision(device: torch.device) -> str:
