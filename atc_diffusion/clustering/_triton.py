@@ -33,7 +33,7 @@ DEPTH = tl.constexpr(32)  # channels per step of a product
 MERGE_ROWS = tl.constexpr(16)  # pairs joined together,
 MERGE_COLUMNS = tl.constexpr(128)  # in so many channels, or distances to clusters, at a time
 
-# Rows of `links` [B, LINKS, N], int32: what tokens are said of every token.
+# Rows of `links` [B, LINKS, N], int32, indexed by token unless they are lists.
 NEIGHBOUR = tl.constexpr(0)
 PARENT = tl.constexpr(1)
 ROUND_ABSORBED = tl.constexpr(2)
@@ -41,7 +41,7 @@ PAIRS = tl.constexpr(3)  # a list, as long as `counts` says, of the clusters tha
 ACTIVE = tl.constexpr(4)  # the list of all, in two rows for even and odd rounds; see `_clusters`
 LINKS = tl.constexpr(6)
 
-# Rows of `numbers` [B, NUMBERS, N], float32.
+# Rows of `numbers` [B, NUMBERS, N], float32, indexed by token.
 BOUND = tl.constexpr(0)  # distance to the nearest neighbour
 FORMED = tl.constexpr(1)  # height at which the cluster came to be
 HEIGHT = tl.constexpr(2)  # height at which it was absorbed
