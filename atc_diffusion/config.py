@@ -113,7 +113,7 @@ class ATCConfig(MergeConfig):
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
         window: side of the windows, in tokens, that are clustered each on its own; None for the whole picture at once.
-        backend: what clusters: "torch", "scipy" (the slow reference), or None for the fastest there is.
+        backend: what clusters: "torch", "triton" (CUDA), "scipy" (the slow reference), or None for the fastest.
     """
 
     linkage: str = "average"

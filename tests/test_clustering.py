@@ -186,7 +186,7 @@ def test_degenerate_distances_are_far(value):
     assert agglomerate(distances, 2, "complete", metric="precomputed").tolist() == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("linkage", LINKAGES)
+@pytest.mark.parametrize("linkage", ["average", "complete", "ward"])
 def test_identical_tokens_pair_off_instead_of_queueing_at_one(linkage):
     """Rounds grow with the logarithm of 1024, not with 1024."""
     tokens = torch.ones(1, 1024, 3)

@@ -34,6 +34,7 @@ on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Few tokens go through all loops then: several tiles and blocks, launched rounds and rounds that are left."""
+    monkeypatch.setattr(_triton, "ALONE", 4)
     monkeypatch.setattr(_triton, "ROUNDS", 2)
     monkeypatch.setattr(_triton, "BLOCK", 16)
     monkeypatch.setattr(_triton, "PROGRAMS", 3)

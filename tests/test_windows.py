@@ -56,3 +56,10 @@ def test_a_window_as_large_as_the_picture_changes_nothing():
     features = torch.randn(1, 20, 6)
     labels = ATCConfig(r=0.5, window=5).merge_map(features, (4, 5), torch.tensor(0)).labels
     assert torch.equal(labels, agglomerate(features, 10))
+
+
+@pytest.mark.parametrize("backend", ["scipy", "triton"])
+def test_every_backend_clusters_windows(backend):
+    tokens = torch.randn(2, 63, 6)
+    labels = agglomerate_windows(tokens, 20, 7, 9, 4, "average", backend)
+    assert torch.equal(labels, agglomerate_windows(tokens, 20, 7, 9, 4, "average", "torch"))

@@ -36,7 +36,7 @@ def _spanning_tree(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _join(sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parents, heights and rounds `[N]`: along the edges from the shortest on, the later first token joins the earlier."""
+    """Parents, heights and rounds `[N]`: from the shortest edge on, the later first token joins the earlier."""
     num_tokens = len(lengths) + 1
     roots = list(range(num_tokens))
     parents, heights = np.arange(num_tokens), np.full(num_tokens, np.inf, dtype=lengths.dtype)

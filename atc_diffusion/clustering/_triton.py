@@ -24,6 +24,7 @@ from atc_diffusion.clustering.tree import ClusterTree
 # Pictures of 4096 tokens take 7-11 rounds with average and complete linkage, the last of them with some dozens of
 # clusters, which one program per item does as well. An idle round costs microseconds.
 ROUNDS = 10
+ALONE = 256  # tokens of the problems, windows above all, that one program does from the first round to the last
 
 TILE = 128  # clusters by clusters whose distances are computed together
 PROGRAMS = 16  # at most so many by so many an item: enough to fill a GPU, few enough to cost little when idle
@@ -110,7 +111,7 @@ def _run(data: Tensor, links: Tensor, numbers: Tensor, counts: Tensor, form: str
     search_grid = (batch, programs, programs)
     merge_grid = (batch, triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1) if means else search_grid
     with torch.cuda.device_of(data):
-        for _ in range(min(ROUNDS, num_merges)):
+        for _ in range(min(ROUNDS, num_merges) if num_tokens > ALONE else 0):
             _kernel[search_grid](*arguments, STEP="search", **options, num_warps=8)
             _kernel[batch, 1, 1](*arguments, STEP="pair", **options, num_warps=16)
             _kernel[merge_grid](*arguments, STEP="merge", **options, num_warps=8)
