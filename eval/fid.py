@@ -101,6 +101,7 @@ def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
         batch_size=args.batch_size,
         dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
         device=device.type,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
     )
 
 

@@ -32,8 +32,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity"
 class Sampling:
     """What every set has in common: whatever changes the bits of a picture beside prompt, seed and merging.
 
-    The batch size is among them, for matrix products are rounded differently in batches of another size, and then
-    other tokens can be the most similar. `weights` is the `weights_digest` of `model`, which may be trained further.
+    The batch size and the number of CPU threads are among them, for they decide how matrix products are rounded, and
+    so, which tokens are the most similar. `weights` is the `weights_digest` of `model`, which may be trained further.
     """
 
     model: str
@@ -44,6 +44,7 @@ class Sampling:
     batch_size: int
     dtype: str
     device: str
+    threads: int | None = None
 
     @property
     def json(self) -> dict[str, Any]:

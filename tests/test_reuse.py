@@ -246,7 +246,8 @@ def test_img2img_and_guidance_switched_off_half_way(components):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "config", [ATCConfig(refresh_every=2, window=4), ATCConfig(share_guidance=True, share_layers=True), ATCConfig.fast()]
+    "config",
+    [ATCConfig(refresh_every=2, window=4), ATCConfig(share_guidance=True, share_layers=True), ATCConfig.fast()],
 )
 def test_reuse_compiles_whole_and_settles(unet, config):
     """Within the first clustering that knows the guidance's parts, here the fourth step at the latest."""
