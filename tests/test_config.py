@@ -1,5 +1,7 @@
 """What a configuration accepts, and how it says no."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,9 +59,10 @@ def test_the_share_may_depend_on_level_and_progress():
         config.at(1, None)
 
 
-def test_the_papers_setting_clusters_hidden_states_into_plain_means():
-    config = ATCConfig.paper(0.4, "single")
-    assert config == ATCConfig(r=0.4, linkage="single", features="hidden_states", proportional_attention=False)
+def test_the_papers_setting_clusters_hidden_states_into_plain_means_every_time():
+    exact: dict[str, Any] = {"window": None, "share_guidance": False, "refresh_every": 1}
+    plain: dict[str, Any] = {"features": "hidden_states", "proportional_attention": False}
+    assert ATCConfig.paper(0.4, "single") == ATCConfig(r=0.4, linkage="single", **plain, **exact)
 
 
 @pytest.mark.parametrize("linkage", ["average", "ward"])

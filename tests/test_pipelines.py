@@ -43,7 +43,7 @@ def text(batch: int) -> dict[str, Tensor]:
 def test_stable_diffusion(components, pipeline, options, batch):
     pipe = pipeline(**components, **PARTS)
     before = draw(pipe, text(batch), **options)
-    assert apply_patch(pipe, r=0.5) is pipe
+    assert apply_patch(pipe, r=0.5, refresh_every=1) is pipe
     merged = draw(pipe, text(batch), **options)
     assert merged.shape == before.shape
     assert not np.array_equal(merged, before)
@@ -71,7 +71,7 @@ def test_sdxl_is_merged_at_its_finest_level_with_attention(components):
     )
     pooled = {"pooled_prompt_embeds": torch.ones(1, 10), "negative_pooled_prompt_embeds": torch.zeros(1, 10)}
     before = draw(pipe, text(1) | pooled, height=16, width=16)
-    merged = draw(apply_patch(pipe, r=0.5), text(1) | pooled, height=16, width=16)
+    merged = draw(apply_patch(pipe, r=0.5, refresh_every=1), text(1) | pooled, height=16, width=16)
     assert not np.array_equal(merged, before)
     assert {(x.downsample, x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(2, 16, 8, 3)}
 

@@ -116,7 +116,7 @@ def test_guidance_halves_called_in_turn_keep_their_own_groupings(unet):
 
 
 def test_layers_of_a_level_share(unet):
-    apply_patch(unet, share_layers=True, max_downsample=2)
+    apply_patch(unet, share_layers=True, max_downsample=2, refresh_every=1)
     run(unet, [900, 500], embedding())
     layers = summary(unet).layers
     assert {level: sum(x.clusterings for x in layers if x.downsample == level) for level in (1, 2)} == {1: 2, 2: 2}
@@ -141,7 +141,7 @@ def test_shared_groupings_are_those_of_the_last_part(unet):
     prompt, latents = 30 * embedding(2), sample().repeat(2, 1, 1, 1)
     runs = []
     for share in (True, False):
-        apply_patch(unet, share_guidance=share)
+        apply_patch(unet, share_guidance=share, refresh_every=1)
         runs.append([run(unet, [timestep], prompt, latents + timestep / 1000) for timestep in (900, 700)])
     shared, exact = runs
     assert torch.equal(shared[0], exact[0])
@@ -149,17 +149,15 @@ def test_shared_groupings_are_those_of_the_last_part(unet):
     assert not torch.allclose(shared[1][0], exact[1][0], atol=1e-5)
 
 
-def test_prompts_without_guidance_never_share(unet):
+@pytest.mark.parametrize("seeds", [[1, 1], [1, 2]])
+def test_prompts_without_guidance_never_share(unet, seeds):
     """Two prompts of one seed have equal latents at the first step, and part there."""
-    prompt, latents = embedding(2), sample().repeat(2, 1, 1, 1)
-    shared = run(apply_patch(unet, share_guidance=True), [900, 700, 500], prompt, latents)
-    assert torch.equal(shared, run(apply_patch(unet), [900, 700, 500], prompt, latents))
-
-
-def test_two_plain_images_in_one_batch_never_share(unet):
     prompt = embedding(2)
-    shared = run(apply_patch(unet, share_guidance=True), [900, 700], prompt)
-    assert torch.equal(shared, run(apply_patch(unet), [900, 700], prompt))
+    latents = torch.cat([sample() * seed for seed in seeds])
+    apply_patch(unet, share_guidance=True, refresh_every=1)
+    shared = run(unet, [900, 700, 500], prompt, latents)
+    apply_patch(unet, share_guidance=False, refresh_every=1)
+    assert torch.equal(shared, run(unet, [900, 700, 500], prompt, latents))
 
 
 def test_a_position_in_the_schedule_is_known_without_waiting_for_its_device():

@@ -125,7 +125,7 @@ def test_steps_of_every_candidate_are_told_beside_the_unpatched(run: Run) -> Non
     twenty = [["20 %", "atc-paper"], ["20 %", "atc"], ["20 %", "atc-fast"]]
     assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
     assert table[0][3] == "1.00"
-    assert [row[4] for row in table[:5]] == ["", "", "", "3", "3"]
+    assert [row[4] for row in table[:5]] == ["", "", "", "3", "1"]
 
 
 def test_compiled_steps_have_rows_too(run: Run) -> None:
