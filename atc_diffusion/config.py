@@ -149,7 +149,7 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def fast(cls, r: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
-        """The quickest setting that stays near the unmerged pictures: all queries, few keys and values (eval/results)."""
+        """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results)."""
         return cls(r=r, merge="keys_values")
 
     def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
