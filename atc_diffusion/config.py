@@ -150,7 +150,7 @@ class ATCConfig(MergeConfig):
     @classmethod
     def fast(cls, r: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
         """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results)."""
-        return cls(r=r, merge="keys_values")
+        return cls(r=r, merge="keys_values", window=32)
 
     def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
         num_clusters = self.num_clusters(features.shape[1])
