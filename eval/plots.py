@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+from cycler import cycler
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def plot_fid(study: Study) -> Figure:
         results = _from_most_kept(line)
         keeps, fid = [result.keep for result in results], [result.scores.fid.value for result in results]
         margins = [0.0, *(result.fidelity.fid_change.margin for result in results[1:])]
-        axes.errorbar(keeps, fid, margins, marker="o", markersize=4, capsize=3, label=label)
+        axes.errorbar(keeps, fid, margins, capsize=3, label=label)
     axes.axhline(study.unmerged.scores.fid.value, color="grey", linestyle="--", label="unmerged")
     axes.invert_xaxis()
     _legend(figure, axes)
@@ -29,9 +30,11 @@ def plot_fidelity(study: Study) -> Figure:
     figure, axes = _figure(study, "seconds per picture", "PSNR to the unmerged picture (dB)")
     for label, line in study.lines.items():
         results = [each for each in _from_most_kept(line)[1:] if each.record["seconds_per_picture"] is not None]
+        if not results:
+            continue
         seconds = [result.record["seconds_per_picture"] for result in results]
         psnr = [result.fidelity.psnr.value for result in results]
-        axes.plot(seconds, psnr, marker="o", label=label)
+        axes.plot(seconds, psnr, label=label)
         for x, y, result in zip(seconds, psnr, results, strict=True):
             axes.annotate(f"{result.keep:g}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
     unmerged = study.unmerged.record["seconds_per_picture"]
@@ -71,9 +74,9 @@ def _show(axes: Axes, result: Result | None, picture: Picture) -> None:
 
 
 def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(8, 4.5 + 0.16 * len(study.lines)), layout="constrained", dpi=120)
     axes = figure.subplots()
-    axes.set_prop_cycle(color=color_sequences["tab20" if len(study.lines) > 10 else "tab10"])
+    axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"], markersize=[4] * 4) * cycler(color=color_sequences["tab10"]))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -81,7 +84,7 @@ def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
 
 
 def _from_most_kept(line: dict[float, Result]) -> list[Result]:
