@@ -18,7 +18,7 @@ def plot_fid(study: Study) -> Figure:
         results = _from_most_kept(line)
         keeps, fid = [result.keep for result in results], [result.scores.fid.value for result in results]
         margins = [0.0, *(result.fidelity.fid_change.margin for result in results[1:])]
-        axes.errorbar(keeps, fid, margins, capsize=3, label=label)
+        axes.errorbar(keeps, fid, margins, markersize=4, capsize=3, label=label)
     axes.axhline(study.unmerged.scores.fid.value, color="grey", linestyle="--", label="unmerged")
     axes.invert_xaxis()
     _legend(figure, axes)
@@ -34,7 +34,7 @@ def plot_fidelity(study: Study) -> Figure:
             continue
         seconds = [result.record["seconds_per_picture"] for result in results]
         psnr = [result.fidelity.psnr.value for result in results]
-        axes.plot(seconds, psnr, label=label)
+        axes.plot(seconds, psnr, markersize=4, label=label)
         for x, y, result in zip(seconds, psnr, results, strict=True):
             axes.annotate(f"{result.keep:g}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
     unmerged = study.unmerged.record["seconds_per_picture"]
@@ -76,7 +76,7 @@ def _show(axes: Axes, result: Result | None, picture: Picture) -> None:
 def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5 + 0.16 * len(study.lines)), layout="constrained", dpi=120)
     axes = figure.subplots()
-    axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"], markersize=[4] * 4) * cycler(color=color_sequences["tab10"]))
+    axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"]) * cycler(color=color_sequences["tab10"]))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
