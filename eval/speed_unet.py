@@ -41,9 +41,11 @@ UNET: dict[str, dict[str, Any]] = {
 }
 TITLES = {"sd15": "Stable Diffusion v1.5", "sdxl": "SDXL"}
 
+FREE = "atc-free"  # as atc, with groupings that are all found in the warm-up
 ATC: dict[str, Callable[[float], ATCConfig]] = {
     "atc-paper": ATCConfig.paper,
     "atc": lambda r: ATCConfig(r=r),
+    FREE: lambda r: ATCConfig(r=r, refresh_every=1000),
     "atc-fast": ATCConfig.fast,
 }
 CANDIDATES = ("tomesd", "todo", *ATC)
@@ -69,7 +71,10 @@ def step_table(model: str, size: int, keeps: Sequence[int], names: Sequence[str]
     """Candidates in turn, on UNets that share their weights."""
     candidates = select(keeps, names)
     rows = Rows([each.cells for each in candidates], partial(_in_turns, model, size, candidates, repeats, device))
-    note = f"{_note(repeats)} todo keeps every query, and a quarter of the keys and values."
+    note = (
+        f"{_note(repeats)} todo keeps every query, and a quarter of the keys and values. {FREE} is atc with groupings"
+        " that were found before: what a clustering that costs nothing would give."
+    )
     return Table(_title(model, size, device), note, _columns(device), [rows])
 
 
@@ -150,6 +155,7 @@ class Denoising:
 
     Attributes:
         period: steps that a clustering serves; a turn has as many.
+        clusterings: in the last turn, of all layers together.
     """
 
     def __init__(self, unet: UNet2DConditionModel, candidate: Candidate, size: int) -> None:
@@ -158,18 +164,20 @@ class Denoising:
         self.sample, self.inputs = make_inputs(unet, size)
         # Entries of one tensor, as a scheduler's are: their order is known without waiting for a GPU.
         self.timesteps = cycle(torch.arange(999, -1, -1, device=unet.device))
-        self.steps = 0
+        self.clusterings = 0
 
     def turn(self) -> None:
+        before = self._clusterings_so_far()
         for timestep in islice(self.timesteps, self.period):
             self.output = self.unet(self.sample, timestep, **self.inputs).sample
-        self.steps += self.period
+        self.clusterings = self._clusterings_so_far() - before
 
     def clusterings_a_step(self) -> str:
-        """As `atc_diffusion.summary` counts them, over the whole run."""
-        if self.candidate.name not in ATC:
-            return ""
-        return f"{sum(layer.clusterings for layer in summary(self.unet).layers) / self.steps:.3g}"
+        """Of the last turn."""
+        return f"{self.clusterings / self.period:.3g}" if self.candidate.name in ATC else ""
+
+    def _clusterings_so_far(self) -> int:
+        return sum(layer.clusterings for layer in summary(self.unet).layers) if self.candidate.name in ATC else 0
 
     def check_output(self) -> None:
         if not self.output.isfinite().all():
@@ -194,7 +202,7 @@ def patch(unet: UNet2DConditionModel, candidate: Candidate) -> int:
     if name in ATC:
         config = ATC[name](r)
         apply_patch(unet, config)
-        return config.refresh_every
+        return 1 if name == FREE else config.refresh_every
     if name == "tomesd":
         tomesd.apply_patch(unet, ratio=1 - r, max_downsample=finest_layers(unet)[0].downsample)
     elif name == "todo":

@@ -121,11 +121,12 @@ def test_attention_names_the_kernel(run: Run) -> None:
 
 def test_steps_of_every_candidate_are_told_beside_the_unpatched(run: Run) -> None:
     table = run("--parts step --model sd15 sdxl --keep 60 20")
-    sixty = [["60 %", "tomesd"], ["25 %", "todo"], ["60 %", "atc-paper"], ["60 %", "atc"], ["60 %", "atc-fast"]]
-    twenty = [["20 %", "atc-paper"], ["20 %", "atc"], ["20 %", "atc-fast"]]
+    ours = ["atc-paper", "atc", "atc-free", "atc-fast"]
+    sixty = [["60 %", "tomesd"], ["25 %", "todo"], *(["60 %", name] for name in ours)]
+    twenty = [["20 %", name] for name in ours]
     assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
     assert table[0][3] == "1.00"
-    assert [row[4] for row in table[:5]] == ["", "", "", "3", "1"]
+    assert [row[4] for row in table[:7]] == ["", "", "", "3", "1", "0", "1"]
 
 
 def test_compiled_steps_have_rows_too(run: Run) -> None:
@@ -144,7 +145,7 @@ def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> 
 
 @pytest.mark.usefixtures("_tiny")
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
-@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-fast"])
+@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast"])
 def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
     unet, candidate = load(model, "cpu"), Candidate(name, 25)
     plain, changed = (Denoising(share_weights(unet), each, 64) for each in (Candidate("unpatched", 100), candidate))
@@ -162,7 +163,7 @@ def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.Monkey
     run = Denoising(share_weights(load("sd15", "cpu")), Candidate("every third", 50), 64)
     for turns in (1, 2, 3):
         run.turn()
-        assert run.steps == 3 * turns
+        assert next(run.timesteps) == 1000 - 4 * turns  # three steps, and the one that this looks at
         assert run.clusterings_a_step() == "1"  # three layers, every third step
 
 
@@ -189,7 +190,7 @@ def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str
     assert (tmp_path / "new" / "speed.md").read_text() == text
     assert "SDXL's UNet, random weights, 1024 x 1024, batch 2, float16, on cuda" in text
     assert "torch.compile" in text
-    assert len(table) == 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 4) + 3
+    assert len(table) == 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 5) + 3
     assert all(set(row[2:]) == {NOT_MEASURED} for row in table)
 
 
