@@ -4,8 +4,8 @@ Prints Markdown tables, each with what it measured. The UNets have their full si
 timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
 medians from one run in which the candidates took turns.
 
-The defaults take some ten minutes on two CPU cores. On a GPU they are all there is, and the tables that take longest,
-of 2048 x 2048 pixels and of torch.compile, come last; each table is printed once it is measured.
+The defaults take a quarter of an hour on two CPU cores. On a GPU they are all there is, and the tables that take
+longest, of 2048 x 2048 pixels and of torch.compile, come last; each table is printed once it is measured.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from speed_arithmetic import arithmetic_table
 from speed_attention import attention_table
 from speed_clustering import floor_table, growth_table, peers_table
 from speed_tables import NOT_MEASURED, Table, write
 from speed_unet import CANDIDATES, UNET, compiled_table, step_table
 
-PARTS = ("clustering", "growth", "attention", "step", "compile")
+PARTS = ("arithmetic", "clustering", "growth", "attention", "step", "compile")
 DEFAULTS = {
     "cpu": {"parts": PARTS[:-1], "model": ["sd15"], "keep": [60, 40], "tokens": [4096]},
     "cuda": {"parts": PARTS, "model": ["sd15", "sdxl"], "keep": [60, 40, 25], "tokens": [1024, 4096, 16384]},
@@ -84,6 +85,8 @@ def tables(args: argparse.Namespace) -> Iterator[Table]:
     first, repeats, device = args.keep[0], args.repeats, args.device
     models = [(model, size) for model in args.model for size in args.size or SIZES[device][model]]
     models.sort(key=lambda each: each[1])
+    if "arithmetic" in args.parts:
+        yield arithmetic_table(models)
     if "clustering" in args.parts and device == "cuda":
         yield floor_table(args.tokens, first, repeats)
     elif "clustering" in args.parts:

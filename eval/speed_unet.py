@@ -8,7 +8,7 @@ found out, and each of its turns continues the run by another. The mean step of 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from typing import Any
@@ -41,12 +41,16 @@ UNET: dict[str, dict[str, Any]] = {
 }
 TITLES = {"sd15": "Stable Diffusion v1.5", "sdxl": "SDXL"}
 
+BATCH = 2  # a picture under guidance
+
 FREE = "atc-free"  # as atc, with groupings that are all found in the warm-up
+DEEPER = "atc-fast-2"  # as atc-fast, at the two finest levels
 ATC: dict[str, Callable[[float], ATCConfig]] = {
     "atc-paper": ATCConfig.paper,
     "atc": lambda r: ATCConfig(r=r),
     FREE: lambda r: ATCConfig(r=r, refresh_every=1000),
     "atc-fast": ATCConfig.fast,
+    DEEPER: ATCConfig.fast,
 }
 CANDIDATES = ("tomesd", "todo", *ATC)
 COMPILED = ("unpatched", "atc", "atc-fast")
@@ -73,7 +77,8 @@ def step_table(model: str, size: int, keeps: Sequence[int], names: Sequence[str]
     rows = Rows([each.cells for each in candidates], partial(_in_turns, model, size, candidates, repeats, device))
     note = (
         f"{_note(repeats)} todo keeps every query, and a quarter of the keys and values. {FREE} is atc with groupings"
-        " that were found before: what a clustering that costs nothing would give."
+        f" that were found before: what a clustering that costs nothing would give. {DEEPER} is atc-fast at the two"
+        " finest levels."
     )
     return Table(_title(model, size, device), note, _columns(device), [rows])
 
@@ -95,7 +100,7 @@ def select(keeps: Sequence[int], names: Sequence[str]) -> list[Candidate]:
 
 def _title(model: str, size: int, device: str) -> str:
     dtype = str(precision(device)).removeprefix("torch.")
-    return f"A step of {TITLES[model]}'s UNet, random weights, {size} x {size}, batch 2, {dtype}, on {device}"
+    return f"A step of {TITLES[model]}'s UNet, random weights, {size} x {size}, batch {BATCH}, {dtype}, on {device}"
 
 
 def _note(repeats: int) -> str:
@@ -187,24 +192,25 @@ class Denoising:
 def make_inputs(unet: UNet2DConditionModel, size: int) -> tuple[Tensor, dict[str, Any]]:
     """A picture's latents, the same for both halves of its guidance, and their text."""
     draw = partial(torch.randn, device=unet.device, dtype=unet.dtype)
-    sample = draw(1, 4, size // 8, size // 8).repeat(2, 1, 1, 1)
-    inputs: dict[str, Any] = {"encoder_hidden_states": draw(2, 77, unet.config.cross_attention_dim)}
+    sample = draw(1, 4, size // 8, size // 8).repeat(BATCH, 1, 1, 1)
+    inputs: dict[str, Any] = {"encoder_hidden_states": draw(BATCH, 77, unet.config.cross_attention_dim)}
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        times = torch.tensor([[size, size, 0, 0, size, size]] * 2, device=unet.device)
-        inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": times}
+        times = torch.tensor([[size, size, 0, 0, size, size]] * BATCH, device=unet.device)
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(BATCH, pooled), "time_ids": times}
     return sample, inputs
 
 
 def patch(unet: UNet2DConditionModel, candidate: Candidate) -> int:
     """Patch `unet`; return how many steps a clustering will serve."""
     name, r = candidate.name, candidate.keep / 100
+    finest = finest_layers(unet)[0].downsample
     if name in ATC:
-        config = ATC[name](r)
+        config = replace(ATC[name](r), max_downsample=2 * finest if name == DEEPER else finest)
         apply_patch(unet, config)
         return 1 if name == FREE else config.refresh_every
     if name == "tomesd":
-        tomesd.apply_patch(unet, ratio=1 - r, max_downsample=finest_layers(unet)[0].downsample)
+        tomesd.apply_patch(unet, ratio=1 - r, max_downsample=finest)
     elif name == "todo":
         downsample_keys_values(unet)
     return 1

@@ -53,7 +53,7 @@ def _clusters(tokens: Tensor, linkage: str, metric: str) -> Clusters:
 
 def _pairwise(tokens: Tensor, metric: str) -> Tensor:
     if metric == "precomputed":
-        return tokens.clone()
+        return tokens
     return cosine_distances(tokens, tokens) if metric == "cosine" else torch.cdist(tokens, tokens)
 
 

@@ -64,14 +64,14 @@ LAST_TOKEN = tl.constexpr(2**31 - 1)
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster prepared float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`.
+    """Cluster prepared float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), in place, down to `num_clusters`.
 
     Nothing is read back from the device and no shape depends on data, so a CUDA graph can capture it all.
     A product of two tokens is rounded to about 2^-20 of the product of their norms on tensor cores, to float32
     elsewhere. Distances that differ by less may be taken in another order than by the reference, always the same.
     """
     means = (linkage, metric) in (("average", "cosine"), ("ward", "euclidean"))
-    data = tokens.clone(memory_format=torch.contiguous_format) if means else _pairwise(tokens, metric).contiguous()
+    data = (tokens if means else _pairwise(tokens, metric)).contiguous()
     links, numbers, counts = _initial_state(data)
     if means:
         numbers[:, NORM.value] = data.square().sum(dim=2)

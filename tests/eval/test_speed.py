@@ -10,13 +10,15 @@ import pytest
 import speed
 import torch
 from diffusers import UNet2DConditionModel
+from speed_arithmetic import self_attention
 from speed_attention import ways
 from speed_clustering import engines, floor, gaussian, same_partition
 from speed_memory import peak_bytes
 from speed_tables import NOT_MEASURED, Rows, Table
 from speed_timing import take_turns
 from speed_unet import UNET as FULL_SIZE
-from speed_unet import Candidate, Denoising, load, select, share_weights
+from speed_unet import Candidate, Denoising, load, make_inputs, select, share_weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from atc_diffusion import ATCConfig
 from tests.conftest import UNET
@@ -64,6 +66,26 @@ def test_everyone_warms_up_before_anyone_is_timed_and_then_they_alternate() -> N
     timings = take_turns(candidates, repeats=2, device="cpu", calls=2, warm_ups=3)
     assert "".join(calls) == "aaabbb" + "aabb" + "aabb"
     assert list(timings) == ["a", "b"]
+
+
+def test_self_attention_is_a_larger_part_of_larger_pictures(run: Run) -> None:
+    small, large = run("--parts arithmetic --model sd15 --size 64 128")
+    assert small[:2] == ["Stable Diffusion v1.5", "64 x 64"]
+    assert 0 < float(small[3].rstrip("%")) < float(large[3].rstrip("%")) < 100
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize(("model", "finest"), [("sd15", 1), ("sdxl", 2)])
+def test_self_attention_is_counted_as_pytorch_counts_it(model: str, finest: int) -> None:
+    unet = load(model, "cpu")
+    sample, inputs = make_inputs(unet, 64)
+    with FlopCounterMode(display=False) as counter:
+        unet(sample, 999, **inputs)
+    counted = 0
+    for name, operations in counter.get_flop_counts().items():
+        if name.endswith(".attn1"):
+            counted += sum(flops for operation, flops in operations.items() if "mm" not in str(operation))
+    assert counted == sum(self_attention(unet, 64, downsample) for downsample in (finest, 2 * finest))
 
 
 def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
@@ -121,12 +143,12 @@ def test_attention_names_the_kernel(run: Run) -> None:
 
 def test_steps_of_every_candidate_are_told_beside_the_unpatched(run: Run) -> None:
     table = run("--parts step --model sd15 sdxl --keep 60 20")
-    ours = ["atc-paper", "atc", "atc-free", "atc-fast"]
+    ours = ["atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"]
     sixty = [["60 %", "tomesd"], ["25 %", "todo"], *(["60 %", name] for name in ours)]
     twenty = [["20 %", name] for name in ours]
     assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
     assert table[0][3] == "1.00"
-    assert [row[4] for row in table[:7]] == ["", "", "", "3", "1", "0", "1"]
+    assert [row[4] for row in table[:8]] == ["", "", "", "3", "1", "0", "1", "2.33"]
 
 
 def test_compiled_steps_have_rows_too(run: Run) -> None:
@@ -145,7 +167,7 @@ def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> 
 
 @pytest.mark.usefixtures("_tiny")
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
-@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast"])
+@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"])
 def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
     unet, candidate = load(model, "cpu"), Candidate(name, 25)
     plain, changed = (Denoising(share_weights(unet), each, 64) for each in (Candidate("unpatched", 100), candidate))
@@ -190,7 +212,7 @@ def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str
     assert (tmp_path / "new" / "speed.md").read_text() == text
     assert "SDXL's UNet, random weights, 1024 x 1024, batch 2, float16, on cuda" in text
     assert "torch.compile" in text
-    assert len(table) == 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 5) + 3
+    assert len(table) == 4 + 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 6) + 3
     assert all(set(row[2:]) == {NOT_MEASURED} for row in table)
 
 
