@@ -45,7 +45,8 @@ def write_report(study: Study, folder: Path) -> None:
     write_atomically(folder / "results.json", json.dumps(study.json, indent=2).encode())
     write_atomically(folder / "results.csv", study.csv.encode())
     save_figure(plot_fid(study), folder / "fid.png")
-    save_figure(plot_fidelity(study), folder / "fidelity.png")
+    if study.is_timed:
+        save_figure(plot_fidelity(study), folder / "fidelity.png")
     for picture in study.shown:
         save_figure(picture_grid(study, picture), folder / _grid_file(picture))
     write_atomically(folder / "report.md", markdown(study).encode())
@@ -93,13 +94,13 @@ def _fidelity_section(study: Study) -> list[str]:
     }
     keeps = study.keeps[1:]
     tables = [_by_keep(title, keeps, _rows(study, keeps, cell)) for title, cell in cells.items()]
-    figure = "![PSNR by seconds per picture](fidelity.png)"
-    return ["## Nearness to the unmerged picture of the same seed", FIDELITY_TEXT, *tables, figure]
+    figure = ["![PSNR by seconds per picture](fidelity.png)"] if study.is_timed else []
+    return ["## Nearness to the unmerged picture of the same seed", FIDELITY_TEXT, *tables, *figure]
 
 
 def _equal_fidelity_section(study: Study) -> list[str]:
     unmerged = study.unmerged.record["seconds_per_picture"]
-    if not study.merged or unmerged is None:
+    if not study.is_timed or unmerged is None:
         return []
     rows = [[label, *(_fastest(line.values(), psnr) for psnr in NEARNESS)] for label, line in study.lines.items()]
     table = _table(["seconds per picture", *(f"{psnr} dB" for psnr in NEARNESS)], rows)

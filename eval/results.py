@@ -77,6 +77,11 @@ class Study:
         return self.results[1:]
 
     @property
+    def is_timed(self) -> bool:
+        """Whether any set tells its time: one batch is all warm-up."""
+        return any(result.record["seconds_per_picture"] is not None for result in self.merged)
+
+    @property
     def keeps(self) -> list[float]:
         """The shares kept, in percent, from 100 down."""
         return sorted({result.keep for result in self.results}, reverse=True)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from pictures import PictureSet, plan
 from PIL import Image
 from plots import picture_grid
-from report import changes_of_one_choice, markdown
+from report import changes_of_one_choice, markdown, write_report
 from results import Result, Study
 from scores import Estimate, Fidelity, Scores, bootstrap_draws
 
@@ -83,6 +83,13 @@ def test_speed_at_equal_fidelity_is_that_of_the_fastest_share_that_is_near_enoug
     assert rows(text)["seconds per picture"] == ["45 dB", "40 dB", "35 dB"]
     assert rows(text)["ToMe"] == ["", "", ""]
     assert rows(text)["ATC average, proportional attention"] == ["", "0.50 at 50 %", "0.50 at 50 %"]
+
+
+def test_sets_without_times_are_not_set_against_time(study: Study, tmp_path: Path) -> None:
+    untimed = [replace(each, record=RECORD | {"seconds_per_picture": None}) for each in study.results]
+    write_report(replace(study, results=untimed, shown=[]), tmp_path)
+    assert "fidelity.png" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "fidelity.png").exists()
 
 
 def test_a_difference_within_its_interval_has_no_star(study: Study) -> None:
