@@ -50,7 +50,7 @@ def picture_grid(study: Study, picture: Picture) -> Figure:
     figure = Figure(figsize=(1.2 * len(keeps) + 2.5, 1.2 * len(lines) + 0.4), layout="constrained", dpi=120)
     grid = figure.subplots(len(lines), len(keeps), squeeze=False)
     for row, (label, line) in zip(grid, lines.items(), strict=True):
-        row[0].set_ylabel(label, rotation="horizontal", ha="right", va="center", wrap=True)
+        row[0].set_ylabel(label, rotation="horizontal", ha="right", va="center", wrap=True, fontsize="small")
         for axes, keep in zip(row, keeps, strict=True):
             _show(axes, line.get(keep), picture)
     for axes, keep in zip(grid[0], keeps, strict=True):
