@@ -6,10 +6,8 @@ from functools import partial
 import torch
 from diffusers import UNet2DConditionModel
 from speed_tables import Rows, Table
-from speed_unet import BATCH, TITLES, UNET, finest_layers, make_inputs
+from speed_unet import BATCH, TITLES, UNET, finest_level, layers, make_inputs
 from torch.utils.flop_counter import FlopCounterMode
-
-from atc_diffusion import ATCConfig, patched, summary
 
 NOTE = (
     "QK^T and its product with the values, 4 N² C operations an attention, as a share of what PyTorch counts for the"
@@ -31,7 +29,7 @@ def _shares(model: str, size: int) -> list[list[str]]:
     with FlopCounterMode(display=False) as counter:
         unet(sample, torch.zeros((), device="meta"), **inputs)
     total = counter.get_total_flops()
-    finest = finest_layers(unet)[0].downsample
+    finest = finest_level(unet)
     shares = [self_attention(unet, size, downsample) / total for downsample in (finest, 2 * finest)]
     return [[f"{total / 1e12:.3g}", *(f"{share:.1%}" for share in shares)]]
 
@@ -39,7 +37,6 @@ def _shares(model: str, size: int) -> list[list[str]]:
 def self_attention(unet: UNet2DConditionModel, size: int, downsample: int) -> int:
     """Operations of the products of queries, keys and values at one level."""
     num_tokens = (size // 8 // downsample) ** 2
-    with patched(unet, ATCConfig(max_downsample=downsample)):
-        layers = [layer.name for layer in summary(unet).layers if layer.downsample == downsample]
-    widths = [unet.get_submodule(f"{name}.attn1.to_k").out_features for name in layers]
+    names = [layer.name for layer in layers(unet, downsample) if layer.downsample == downsample]
+    widths = [unet.get_submodule(f"{name}.attn1.to_k").out_features for name in names]
     return sum(4 * BATCH * num_tokens**2 * width for width in widths)

@@ -204,27 +204,30 @@ def make_inputs(unet: UNet2DConditionModel, size: int) -> tuple[Tensor, dict[str
 def patch(unet: UNet2DConditionModel, candidate: Candidate) -> int:
     """Patch `unet`; return how many steps a clustering will serve."""
     name, r = candidate.name, candidate.keep / 100
-    finest = finest_layers(unet)[0].downsample
     if name in ATC:
-        config = replace(ATC[name](r), max_downsample=2 * finest if name == DEEPER else finest)
-        apply_patch(unet, config)
+        config = ATC[name](r)
+        apply_patch(unet, replace(config, max_downsample=2 * finest_level(unet)) if name == DEEPER else config)
         return 1 if name == FREE else config.refresh_every
     if name == "tomesd":
-        tomesd.apply_patch(unet, ratio=1 - r, max_downsample=finest)
+        tomesd.apply_patch(unet, ratio=1 - r, max_downsample=finest_level(unet))
     elif name == "todo":
         downsample_keys_values(unet)
     return 1
 
 
-def finest_layers(unet: UNet2DConditionModel) -> tuple[LayerSummary, ...]:
-    """The layers that are merged unless told otherwise."""
-    with patched(unet):
+def finest_level(unet: UNet2DConditionModel) -> int:
+    return layers(unet)[0].downsample
+
+
+def layers(unet: UNet2DConditionModel, max_downsample: int | None = None) -> tuple[LayerSummary, ...]:
+    """The layers that `ATCConfig(max_downsample=...)` merges; None: those that are merged unless told otherwise."""
+    with patched(unet, ATCConfig(max_downsample=max_downsample)):
         return summary(unet).layers
 
 
 def downsample_keys_values(unet: UNet2DConditionModel) -> None:
     """In the style of ToDo (Smith et al. 2024): attend to every second token of every second row."""
-    for layer in finest_layers(unet):
+    for layer in layers(unet):
         unet.get_submodule(f"{layer.name}.attn1").register_forward_pre_hook(_attend_to_a_quarter, with_kwargs=True)
 
 
