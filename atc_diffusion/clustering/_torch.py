@@ -6,7 +6,6 @@ Single linkage, which is reducible too, has a quicker way.
 """
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,8 +15,6 @@ from atc_diffusion.clustering import _single
 from atc_diffusion.clustering._linkage import UPDATES
 from atc_diffusion.clustering.tree import ClusterTree
 
-Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 TILE = 2**20  # distances looked at together; 4 MiB in float32 stays in a core's cache
 
 
@@ -26,8 +23,8 @@ class Clusters(Protocol):
 
     sizes: Tensor
 
-    def distances(self, rows: Tensor) -> Tensor:
-        """Distances `[B, Q, M]`, or an increasing function of them, from the slots `rows` `[B, Q]` to all."""
+    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Distances `[B, Q, M - start]`, or an increasing function of them, of slots `[B, Q]` to those from `start`."""
 
     def heights(self, merged: Tensor) -> Tensor:
         """The distances proper."""
@@ -90,8 +87,8 @@ class _Means:
 class _CosineMeans(_Means):
     """Average linkage over cosine distance: the mean of all cosines is the product of the mean unit vectors."""
 
-    def distances(self, rows: Tensor) -> Tensor:
-        return torch.bmm(_rows(self.means, rows).neg_(), self.means.mT)
+    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
+        return torch.bmm(_rows(self.means, rows).neg_(), self.means[:, start:].mT)
 
     def heights(self, merged: Tensor) -> Tensor:
         return (1 + merged).clamp_(min=0)
@@ -108,10 +105,11 @@ class _WardMeans(_Means):
         super().merge(keep, partners, d)
         self.norms = self.means.square().sum(dim=2)
 
-    def distances(self, rows: Tensor) -> Tensor:
-        squared = torch.baddbmm(self.norms[:, None, :], _rows(self.means, rows), self.means.mT, alpha=-2)
+    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
+        means, norms, sizes = (x[:, start:] for x in (self.means, self.norms, self.sizes))
+        squared = torch.baddbmm(norms[:, None, :], _rows(self.means, rows), means.mT, alpha=-2)
         squared.add_(self.norms.gather(1, rows)[:, :, None])
-        return squared.div_(1 / self.sizes.gather(1, rows)[:, :, None] + 1 / self.sizes[:, None, :])
+        return squared.div_(1 / self.sizes.gather(1, rows)[:, :, None] + 1 / sizes[:, None, :])
 
     def heights(self, merged: Tensor) -> Tensor:
         return (2 * merged).clamp_(min=0).sqrt_()
@@ -125,8 +123,8 @@ class _Matrix:
         self.sizes = matrix.new_ones(matrix.shape[:2])
         self._join = UPDATES[linkage]
 
-    def distances(self, rows: Tensor) -> Tensor:
-        return _rows(self.matrix, rows)
+    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
+        return _rows(self.matrix, rows)[:, :, start:]
 
     def heights(self, merged: Tensor) -> Tensor:
         return merged
@@ -154,7 +152,7 @@ class _Matrix:
 
 
 class _ReciprocalMerging:
-    """The active clusters, in slots `[B, M]` ordered by first token, and what has been merged so far.
+    """The active clusters, in slots `[B, M]`, the stale ones first, and what has been merged so far.
 
     A cluster keeps its nearest neighbour until that one merges; then its old distance is a lower bound on the new.
     """
@@ -169,17 +167,21 @@ class _ReciprocalMerging:
         self.neighbours = torch.zeros_like(self.ids)  # first tokens
         self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
         self.formed = torch.full_like(clusters.sizes, -math.inf)  # height at which the cluster came to be
-        self.stale = torch.ones_like(self.ids, dtype=torch.bool)
+        self.num_stale = num_tokens  # the greatest of the items' numbers of clusters whose neighbour is not known
         # One column more than there are tokens takes what is scattered from empty slots.
         self.parents = torch.arange(num_tokens + 1, device=device).repeat(batch, 1)
         self.heights = clusters.sizes.new_full((batch, num_tokens + 1), math.inf)
         self.rounds = torch.zeros_like(self.parents)
 
+    @property
+    def slots(self) -> Tensor:
+        return torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+
     def run(self) -> ClusterTree:
         """Merge until no distance is left below the `num_merges`-th smallest height; at most N - 1 rounds."""
         number = 0
         while self.num_merges and self.ids.shape[1] > 1:
-            self._search(self.stale, _first)
+            self._search()
             self._merge(number)
             number += 1
         heights = self.clusters.heights(self.heights[:, :-1])
@@ -187,51 +189,84 @@ class _ReciprocalMerging:
             self.parents[:, :-1], heights, self.rounds[:, :-1], self.num_tokens - self.num_merges
         )
 
-    def _search(self, wanted: Tensor, choose: Choose) -> None:
-        """Find the nearest neighbours of the clusters in the slots `wanted`, a mask `[B, M]`."""
+    def _search(self) -> None:
+        """Find the nearest neighbours of the stale clusters.
+
+        Of two tiles that are each other's mirror image, only that above the diagonal is looked at, in both ways.
+        """
+        batch, num_slots = self.ids.shape
+        self.bounds[:, : self.num_stale] = math.inf
+        start = 0
+        while start < self.num_stale:
+            stop = min(start + max(1, TILE // (batch * (num_slots - start))), self.num_stale)
+            distances = self._distances(self.slots[:, start:stop], start)
+            self._keep_nearer(slice(start, stop), start, distances, dim=2)
+            if stop < self.num_stale:
+                mirrored = distances[:, :, stop - start : self.num_stale - start]
+                self._keep_nearer(slice(stop, self.num_stale), start, mirrored, dim=1)
+            start = stop
+
+    def _distances(self, rows: Tensor, start: int = 0) -> Tensor:
+        """As `Clusters.distances`; infinite from a cluster to itself and where a slot is empty."""
+        distances = self.clusters.distances(rows, start).scatter_(2, rows[:, :, None] - start, math.inf)
         empty = self.ids == self.num_tokens
-        for rows in _where_first(wanted).split(max(1, TILE // self.ids.numel()), dim=1):
-            distances = self.clusters.distances(rows).scatter_(2, rows[:, :, None], math.inf)
-            if empty.any():
-                distances.masked_fill_(empty[:, None, :], math.inf)
-            bounds, neighbours = choose(distances, self.ids, self.ids.gather(1, rows))
-            self.bounds.scatter_(1, rows, bounds)
-            self.neighbours.scatter_(1, rows, neighbours)
-        self.bounds.masked_fill_(empty, math.inf)
+        if empty.any():
+            distances.masked_fill_(empty.gather(1, rows)[:, :, None] | empty[:, None, start:], math.inf)
+        return distances
+
+    def _keep_nearer(self, slots: slice, start: int, distances: Tensor, dim: int) -> None:
+        """Give `slots` the nearest neighbours that the minimum along `dim`, counted from slot `start`, shows nearer."""
+        nearest, places = distances.min(dim=dim)
+        nearer = nearest < self.bounds[:, slots]
+        neighbours = self.ids[:, start:].gather(1, places)
+        self.bounds[:, slots] = torch.where(nearer, nearest, self.bounds[:, slots])
+        self.neighbours[:, slots] = torch.where(nearer, neighbours, self.neighbours[:, slots])
 
     def _merge(self, number: int) -> None:
         """Join all reciprocal pairs, record them as round `number`, and drop what needs no further look."""
         partners, paired = self._pairs()
-        slots = torch.arange(self.ids.shape[1], device=self.ids.device)
         heights = torch.stack([self.bounds, self.formed, self.formed.gather(1, partners)]).amax(dim=0)
         heights = torch.minimum(heights, heights.gather(1, partners))
-        absorbed = paired & (partners < slots)
-        self._record(absorbed, self.ids.gather(1, partners), heights, number)
+        into = self.ids.gather(1, partners)
+        absorbed = paired & (into < self.ids)
+        self._record(absorbed, into, heights, number)
 
         self.formed = torch.where(paired, heights, self.formed)
         self.bounds = torch.where(paired, heights, self.bounds)
         last = self.heights[:, :-1].kthvalue(self.num_merges, dim=1, keepdim=True).values
         keep = ~absorbed & (self.ids < self.num_tokens) & (self.bounds < last)
-        self.stale = paired | (paired | ~keep).gather(1, partners)
-        self._compact(keep, torch.where(paired, partners, slots), heights)
+        stale = keep & (paired | (paired | ~keep).gather(1, partners))
+        self._compact(keep, stale, torch.where(paired, partners, self.slots), heights)
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Slots `[B, M]` of the nearest neighbours, and which of them are reciprocal."""
         partners, paired = self._partners()
         tied = ~paired & self.bounds.isfinite() & (self.bounds == self.bounds.gather(1, partners))
         if tied.any():
-            self._search(tied, _pairing)
+            self._pair_off(tied)
             partners, paired = self._partners()
         return partners, paired
 
+    def _pair_off(self, tied: Tensor) -> None:
+        """Of equally near clusters choose the one of the smallest i XOR j, for those in the slots `tied` `[B, M]`.
+
+        Being symmetric, that pairs equal tokens off instead of sending all of them to one.
+        """
+        for rows in _where_first(tied).split(max(1, TILE // self.ids.numel()), dim=1):
+            distances, row_ids = self._distances(rows), self.ids.gather(1, rows)
+            nearest = distances.amin(dim=2)
+            apart = row_ids[:, :, None] ^ self.ids[:, None, :]
+            apart.masked_fill_(distances > nearest[:, :, None], torch.iinfo(torch.int64).max)
+            self.bounds.scatter_(1, rows, nearest)
+            self.neighbours.scatter_(1, rows, row_ids ^ apart.amin(dim=2))
+
     def _partners(self) -> tuple[Tensor, Tensor]:
-        slots = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
-        slot_of = torch.zeros_like(self.parents).scatter_(1, self.ids, slots)
+        slot_of = torch.zeros_like(self.parents).scatter_(1, self.ids, self.slots)
         partners = slot_of.gather(1, self.neighbours)
         # Rounding can leave a ring of neighbours without a reciprocal pair: the closest pair always joins.
         closest = self.bounds.argmin(dim=1, keepdim=True)
         partners.scatter_(1, partners.gather(1, closest), closest)
-        return partners, (partners.gather(1, partners) == slots) & self.bounds.isfinite()
+        return partners, (partners.gather(1, partners) == self.slots) & self.bounds.isfinite()
 
     def _record(self, absorbed: Tensor, into: Tensor, heights: Tensor, number: int) -> None:
         ids = self.ids.masked_fill(~absorbed, self.num_tokens)
@@ -239,35 +274,18 @@ class _ReciprocalMerging:
         self.heights.scatter_(1, ids, heights)
         self.rounds.scatter_(1, ids, number)
 
-    def _compact(self, keep: Tensor, partners: Tensor, heights: Tensor) -> None:
-        kept = _where_first(keep)
+    def _compact(self, keep: Tensor, stale: Tensor, partners: Tensor, heights: Tensor) -> None:
+        kept = _where_first(keep.byte() + stale)
+        self.num_stale = int(stale.sum(dim=1).max())
         self.clusters.merge(kept, partners.gather(1, kept), heights.gather(1, kept))
         self.ids = self.ids.masked_fill(~keep, self.num_tokens).gather(1, kept)
         empty = self.ids == self.num_tokens
         self.bounds = self.bounds.gather(1, kept).masked_fill(empty, math.inf)
-        self.stale = self.stale.gather(1, kept) & ~empty
         self.formed = self.formed.gather(1, kept)
         self.neighbours = self.neighbours.gather(1, kept)
 
 
-def _first(distances: Tensor, ids: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Least of `distances` `[B, Q, M]` to the clusters `ids` `[B, M]`, and the first cluster that is so near."""
-    nearest, slots = distances.min(dim=2)
-    return nearest, ids.gather(1, slots)
-
-
-def _pairing(distances: Tensor, ids: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Like `_first`, but of equally near clusters the one of the smallest i XOR j.
-
-    Being symmetric, that pairs equal tokens off instead of sending all of them to one.
-    """
-    nearest = distances.amin(dim=2)
-    apart = row_ids[:, :, None] ^ ids[:, None, :]
-    apart.masked_fill_(distances > nearest[:, :, None], torch.iinfo(torch.int64).max)
-    return nearest, row_ids ^ apart.amin(dim=2)
-
-
 def _where_first(mask: Tensor) -> Tensor:
-    """Slots `[B, Q]` where `mask` `[B, M]` holds, in order; items that have fewer are filled with others."""
-    longest = int(mask.sum(dim=1).max())
+    """Slots `[B, Q]` where `mask` `[B, M]` is not 0, the greatest first; items with fewer are filled with others."""
+    longest = int(mask.count_nonzero(dim=1).max())
     return mask.sort(dim=1, descending=True, stable=True).indices[:, :longest]
