@@ -241,7 +241,7 @@ class _ReciprocalMerging:
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Slots `[B, M]` of the nearest neighbours, and which of them are reciprocal."""
         partners, paired = self._partners()
-        tied = ~paired & self.bounds.isfinite() & (self.bounds == self.bounds.gather(1, partners))
+        tied = ~paired & (self.bounds < math.inf) & (self.bounds == self.bounds.gather(1, partners))
         if tied.any():
             self._pair_off(tied)
             partners, paired = self._partners()
@@ -266,7 +266,7 @@ class _ReciprocalMerging:
         # Rounding can leave a ring of neighbours without a reciprocal pair: the closest pair always joins.
         closest = self.bounds.argmin(dim=1, keepdim=True)
         partners.scatter_(1, partners.gather(1, closest), closest)
-        return partners, (partners.gather(1, partners) == self.slots) & self.bounds.isfinite()
+        return partners, (partners.gather(1, partners) == self.slots) & (self.bounds < math.inf)
 
     def _record(self, absorbed: Tensor, into: Tensor, heights: Tensor, number: int) -> None:
         ids = self.ids.masked_fill(~absorbed, self.num_tokens)

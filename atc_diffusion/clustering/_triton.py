@@ -30,7 +30,7 @@ TILE = 128  # clusters by clusters whose distances are computed together
 PROGRAMS = 16  # at most so many by so many an item: enough to fill a GPU, few enough to cost little when idle
 BLOCK = 4096  # clusters that the program of an item looks at together
 
-DEPTH = tl.constexpr(32)  # channels per step of a product
+DEPTH = tl.constexpr(16)  # channels per step of a product; 32 spill registers on all before Hopper
 MERGE_ROWS = tl.constexpr(16)  # pairs joined together,
 MERGE_COLUMNS = tl.constexpr(128)  # in so many channels, or distances to clusters, at a time
 
@@ -55,7 +55,8 @@ NUM_ACTIVE = tl.constexpr(0)
 NUM_STALE = tl.constexpr(1)  # active clusters whose nearest neighbour is not known
 NUM_PAIRS = tl.constexpr(2)
 ROUND = tl.constexpr(3)
-COUNTS = tl.constexpr(4)
+NUM_MERGES = tl.constexpr(4)  # recorded so far
+COUNTS = tl.constexpr(5)
 
 INFINITY = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(0x7F800000 << 32)  # `_key` of an infinite distance and 0: a cluster's own neighbour is itself
@@ -189,8 +190,8 @@ def _search(
         # Of two tiles that are each other's mirror image, only that above the diagonal is looked at, in both ways.
         for first_column in range(first_row + tl.program_id(2) * TILE, num_active, tl.num_programs(2) * TILE):
             columns, is_column = _clusters(links, counts, first_column, num_active, n, TILE)
-            apart = rows[:, None] ^ columns[None, :]
             distances = _distances(data, numbers, rows, columns, n, width, FORM, TILE, PRECISION)
+            apart = rows[:, None] ^ columns[None, :]
             distances = tl.where(is_row[:, None] & is_column[None, :] & (apart != 0), distances, INFINITY)
             nearest = tl.minimum(nearest, _nearest(distances, apart, 1))
             is_stale = first_column + tl.arange(0, TILE) < num_stale
@@ -204,9 +205,10 @@ def _distances(data, numbers, rows, columns, n, width, FORM: tl.constexpr, TILE:
     if FORM == "average means":
         distances = tl.maximum(1 - _products(data, rows, columns, width, TILE, PRECISION), 0)
     elif FORM == "ward means":
+        products = _products(data, rows, columns, width, TILE, PRECISION)  # first: the rest needs its registers too
         norms = tl.load(numbers + n * NORM + rows)[:, None] + tl.load(numbers + n * NORM + columns)[None, :]
         sizes = 1 / tl.load(numbers + n * SIZE + rows)[:, None] + 1 / tl.load(numbers + n * SIZE + columns)[None, :]
-        distances = tl.maximum(norms - 2 * _products(data, rows, columns, width, TILE, PRECISION), 0) / sizes
+        distances = tl.maximum(norms - 2 * products, 0) / sizes
     else:
         distances = tl.load(data + rows.to(tl.int64)[:, None] * n + columns[None, :])
     return distances
@@ -264,9 +266,11 @@ def _pair(links, numbers, counts, keys, n, num_merges, BLOCK: tl.constexpr):
         tl.debug_barrier()
         _join_closest(links, numbers, counts, n, BLOCK)
         tl.debug_barrier()
-        _record(links, numbers, counts, n, BLOCK)
+        recorded = _record(links, numbers, counts, n, BLOCK)
         tl.debug_barrier()
-        last = _kth_smallest(numbers + n * HEIGHT, num_merges, n, BLOCK)
+        last = tl.full([1], INFINITY, tl.float32)
+        if recorded >= num_merges:
+            last = _kth_smallest(numbers + n * HEIGHT, num_merges, n, BLOCK)
         _renew(links, numbers, counts, last, n, BLOCK)
 
 
@@ -306,9 +310,13 @@ def _partners(links, clusters, n):
 
 @triton.jit
 def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
-    """Note which clusters are absorbed, by which and at what height; heights never fall towards the root."""
+    """Note which clusters are absorbed, by which and at what height; heights never fall towards the root.
+
+    Returns how many merges are recorded in all.
+    """
     num_active = tl.load(counts + NUM_ACTIVE)
     number = tl.load(counts + ROUND)
+    recorded = tl.load(counts + NUM_MERGES)
     for start in range(0, num_active, BLOCK):
         clusters, valid = _clusters(links, counts, start, num_active, n, BLOCK)
         partners, paired = _partners(links, clusters, n)
@@ -318,6 +326,10 @@ def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
         tl.store(links + n * PARENT + clusters, partners, mask=absorbed)
         tl.store(links + n * ROUND_ABSORBED + clusters, tl.zeros([BLOCK], tl.int32) + number, mask=absorbed)
         tl.store(numbers + n * HEIGHT + clusters, tl.maximum(distance, formed), mask=absorbed)
+        recorded += tl.sum(absorbed.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    tl.store(counts + NUM_MERGES, recorded)
+    return recorded
 
 
 @triton.jit
