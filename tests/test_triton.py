@@ -1,5 +1,9 @@
 """The CUDA kernels against the reference: on the device where there is one, else in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -189,6 +193,17 @@ def test_what_it_cannot_do_is_said_at_once(function, monkeypatch):
     monkeypatch.setattr(clustering, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs Triton; run `pip install triton` or use backend='torch'"):
         function(tokens, backend="triton", num_clusters=2)
+
+
+@pytest.mark.parametrize(("capability", "linkage"), [(75, "average"), (80, "ward"), (90, "average"), (90, "complete")])
+def test_every_kernel_compiles_and_fits_into_the_shared_memory_of_small_gpus(capability, linkage, pytestconfig):
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), linkage]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = {step: int(size) for step, size in map(str.split, done.stdout.splitlines())}
+    assert shared.keys() == {"search", "pair", "merge", "all"}
+    assert max(shared.values()) <= 64 * 1024
 
 
 def test_a_tree_is_ordered_cut_and_merged_by_without_knowing_its_data():
