@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atc_diffusion.clustering import _triton
+from atc_diffusion.clustering import _triton, check_choices
 
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -35,8 +35,7 @@ def launches(linkage: str, capability: int) -> dict[str, Launch]:
     recorder = Recorder()
     precision = "tf32x3" if capability >= 80 else "ieee"
     with mock.patch.multiple(_triton, _kernel=recorder, _precision=lambda device: precision):
-        metric = "euclidean" if linkage == "ward" else "cosine"
-        _triton.build_tree(torch.zeros(1, 4096, 320), linkage, metric, num_clusters=1024)
+        _triton.build_tree(torch.zeros(1, 4096, 320), linkage, check_choices(linkage), num_clusters=1024)
     return recorder.launches
 
 

@@ -30,7 +30,7 @@ TILE = 128  # clusters by clusters whose distances are computed together
 PROGRAMS = 16  # at most so many by so many an item: enough to fill a GPU, few enough to cost little when idle
 BLOCK = 4096  # clusters that the program of an item looks at together
 
-DEPTH = tl.constexpr(16)  # channels per step of a product; 32 spill registers on all before Hopper
+DEPTH = tl.constexpr(16)  # channels per step of a product; 32 spill registers on Ampere
 MERGE_ROWS = tl.constexpr(16)  # pairs joined together,
 MERGE_COLUMNS = tl.constexpr(128)  # in so many channels, or distances to clusters, at a time
 
@@ -55,7 +55,7 @@ NUM_ACTIVE = tl.constexpr(0)
 NUM_STALE = tl.constexpr(1)  # active clusters whose nearest neighbour is not known
 NUM_PAIRS = tl.constexpr(2)
 ROUND = tl.constexpr(3)
-NUM_MERGES = tl.constexpr(4)  # recorded so far
+NUM_RECORDED = tl.constexpr(4)  # merges, of all rounds
 COUNTS = tl.constexpr(5)
 
 INFINITY = tl.constexpr(float("inf"))
@@ -316,7 +316,7 @@ def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
     """
     num_active = tl.load(counts + NUM_ACTIVE)
     number = tl.load(counts + ROUND)
-    recorded = tl.load(counts + NUM_MERGES)
+    recorded = tl.load(counts + NUM_RECORDED)
     for start in range(0, num_active, BLOCK):
         clusters, valid = _clusters(links, counts, start, num_active, n, BLOCK)
         partners, paired = _partners(links, clusters, n)
@@ -328,7 +328,7 @@ def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
         tl.store(numbers + n * HEIGHT + clusters, tl.maximum(distance, formed), mask=absorbed)
         recorded += tl.sum(absorbed.to(tl.int32), axis=0)
     tl.debug_barrier()
-    tl.store(counts + NUM_MERGES, recorded)
+    tl.store(counts + NUM_RECORDED, recorded)
     return recorded
 
 
