@@ -1,12 +1,12 @@
 """Faster Stable Diffusion by merging similar tokens: Agglomerative Token Clustering (ATC, ECCV 2024) for diffusers."""
 
 from atc_diffusion.clustering import agglomerate, cluster_tree
+from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
 from atc_diffusion.config import ATCConfig, MergeConfig, ToMeConfig
-from atc_diffusion.hooks import LayerSummary
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.patch import Summary, apply_patch, patched, remove_patch, summary
-from atc_diffusion.tome import bipartite_labels
+from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
+from atc_diffusion.report import LayerSummary, RecordedMerge, Summary
 
 __all__ = [
     "ATCConfig",
@@ -14,12 +14,14 @@ __all__ = [
     "LayerSummary",
     "MergeConfig",
     "MergeMap",
+    "RecordedMerge",
     "Summary",
     "ToMeConfig",
     "agglomerate",
     "apply_patch",
     "bipartite_labels",
     "cluster_tree",
+    "merge_maps",
     "patched",
     "remove_patch",
     "summary",

@@ -1,122 +1,135 @@
-"""What to merge and how: choices, validated when they are made."""
+"""What the user chose: which tokens are merged, how many, and for how long. Validated data, nothing else."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from torch import Tensor
-
-from atc_diffusion.clustering import agglomerate, check_choices, check_member
-from atc_diffusion.clustering.windows import agglomerate_windows, num_windows
-from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.tome import bipartite_labels, draw_destinations
+from atc_diffusion.clustering import check_choices, check_member
 
 Share = float | Callable[[float], float]
-
-FEATURES = ("keys", "values", "keys_values", "hidden_states")
-MERGES = ("tokens", "keys_values")
-MODULES = ("self_attention", "cross_attention", "mlp")
+Features = Literal["keys", "values", "keys_values", "hidden_states"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What every way of merging has in common.
+    """The choices that every way of merging has; use `ATCConfig` or `ToMeConfig`.
 
     Attributes:
-        r: share of tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`. Or a function that gives the
-            share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched, by
-            their downsampling factor, to either: `{1: 0.4, 2: 0.8}`.
-        features: what is compared: the self-attention's "keys" (as the ATC paper's text says), its "values", both
-            ("keys_values", each scaled to unit deviation), or the block's input before `norm1` ("hidden_states",
-            as the authors' code does).
-        proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged
-            token weighs as much as its members did (Bolya et al. 2023, Eq. 1).
-        merge: "tokens" merges the input of a module and un-merges its output; "keys_values" keeps every query of
-            the self-attention and merges only what it attends to.
-        max_downsample: patch the levels of the UNet down to this factor (1, 2, 4, ...). None: the finest level
-            that has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL. Not with a mapping for r.
-        modules: any of "self_attention", "cross_attention" (its queries) and "mlp".
-        share_guidance: group the tokens of a picture once for all parts of its classifier-free guidance, by the
+        r: share of the tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`. Or a function that gives
+            the share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched,
+            by their downsampling factor, to either: `{1: 0.4, 2: 0.8}`. It sets how many queries there are, and so how
+            many outputs are computed. A configuration that holds a lambda cannot be pickled; a named function can.
+        r_keys: share of the keys and values kept, as for `r`; None: the same as `r`. Both are cut from one clustering.
+            Merged keys cost less fidelity than merged queries, so `r_keys` well below `r` is the better trade.
+        features: what tokens are compared by: the self-attention's "keys" (as the ATC paper's text says), its "values",
+            both ("keys_values", each scaled to unit deviation), or the block's input before its first norm
+            ("hidden_states", as the authors' code does).
+        proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged token
+            weighs as much as its members did (Bolya et al. 2023, Eq. 1).
+        max_downsample: patch the levels down to this downsampling factor (1, 2, 4, ...). None: the finest level that
+            has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL, SD3 and PixArt. Not together with
+            a mapping for `r` or `r_keys`.
+        share_guidance: cluster the tokens of a picture once for all parts of its classifier-free guidance, by the
             features of the last, which is the conditional one in Stable Diffusion. Which items of a batch are such
-            parts is found out, so that this begins at a run's second step.
-        share_layers: let the grouping of a level's first layer serve its other layers.
-        refresh_every: how many denoising steps one grouping serves.
+            parts is inferred, so sharing begins at a run's second step.
+        share_layers: how many consecutive layers of a level one clustering serves.
+        refresh_every: recluster every this many entries of `scheduler.timesteps` (second-order schedulers have two
+            entries a step).
+        record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
         ValueError: naming the value that does not fit and what would.
     """
 
     r: Share | Mapping[int, Share] = 0.6
-    features: str = "keys"
+    r_keys: Share | Mapping[int, Share] | None = None
+    features: Features = "keys"
     proportional_attention: bool = True
-    merge: str = "tokens"
     max_downsample: int | None = None
-    modules: tuple[str, ...] = ("self_attention",)
     share_guidance: bool = False
-    share_layers: bool = False
+    share_layers: int = 1
     refresh_every: int = 1
+    record: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, Mapping):
-            self._check_levels(self.r)
-        for share in self.r.values() if isinstance(self.r, Mapping) else [self.r]:
-            _check_share(share)
-        check_member("features", self.features, FEATURES)
-        check_member("merge", self.merge, MERGES)
-        if not isinstance(self.modules, tuple) or not self.modules:
-            raise ValueError(f"modules must be a tuple such as ('self_attention', 'mlp'), got {self.modules!r}")
-        for module in self.modules:
-            check_member("every entry of modules", module, MODULES)
-        if self.max_downsample is not None and not (isinstance(self.max_downsample, int) and self.max_downsample >= 1):
-            raise ValueError(f"max_downsample must be None or a factor 1, 2, 4, ..., got {self.max_downsample!r}")
-        if not isinstance(self.refresh_every, int) or self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be a number of steps from 1 up, got {self.refresh_every!r}")
-
-    def _check_levels(self, r: Mapping[int, Share]) -> None:
-        if not r or not all(isinstance(level, int) and level >= 1 for level in r):
-            raise ValueError(f"r by level needs downsampling factors as keys, such as {{1: 0.4, 2: 0.8}}, got {r!r}")
+        if type(self) is MergeConfig:
+            raise ValueError("MergeConfig does not say how to cluster; use ATCConfig or ToMeConfig")
+        for name in ("r", "r_keys"):
+            self._check_shares(name)
+        if isinstance(self.r, Mapping) and isinstance(self.r_keys, Mapping) and self.r.keys() != self.r_keys.keys():
+            raise ValueError(f"r={self.r!r} and r_keys={self.r_keys!r} name different levels; name the same in both")
+        check_member("features", self.features, get_args(Features))
         if self.max_downsample is not None:
-            raise ValueError(f"r={r!r} names the levels; leave out max_downsample={self.max_downsample}")
+            _check_count("max_downsample", self.max_downsample, "None or a factor 1, 2, 4, ...")
+        _check_count("share_layers", self.share_layers, "a number of layers from 1 up")
+        _check_count("refresh_every", self.refresh_every, "a number of steps from 1 up")
 
-    def at(self, downsample: int, progress: float | None) -> "MergeConfig":
-        """The same choices at one level and moment, where `r` is a number."""
-        r = self.r[downsample] if isinstance(self.r, Mapping) else self.r
-        if callable(r):
-            if progress is None:
-                raise ValueError(
-                    "r is a function of the progress of denoising, which this timestep does not tell; call the UNet"
-                    " with an entry of scheduler.timesteps or a number"
-                )
-            r = r(progress)
-        return self if r is self.r else replace(self, r=r)
+    def _check_shares(self, name: str) -> None:
+        shares = getattr(self, name)
+        if isinstance(shares, Mapping):
+            if not shares or not all(_is_count(level) for level in shares):
+                example = f"downsampling factors as keys, such as {{1: 0.4, 2: 0.8}}, got {shares!r}"
+                raise ValueError(f"{name} by level needs {example}")
+            if self.max_downsample is not None:
+                raise ValueError(f"{name}={shares!r} names the levels; leave out max_downsample={self.max_downsample}")
+        for share in shares.values() if isinstance(shares, Mapping) else [shares]:
+            if share is not None or name == "r":
+                self._check_share(name, share)
 
-    def num_clusters(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens are kept; `r` must be a number."""
-        return max(1, round(cast(float, self.r) * num_tokens))
+    def _check_share(self, name: str, share: object) -> None:
+        """A function is asked at the beginning, in the middle and at the end."""
+        for progress in (0.0, 0.5, 1.0) if callable(share) else (None,):
+            self._check_number(name, share, progress)
 
-    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
-        """Group tokens by their `features` `[B, N, C]`; `r` must be a number.
+    def _check_number(self, name: str, share: object, progress: float | None) -> float:
+        """The number that `share` gives at `progress`, if it is one that can be kept."""
+        number = share(progress) if callable(share) else share
+        if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= 1:
+            return number
+        if callable(share):
+            raise ValueError(f"{name} must return a share of tokens, in (0, 1], but {name}({progress}) is {number!r}")
+        hint = f"; did you mean {number / 100:g}?" if isinstance(number, int | float) and 1 < number <= 100 else ""
+        raise ValueError(f"{name} is the share of tokens kept, in (0, 1], got {number!r}{hint}")
 
-        Args:
-            features: what tokens are compared by.
-            grid: height and width of the tokens' grid; their product is `N`.
-            step: scalar tensor, the denoising timestep.
+    @property
+    def levels(self) -> frozenset[int] | None:
+        """The levels that `r` or `r_keys` names, by downsampling factor; None if neither does."""
+        named = [shares for shares in (self.r, self.r_keys) if isinstance(shares, Mapping)]
+        return frozenset(named[0]) if named else None
+
+    def num_kept(self, num_tokens: int, level: int, progress: float | None) -> tuple[int, int]:
+        """How many queries and how many keys are kept of `num_tokens` at a level and at the progress of denoising.
+
+        Raises:
+            ValueError: if a share is a function of the progress, and that is None; or if it gives no share.
         """
-        raise NotImplementedError
+        r = self._share("r", level, progress)
+        r_keys = r if self.r_keys is None else self._share("r_keys", level, progress)
+        return max(1, round(r * num_tokens)), max(1, round(r_keys * num_tokens))
+
+    def _share(self, name: str, level: int, progress: float | None) -> float:
+        shares = getattr(self, name)
+        share = shares[level] if isinstance(shares, Mapping) else shares
+        if callable(share) and progress is None:
+            raise ValueError(
+                f"{name} is a function of the progress of denoising, which this timestep does not tell; call the"
+                " network with an entry of scheduler.timesteps"
+            )
+        return self._check_number(name, share, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ATCConfig(MergeConfig):
     """Agglomerative Token Clustering (Haurum et al. 2024, section 3.2).
 
-    By default a grouping serves both parts of guidance and three steps, which changes pictures hardly more than merging
-    does (eval/results) and costs a sixth; `paper` groups anew for each.
+    By default one clustering serves both parts of guidance and three steps, which changes pictures hardly more than
+    merging does (eval/results) and costs a sixth; `paper` clusters anew for each.
 
     Attributes:
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
-        window: side of the windows, in tokens, that are clustered each on its own; None for the whole picture at once.
-        backend: what clusters: "torch", "triton" (CUDA), "scipy" (the slow reference), or None for the fastest.
+        window: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at once.
+        backend: what clusters: a name that `agglomerate` takes, or None for the fastest.
     """
 
     linkage: str = "average"
@@ -127,7 +140,7 @@ class ATCConfig(MergeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and not (isinstance(self.window, int) and self.window >= 2):
+        if self.window is not None and not (_is_count(self.window) and self.window >= 2):
             raise ValueError(f"window must be None or a side of at least 2 tokens, got {self.window!r}")
         check_choices(self.linkage, backend=self.backend)
 
@@ -148,17 +161,9 @@ class ATCConfig(MergeConfig):
         )
 
     @classmethod
-    def fast(cls, r: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
+    def fast(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
         """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results)."""
-        return cls(r=r, merge="keys_values", window=32)
-
-    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
-        num_clusters = self.num_clusters(features.shape[1])
-        if self.window is None or self.window >= max(grid):
-            return MergeMap(agglomerate(features, num_clusters, self.linkage, backend=self.backend), num_clusters)
-        num_clusters = max(num_clusters, num_windows(*grid, self.window))
-        labels = agglomerate_windows(features, num_clusters, *grid, self.window, self.linkage, self.backend)
-        return MergeMap(labels, num_clusters)
+        return cls(r=1.0, r_keys=r_keys, window=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,38 +172,33 @@ class ToMeConfig(MergeConfig):
 
     Attributes:
         stride: side of the cells of which one token each may absorb others; no fewer than `1 / stride**2` of the
-            tokens can be kept.
-        seed: of the draw of those tokens, which is made anew at every timestep.
+            tokens, queries or keys, can be kept.
+        seed: of the draw of those tokens, which is made anew at every clustering.
     """
 
-    features: str = "hidden_states"
+    features: Features = "hidden_states"
     proportional_attention: bool = False
     stride: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_count("stride", self.stride, "a whole number from 1 up")
         super().__post_init__()
-        if not isinstance(self.stride, int) or self.stride < 1:
-            raise ValueError(f"stride must be a whole number from 1 up, got {self.stride!r}")
-        if isinstance(self.r, int | float) and self.r * self.stride**2 < 1:
+
+    def _check_number(self, name: str, share: object, progress: float | None) -> float:
+        number = super()._check_number(name, share, progress)
+        if number * self.stride**2 < 1:
             raise ValueError(
-                f"ToMe with stride {self.stride} keeps at least {1 / self.stride**2:.4g} of the tokens, got r={self.r};"
-                " use a larger r or stride, or ATCConfig"
+                f"ToMe with stride {self.stride} keeps at least {1 / self.stride**2:.4g} of the tokens, got {name}="
+                f"{number}; use a larger {name} or stride, or ATCConfig"
             )
-
-    def merge_map(self, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
-        destinations = draw_destinations(*grid, self.stride, self.seed, step.to(features.device))
-        num_clusters = max(self.num_clusters(features.shape[1]), len(destinations))
-        return MergeMap(bipartite_labels(features, destinations, num_clusters), num_clusters)
+        return number
 
 
-def _check_share(r: object) -> None:
-    """A function is asked at the beginning, in the middle and at the end."""
-    for share in map(r, (0.0, 0.5, 1.0)) if callable(r) else [r]:
-        _check_number(share)
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_number(r: object) -> None:
-    if not isinstance(r, int | float) or not 0 < r <= 1 or r is True:
-        hint = f"; did you mean {r / 100:g}?" if isinstance(r, int | float) and 1 < r <= 100 else ""
-        raise ValueError(f"r is the share of tokens kept, in (0, 1], got {r!r}{hint}")
+def _check_count(name: str, value: object, meaning: str) -> None:
+    if not _is_count(value):
+        raise ValueError(f"{name} must be {meaning}, got {value!r}")

@@ -1,6 +1,7 @@
 """torch.compile: patched UNets compile whole, and compiled ones notice a patch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch, remove_patch, summary
 from tests.conftest import UNET
 
+TIMESTEPS = torch.tensor([900, 700, 500, 300, 100])
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -18,10 +21,11 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def inputs(timestep: float) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(step: int, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The call of a network at one step of `TIMESTEPS`."""
     generator = torch.Generator().manual_seed(0)
-    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
-    return sample, torch.tensor(timestep), text
+    sample, text = torch.randn(2, 4, size, 8, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    return sample, TIMESTEPS[step], text
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -31,31 +35,41 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def test_the_whole_unet_compiles_without_a_graph_break(unet):
-    before = unet(*inputs(10)).sample
-    expected = [apply_patch(unet)(*inputs(t)).sample for t in (10, 5)]
+    before = unet(*inputs(0)).sample
+    expected = [apply_patch(unet, r=0.5, r_keys=0.2, refresh_every=1)(*inputs(step)).sample for step in (0, 1)]
     compiled = torch.compile(unet, fullgraph=True)
-    for timestep, output in zip((10, 5), expected, strict=True):
-        assert close(compiled(*inputs(timestep)).sample, output)
+    for step, output in enumerate(expected):
+        assert close(compiled(*inputs(step)).sample, output)
         assert not close(output, before)
     assert {layer.clusterings for layer in summary(compiled).layers} == {2}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [ATCConfig(merge="keys_values", features="hidden_states"), ToMeConfig()])
+@pytest.mark.parametrize("config", [ATCConfig(r=1, r_keys=0.3, features="hidden_states"), ToMeConfig()])
 def test_every_form_is_traced_whole_and_never_again(unet, config):
-    expected = [apply_patch(unet, config)(*inputs(t)).sample for t in (10, 5, 8)]
+    expected = [apply_patch(unet, replace(config, refresh_every=1))(*inputs(step)).sample for step in range(3)]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    assert close(compiled(*inputs(10)).sample, expected[0])
+    assert close(compiled(*inputs(0)).sample, expected[0])
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert close(compiled(*inputs(5)).sample, expected[1])
-        assert close(compiled(*inputs(8)).sample, expected[2])
+        assert close(compiled(*inputs(1)).sample, expected[1])
+        assert close(compiled(*inputs(2)).sample, expected[2])
+
+
+@torch.no_grad()
+def test_another_size_compiles(unet):
+    apply_patch(unet, r=0.5, r_keys=0.2)
+    calls = [inputs(0, size) for size in (8, 12)]
+    expected = [unet(*call).sample for call in calls]
+    compiled = torch.compile(unet, fullgraph=True, backend="eager", dynamic=True)
+    for call, output in zip(calls, expected, strict=True):
+        assert close(compiled(*call).sample, output)
 
 
 @torch.no_grad()
 def test_regional_compilation_works_after_patching(unet):
-    expected = apply_patch(unet)(*inputs(10)).sample
+    expected = apply_patch(unet)(*inputs(0)).sample
     unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    assert close(unet(*inputs(10)).sample, expected)
+    assert close(unet(*inputs(0)).sample, expected)
 
 
 @torch.no_grad()
@@ -63,19 +77,19 @@ def test_regional_compilation_works_after_patching(unet):
 def test_patching_a_compiled_unet_takes_effect_and_so_does_removal(unet, wrapped):
     """Also where only the bare UNet is patched and its compiled wrapper is called."""
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    before = compiled(*inputs(10)).sample
+    before = compiled(*inputs(0)).sample
     apply_patch(compiled if wrapped else unet)
-    merged = compiled(*inputs(10)).sample
+    merged = compiled(*inputs(0)).sample
     assert not close(merged, before)
-    assert close(merged, unet(*inputs(10)).sample)
+    assert close(merged, unet(*inputs(0)).sample)
     remove_patch(compiled if wrapped else unet)
-    assert close(compiled(*inputs(10)).sample, before)
+    assert close(compiled(*inputs(0)).sample, before)
 
 
 @torch.no_grad()
 def test_patching_after_regional_compilation_takes_effect():
     unet = UNet2DConditionModel(**UNET).eval()
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
-    before = unet(*inputs(10)).sample
-    assert not close(apply_patch(unet)(*inputs(10)).sample, before)
-    assert close(remove_patch(unet)(*inputs(10)).sample, before)
+    before = unet(*inputs(0)).sample
+    assert not close(apply_patch(unet)(*inputs(0)).sample, before)
+    assert close(remove_patch(unet)(*inputs(0)).sample, before)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from atc_diffusion import ATCConfig, ToMeConfig
+from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, agglomerate
+from atc_diffusion.clusterer import build_tree
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,10 @@ from atc_diffusion import ATCConfig, ToMeConfig
         ({"r": float("nan")}, "got nan$"),
         ({"r": "0.6"}, "got '0.6'$"),
         ({"r": None}, "got None$"),
-        ({"r": lambda progress: 1.5 - progress}, r"in \(0, 1\], got 1.5"),
+        ({"r": lambda progress: 1.5 - progress}, r"r must return a share of tokens, in \(0, 1\], but r\(0.0\) is 1.5"),
+        ({"r_keys": 10}, r"r_keys is the share of tokens kept, in \(0, 1\], got 10; did you mean 0.1\?"),
+        ({"r_keys": {1: 0}}, r"r_keys is the share of tokens kept, in \(0, 1\], got 0"),
+        ({"r": {1: 0.5}, "r_keys": {2: 0.5}}, "name different levels; name the same in both"),
         ({"r": {1: 0.5, 2: 40}}, r"got 40; did you mean 0.4\?"),
         ({"r": {}}, "r by level needs downsampling factors as keys, such as .*, got {}"),
         ({"r": {0.5: 1}}, "r by level needs downsampling factors as keys"),
@@ -25,10 +29,8 @@ from atc_diffusion import ATCConfig, ToMeConfig
         ({"window": 1}, "window must be None or a side of at least 2 tokens, got 1"),
         ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
         ({"features": "queries"}, "features must be one of 'keys', 'values', .*, got 'queries'"),
-        ({"merge": "values"}, "merge must be one of 'tokens', 'keys_values', got 'values'"),
-        ({"modules": ("mlp", "norm")}, "every entry of modules must be one of .*, got 'norm'"),
-        ({"modules": "mlp"}, "modules must be a tuple such as .*, got 'mlp'"),
-        ({"modules": ()}, r"modules must be a tuple such as .*, got \(\)"),
+        ({"share_layers": True}, "share_layers must be a number of layers from 1 up, got True"),
+        ({"refresh_every": 0}, "refresh_every must be a number of steps from 1 up, got 0"),
         ({"max_downsample": 0}, "max_downsample must be None or a factor .*, got 0"),
         ({"max_downsample": "1"}, "max_downsample must be None or a factor .*, got '1'"),
         ({"backend": "cuda"}, "backend must be one of 'torch', .*, got 'cuda'"),
@@ -46,17 +48,28 @@ def test_configurations_are_values():
         ATCConfig().r = 0.5  # type: ignore[misc]
 
 
+def test_the_shares_may_depend_on_level_and_progress():
+    config = ATCConfig(r={1: lambda progress: 0.25 + 0.5 * progress, 2: 0.8}, r_keys=0.1)
+    assert config.num_kept(100, 1, 0.5) == (50, 10)
+    assert config.num_kept(100, 2, None) == (80, 10)
+    with pytest.raises(ValueError, match=r"call the network with an entry of scheduler\.timesteps"):
+        config.num_kept(100, 1, None)
+
+
 @pytest.mark.parametrize(("r", "num_tokens", "kept"), [(1, 10, 10), (0.6, 4096, 2458), (0.001, 10, 1), (0.25, 15, 4)])
 def test_the_share_is_of_tokens_kept(r, num_tokens, kept):
-    assert ATCConfig(r=r).num_clusters(num_tokens) == kept
+    assert ATCConfig(r=r).num_kept(num_tokens, 1, None) == (kept, kept)
 
 
-def test_the_share_may_depend_on_level_and_progress():
-    config = ATCConfig(r={1: lambda progress: 0.25 + 0.5 * progress, 2: 0.8}, linkage="ward")
-    assert config.at(1, 0.5) == ATCConfig(r=0.5, linkage="ward")
-    assert config.at(2, None) == ATCConfig(r=0.8, linkage="ward")
-    with pytest.raises(ValueError, match=r"call the UNet with an entry of scheduler\.timesteps or a number"):
-        config.at(1, None)
+def test_a_function_is_checked_whenever_it_is_asked():
+    config = ATCConfig(r=lambda progress: 0.5 if progress in (0, 0.5, 1) else 2.0)
+    with pytest.raises(ValueError, match=r"but r\(0.25\) is 2.0"):
+        config.num_kept(100, 1, 0.25)
+
+
+def test_the_base_class_says_which_to_use():
+    with pytest.raises(ValueError, match="MergeConfig does not say how to cluster; use ATCConfig or ToMeConfig"):
+        MergeConfig()
 
 
 def test_the_papers_setting_clusters_hidden_states_into_plain_means_every_time():
@@ -66,18 +79,19 @@ def test_the_papers_setting_clusters_hidden_states_into_plain_means_every_time()
 
 
 @pytest.mark.parametrize("linkage", ["average", "ward"])
-def test_atc_groups_by_its_linkage(linkage):
-    from atc_diffusion import agglomerate
-
+def test_atc_clusters_by_its_linkage(linkage):
     features = torch.randn(2, 20, 4)
-    merge_map = ATCConfig(r=0.5, linkage=linkage).merge_map(features, (4, 5), torch.tensor(0))
-    assert torch.equal(merge_map.labels, agglomerate(features, 10, linkage))
+    tree = build_tree(ATCConfig(linkage=linkage), features, (4, 5), torch.tensor(0), num_clusters=10)
+    assert torch.equal(tree.cut(10), agglomerate(features, 10, linkage))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0.2}, "ToMe with stride 2 keeps at least 0.25 of the tokens, got r=0.2"),
+        ({"r": 0.2}, "ToMe with stride 2 keeps at least 0.25 of the tokens, got r=0.2; use a larger r or stride"),
+        ({"r": {1: 0.2}}, "keeps at least 0.25 of the tokens, got r=0.2"),
+        ({"r_keys": 0.1}, "keeps at least 0.25 of the tokens, got r_keys=0.1; use a larger r_keys or stride"),
+        ({"r": lambda progress: 0.2}, "keeps at least 0.25 of the tokens, got r=0.2"),
         ({"r": 0.1, "stride": 3}, "stride 3 keeps at least 0.1111"),
         ({"stride": 0}, "stride must be a whole number from 1 up, got 0"),
     ],

@@ -1,25 +1,38 @@
 """Patching a real UNet: identity, restoration, and what merging does to attention."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 import atc_diffusion
-from atc_diffusion import ATCConfig, MergeMap, ToMeConfig, apply_patch, patched, remove_patch, summary
+from atc_diffusion import (
+    ATCConfig,
+    MergeMap,
+    ToMeConfig,
+    agglomerate,
+    apply_patch,
+    merge_maps,
+    patched,
+    remove_patch,
+    summary,
+)
 
 CONFIGS = [
     ATCConfig(),
     ATCConfig.paper(0.4),
-    ATCConfig(r=0.3, linkage="ward", features="keys_values", merge="keys_values"),
-    ATCConfig(r=0.5, features="values", modules=("self_attention", "cross_attention", "mlp"), max_downsample=2),
-    ATCConfig(r=0.5, modules=("mlp",), linkage="single", backend="scipy"),
+    ATCConfig.fast(0.3),
+    ATCConfig(r=0.6, r_keys=0.2, linkage="ward", features="keys_values"),
+    ATCConfig(r=0.5, r_keys=1, features="values", max_downsample=2),
+    ATCConfig(r=0.5, linkage="single", backend="scipy"),
     ATCConfig(r={1: 0.4, 2: 0.5}, window=3),
     ToMeConfig(r=0.5),
+    ToMeConfig(r=1, r_keys=0.5),
 ]
 SIZES = [(8, 8), (7, 9), (16, 4)]
 
@@ -45,23 +58,43 @@ def test_merging_changes_the_output_and_removal_restores_it_to_the_bit(unet, con
 
 
 @pytest.mark.parametrize("config_class", [ATCConfig, ToMeConfig])
-@pytest.mark.parametrize("merge", ["tokens", "keys_values"])
-def test_keeping_all_is_the_identity_to_the_bit(unet, config_class, merge):
+def test_keeping_all_is_the_identity_to_the_bit(unet, config_class):
     before = run(unet)
-    apply_patch(unet, config_class(r=1, merge=merge, modules=("self_attention", "cross_attention", "mlp")))
+    apply_patch(unet, config_class(r=1))
     assert torch.equal(run(unet), before)
 
 
-@pytest.mark.parametrize("merge", ["tokens", "keys_values"])
-def test_merging_equal_tokens_with_their_weight_is_exact(unet, merge):
+SHARES = [{"r": 0.25}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_merging_equal_tokens_with_their_weight_is_exact(unet, shares):
     """Proportional attention over duplicates equals attention over all of them (Bolya et al. 2023, Eq. 1)."""
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     tokens = torch.randn(1, 4, 16).repeat_interleave(torch.tensor([1, 2, 5, 8]), dim=1)
     expected = attn(tokens)
-    apply_patch(unet, r=0.25, merge=merge)
+    apply_patch(unet, **shares)
     assert torch.allclose(attn(tokens), expected, atol=1e-6)
-    apply_patch(unet, r=0.25, merge=merge, proportional_attention=False)
+    apply_patch(unet, **shares, proportional_attention=False)
     assert not torch.allclose(attn(tokens), expected, atol=1e-3)
+
+
+def test_merged_queries_alone_keep_their_keys(unet):
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens = torch.randn(1, 16, 16)
+    labels = agglomerate(attn.to_k(tokens), 4)
+    merged = MergeMap(labels, 4)
+    expected = merged.unmerge(attn(merged.merge(tokens), encoder_hidden_states=tokens))
+    apply_patch(unet, r=0.25, r_keys=1)
+    assert torch.equal(attn(tokens), expected)
+
+
+def test_keys_that_were_given_are_left_alone(unet):
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    tokens, bank = torch.randn(1, 16, 16), torch.randn(1, 7, 16)
+    expected = attn(tokens, encoder_hidden_states=bank)
+    apply_patch(unet, r=1, r_keys=0.25)
+    assert torch.equal(attn(tokens, encoder_hidden_states=bank), expected)
 
 
 @pytest.mark.parametrize("proportional_attention", [True, False])
@@ -88,21 +121,26 @@ def test_the_features_decide_what_is_merged(unet):
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-def test_hidden_states_are_the_blocks_input_before_its_norm(unet, monkeypatch):
-    seen = []
-    original = ATCConfig.merge_map
-
-    def spy(self: ATCConfig, features: Tensor, grid: tuple[int, int], step: Tensor) -> MergeMap:
-        seen.append((features, grid))
-        return original(self, features, grid, step)
-
-    monkeypatch.setattr(ATCConfig, "merge_map", spy)
+def test_hidden_states_are_the_blocks_input_before_its_norm(unet):
     inputs: list[Tensor] = []
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    run(apply_patch(unet, ATCConfig.paper(0.5)), (7, 9))
-    assert torch.equal(seen[0][0], inputs[0])
-    assert seen[0][1] == (7, 9)
+    run(apply_patch(unet, replace(ATCConfig.paper(0.5), record=True)), (7, 9))
+    first = merge_maps(unet)[0]
+    assert first.grid == (7, 9)
+    assert torch.equal(first.queries.labels, agglomerate(inputs[0], 32))
+
+
+def test_the_clusters_of_a_run_are_recorded_on_request(unet):
+    run(apply_patch(unet, r=0.5, r_keys=0.25, record=True), (7, 9))
+    merges = merge_maps(unet)
+    assert [(m.network, m.layer, m.step, m.grid) for m in merges] == [
+        ("", layer.name, 0, (7, 9)) for layer in summary(unet).layers
+    ]
+    assert {(m.queries.num_clusters, m.keys.num_clusters) for m in merges} == {(32, 16)}
+    run(apply_patch(unet, r=0.5))
+    with pytest.raises(ValueError, match="were not kept; patch with record=True"):
+        merge_maps(unet)
 
 
 def test_patching_again_replaces(unet):
@@ -131,14 +169,6 @@ def test_other_processors_and_fused_projections_keep_working(unet):
     unet.set_default_attn_processor()
     unet.fuse_qkv_projections()
     assert torch.allclose(run(unet), expected, atol=1e-5)
-
-
-def test_fused_projections_have_no_keys_of_their_own(unet):
-    unet.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="needs unfused projections; call unfuse_qkv_projections"):
-        apply_patch(unet, merge="keys_values")
-    unet.unfuse_qkv_projections()
-    run(apply_patch(unet, merge="keys_values"))
 
 
 def test_a_deep_copy_is_independent(unet):
@@ -200,30 +230,35 @@ def test_training_through_merged_attention(unet):
 def test_summary_tells_what_was_merged_in_the_last_run(unet):
     apply_patch(unet, r=0.5)
     assert [layer.clusterings for layer in summary(unet).layers] == [0, 0, 0]
-    for timestep in (900, 600, 300):
+    for timestep in torch.tensor([900, 600, 300, 100]):
         run(unet, timestep=timestep)
-    assert [layer.clusterings for layer in summary(unet).layers] == [3, 3, 3]
-    run(unet, (7, 9), timestep=900)
+    assert [layer.clusterings for layer in summary(unet).layers] == [2, 2, 2]
+    assert {layer.kept for layer in summary(unet).layers} == {(32, 32, 32, 32)}
+    run(unet, (7, 9))
     layers = summary(unet).layers
     assert [layer.name.split(".attentions")[0] for layer in layers] == ["down_blocks.0", "up_blocks.1", "up_blocks.1"]
-    assert {(layer.downsample, layer.tokens, layer.kept, layer.clusterings) for layer in layers} == {(1, 63, 32, 1)}
+    facts = {(layer.level, layer.tokens, layer.kept, layer.kept_keys, layer.clusterings) for layer in layers}
+    assert facts == {(1, 63, (32,), (32,), 1)}
     table = str(summary(unet)).splitlines()
     assert table[0].startswith("ATCConfig(r=0.5")
-    assert table[1].split() == ["layer", "level", "tokens", "kept", "clusterings"]
-    assert table[2].split() == ["down_blocks.0.attentions.0.transformer_blocks.0", "1", "63", "32", "1"]
+    assert table[1].split() == ["layer", "level", "tokens", "queries", "keys", "clusterings"]
+    assert table[2].split() == ["down_blocks.0.attentions.0.transformer_blocks.0.attn1", "1", "63", "32", "32", "1"]
+
+
+def test_summary_estimates_the_arithmetic_saved(unet):
+    """Of 64 tokens of 16 channels: four projections of N C^2 and two products of N^2 C."""
+    run(apply_patch(unet, r=0.5, r_keys=0.25))
+    work = 2 * 16 * (16 * (32 + 16) + 32 * 16)
+    assert summary(unet).work_saved == pytest.approx(1 - work / (2 * 16 * (16 * 128 + 64 * 64)))
+    assert "% of the arithmetic of these attentions saved" in str(summary(unet))
 
 
 def test_levels(unet):
-    assert {layer.downsample for layer in summary(apply_patch(unet)).layers} == {1}
+    assert {layer.level for layer in summary(apply_patch(unet)).layers} == {1}
     layers = summary(apply_patch(unet, max_downsample=2)).layers
-    assert [layer.downsample for layer in layers] == [1, 2, 2, 2, 1, 1, 2]
+    assert [layer.level for layer in layers] == [1, 2, 2, 2, 1, 1, 2]
     run(unet, (8, 8))
     assert [layer.tokens for layer in summary(unet).layers] == [64, 16, 16, 16, 64, 64, 16]
-
-
-def test_a_controlnet_can_be_patched_too(unet):
-    controlnet = apply_patch(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)))
-    assert [layer.downsample for layer in summary(controlnet).layers] == [1]
 
 
 def bare_unet(**changes: Any) -> UNet2DConditionModel:
@@ -242,10 +277,14 @@ COARSE = bare_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Linear(1, 1), {}, "Linear has no UNet; pass a pipeline that has one, or the UNet itself"),
-        ("a pipeline", {}, "str has no UNet"),
-        (bare_unet(), {}, "UNet2DConditionModel has no transformer block with self-attention"),
-        (ATTENTION_ONLY, {}, "UNet2DModel has no transformer block"),
+        (
+            nn.Linear(1, 1),
+            {},
+            "Linear has no self-attention that can be merged; supported are Stable Diffusion 1, 2, XL",
+        ),
+        ("a pipeline", {}, "str has no unet or transformer; pass a pipeline that has one, or the network"),
+        (bare_unet(), {}, "UNet2DConditionModel has no self-attention that can be merged"),
+        (ATTENTION_ONLY, {}, "UNet2DModel has no self-attention that can be merged"),
         (COARSE, {"max_downsample": 1}, "max_downsample=1, but the levels that have self-attention are 2; use one"),
     ],
 )
@@ -258,7 +297,7 @@ def test_models_that_do_not_fit_are_named(model, options, message):
     ("options", "message"),
     [
         ({"r": 60}, "did you mean 0.6"),
-        ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, features"),
+        ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, r_keys, features"),
         ({"config": ATCConfig(), "r": 0.5}, "either config or options, got both"),
         ({"config": {"r": 0.5}}, "config must be an ATCConfig or ToMeConfig, got {'r': 0.5}"),
         ({"config": 0.6}, "config must be an ATCConfig or ToMeConfig, got 0.6"),

@@ -49,7 +49,7 @@ def test_stable_diffusion(components, pipeline, options, batch):
     assert not np.array_equal(merged, before)
     # A latent of 8 x 12; three scheduler steps, of which img2img at strength 0.9 runs two.
     steps = 2 if "strength" in options else 3
-    assert {(x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(96, 48, steps)}
+    assert {(x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(96, (48,) * steps, steps)}
     remove_patch(pipe)
     assert np.array_equal(draw(pipe, text(batch), **options), before)
 
@@ -73,7 +73,7 @@ def test_sdxl_is_merged_at_its_finest_level_with_attention(components):
     before = draw(pipe, text(1) | pooled, height=16, width=16)
     merged = draw(apply_patch(pipe, r=0.5, refresh_every=1), text(1) | pooled, height=16, width=16)
     assert not np.array_equal(merged, before)
-    assert {(x.downsample, x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(2, 16, 8, 3)}
+    assert {(x.level, x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(2, 16, (8, 8, 8), 3)}
 
 
 def test_the_unet_inside_a_pipeline_may_be_compiled(components):

@@ -1,10 +1,11 @@
-"""Windows: the same clustering, were tokens of different windows infinitely far apart."""
+"""Windows: the clustering as if tokens of different windows were infinitely far apart."""
 
 import pytest
 import torch
 
 from atc_diffusion import ATCConfig, agglomerate
-from atc_diffusion.clustering.windows import agglomerate_windows, num_windows
+from atc_diffusion.clusterer import build_tree
+from atc_diffusion.clustering.windows import cluster_windows, num_windows
 
 GRIDS = [(8, 8, 4), (7, 9, 4), (6, 5, 3), (4, 12, 5), (1, 16, 4)]  # height, width, window
 
@@ -32,34 +33,34 @@ def test_tokens_of_different_windows_are_infinitely_far_apart(height, width, win
         distances = 1 - unit @ unit.mT
     distances[:, windows[:, None] != windows[None, :]] = 1e6
     for num_clusters in {num_windows(height, width, window), height * width // 2, height * width}:
-        labels = agglomerate_windows(tokens, num_clusters, height, width, window, linkage, None)
+        labels = cluster_windows(tokens, (height, width), window, linkage).cut(num_clusters)
         expected = agglomerate(distances, num_clusters, linkage, metric="precomputed", backend="scipy")
         assert torch.equal(labels, expected)
 
 
-@pytest.mark.parametrize(("grid", "r", "kept"), [((8, 8), 0.5, 32), ((8, 8), 0.01, 4), ((7, 9), 0.4, 25)])
-def test_a_share_is_kept_of_all_windows_together_and_one_token_of_each_at_least(grid, r, kept):
+@pytest.mark.parametrize(("grid", "windows"), [((8, 8), 4), ((7, 9), 4), ((5, 5), 1)])
+def test_one_token_of_each_window_is_kept_at_least(grid, windows):
     features = torch.randn(2, grid[0] * grid[1], 6)
-    merge_map = ATCConfig(r=r, window=5).merge_map(features, grid, torch.tensor(0))
-    assert merge_map.num_clusters == kept
-    assert all(len(labels.unique()) == kept for labels in merge_map.labels)
+    tree = build_tree(ATCConfig(window=5), features, grid, torch.tensor(0), num_clusters=1)
+    assert tree.num_clusters == windows
+    assert all(len(labels.unique()) == windows for labels in tree.cut(windows))
 
 
 def test_flat_windows_keep_fewer():
     detailed = torch.randn(1, 4, 4, 6)
     picture = torch.cat([detailed, torch.ones(1, 4, 4, 6) + 1e-3 * detailed], dim=2)
-    labels = agglomerate_windows(picture.flatten(1, 2), 16, 4, 8, 4, "average", None).view(4, 8)
+    labels = cluster_windows(picture.flatten(1, 2), (4, 8), window=4).cut(16).view(4, 8)
     assert len(labels[:, :4].unique()) > 4 * len(labels[:, 4:].unique())
 
 
 def test_a_window_as_large_as_the_picture_changes_nothing():
     features = torch.randn(1, 20, 6)
-    labels = ATCConfig(r=0.5, window=5).merge_map(features, (4, 5), torch.tensor(0)).labels
-    assert torch.equal(labels, agglomerate(features, 10))
+    tree = build_tree(ATCConfig(window=5), features, (4, 5), torch.tensor(0), num_clusters=10)
+    assert torch.equal(tree.cut(10), agglomerate(features, 10))
 
 
 @pytest.mark.parametrize("backend", ["scipy", "triton"])
 def test_every_backend_clusters_windows(backend):
     tokens = torch.randn(2, 63, 6)
-    labels = agglomerate_windows(tokens, 20, 7, 9, 4, "average", backend)
-    assert torch.equal(labels, agglomerate_windows(tokens, 20, 7, 9, 4, "average", "torch"))
+    labels, expected = (cluster_windows(tokens, (7, 9), 4, backend=name).cut(20) for name in (backend, "torch"))
+    assert torch.equal(labels, expected)

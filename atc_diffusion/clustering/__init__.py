@@ -47,10 +47,8 @@ def agglomerate(
         >>> agglomerate(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]), num_clusters=2)
         tensor([[0, 1, 0]])
     """
-    metric = check_choices(linkage, metric, backend)
-    check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
-    return _agglomerate(tokens.detach(), num_clusters, linkage, metric, backend or fastest_backend(tokens))
+    return cluster_tree(tokens, linkage, metric, backend, num_clusters).cut(num_clusters)
 
 
 def cluster_tree(
@@ -72,7 +70,9 @@ def cluster_tree(
     metric = check_choices(linkage, metric, backend)
     check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
-    return _build_tree(tokens.detach(), num_clusters, linkage, metric, backend or fastest_backend(tokens))
+    backend = backend or fastest_backend(tokens)
+    parents, heights, order = _cluster_tree(tokens.detach(), num_clusters, linkage, metric, backend)
+    return ClusterTree(parents, heights, order, num_clusters)
 
 
 def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
@@ -112,19 +112,26 @@ def fastest_backend(tokens: Tensor) -> str:
     return "triton" if HAS_TRITON and tokens.is_cuda and tokens.dtype != torch.float64 else "torch"
 
 
-def _build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> ClusterTree:
-    with torch.autocast(tokens.device.type, enabled=False):  # distances in half precision decide nothing
-        return _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
+@torch.library.custom_op("atc_diffusion::cluster_tree", mutates_args=())
+def _cluster_tree(
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, heights and order of a `ClusterTree`: one opaque operator to torch.compile."""
+    with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot rank distances
+        tree = _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
+    heights = tree.heights.to(_working_dtype(tokens))
+    return tree.parents.contiguous(), heights.contiguous(), tree.order.contiguous()
 
 
-@torch.library.custom_op("atc_diffusion::agglomerate", mutates_args=())
-def _agglomerate(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> Tensor:
-    return _build_tree(tokens, num_clusters, linkage, metric, backend).cut(num_clusters)
+@_cluster_tree.register_fake
+def _(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    shape = tokens.shape[:2]
+    names = tokens.new_empty(shape, dtype=torch.int64)
+    return names, tokens.new_empty(shape, dtype=_working_dtype(tokens)), torch.empty_like(names)
 
 
-@_agglomerate.register_fake
-def _(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> Tensor:
-    return tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+def _working_dtype(tokens: Tensor) -> torch.dtype:
+    return torch.promote_types(tokens.dtype, torch.float32)
 
 
 def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
@@ -140,7 +147,7 @@ def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
 def _prepare(tokens: Tensor, metric: str) -> Tensor:
     """Tokens whose distances are finite: unit vectors for cosine, centred for Euclidean distance."""
     far = 1e14  # a sum of such squares over all channels and tokens stays finite in float32
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    tokens = tokens.to(_working_dtype(tokens))
     if metric == "precomputed":
         return tokens.nan_to_num(far, far, far).clamp(max=far)
     tokens = tokens.nan_to_num(0, 0, 0).clamp(-far, far)

@@ -1,9 +1,21 @@
 """The result of clustering: a tree that can be cut anywhere without clustering again."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Cuttable(Protocol):
+    """Clusters once, gives any number of clusters from `num_clusters` up."""
+
+    @property
+    def num_clusters(self) -> int:
+        """The fewest clusters that can be asked for."""
+
+    def cut(self, num_clusters: int) -> Tensor:
+        """Labels `[B, N]` of exactly `num_clusters` clusters, numbered by first token."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,34 +7,25 @@ from atc_diffusion.clustering import cluster_tree
 from atc_diffusion.clustering.tree import ClusterTree
 
 
-@torch.library.custom_op("atc_diffusion::agglomerate_windows", mutates_args=())
-def agglomerate_windows(
-    tokens: Tensor, num_clusters: int, height: int, width: int, window: int, linkage: str, backend: str | None
-) -> Tensor:
-    """Label tokens as `agglomerate` does, as if those of different windows were infinitely far apart.
+def cluster_windows(
+    tokens: Tensor, grid: tuple[int, int], window: int, linkage: str = "average", backend: str | None = None
+) -> ClusterTree:
+    """Cluster tokens as `cluster_tree` does, as if those of different windows were infinitely far apart.
 
-    Every window is clustered on its own, and the merges of all of them are done in the order of their heights: so
-    flat windows keep fewer clusters than others, and there are `num_clusters` in all.
+    Every window is clustered on its own, and the merges of all of them are ordered by height: flat windows keep fewer
+    clusters than others.
 
     Args:
-        tokens: `[B, N, C]`, the rows of a grid of `height` x `width` tokens one after the other.
-        num_clusters: no fewer than there are windows (`num_windows`).
-        window: longest side of a window; the grid is divided as evenly as can be.
+        tokens: `[B, N, C]`, the rows of the grid one after the other.
+        grid: height and width; their product is `N`.
+        window: longest side of a window; the grid is divided as evenly as possible.
         linkage: as in `agglomerate`, over its default metric.
         backend: as in `agglomerate`.
 
     Returns:
-        Labels `[B, N]` int64 in `0..num_clusters - 1`.
+        A tree that can be cut down to one cluster per window (`num_windows`).
     """
-    tree = _tree(tokens.detach(), _windows(height, width, window, tokens.device), linkage, backend)
-    return tree.cut(num_clusters)
-
-
-@agglomerate_windows.register_fake
-def _(
-    tokens: Tensor, num_clusters: int, height: int, width: int, window: int, linkage: str, backend: str | None
-) -> Tensor:
-    return tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+    return _tree(tokens.detach(), _windows(*grid, window, tokens.device), linkage, backend)
 
 
 def num_windows(height: int, width: int, window: int) -> int:
@@ -53,8 +44,8 @@ def _windows(height: int, width: int, window: int, device: torch.device) -> list
 
 def _tree(tokens: Tensor, windows: list[Tensor], linkage: str, backend: str | None) -> ClusterTree:
     """The trees of all windows as one."""
-    parents = torch.empty(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    ranks, heights = torch.empty_like(parents), tokens.new_empty(tokens.shape[:2], dtype=torch.float64)
+    parents = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    ranks, heights = torch.zeros_like(parents), tokens.new_zeros(tokens.shape[:2], dtype=torch.float64)
     for tiles in windows:
         tree = cluster_tree(tokens[:, tiles].flatten(0, 1), linkage, backend=backend)
         of_all = tiles.repeat(len(tokens), 1)

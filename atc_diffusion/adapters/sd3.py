@@ -1,0 +1,136 @@
+"""Stable Diffusion 3 and 3.5 and their ControlNets: diffusers' joint attention of picture and text."""
+
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
+from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+
+
+class SD3Family:
+    """Merges the picture's tokens, never the text's. diffusers' joint processor ignores masks, so ours stands in."""
+
+    def layers(self, network: nn.Module) -> list[Layer]:
+        if not isinstance(network, SD3Transformer2DModel | SD3ControlNetModel):
+            return []
+        return [
+            Layer(f"transformer_blocks.{i}.{name}", block, attention, network.config.patch_size, attention.query_dim)
+            for i, block in enumerate(network.transformer_blocks)
+            if isinstance(block, JointTransformerBlock | SD3SingleTransformerBlock)
+            for name in ("attn", "attn2")
+            if (attention := getattr(block, name, None)) is not None
+        ]
+
+    def attach(self, layer: Layer) -> None:
+        attn: Any = layer.attention
+        if type(attn.processor) is JointAttnProcessor2_0:
+            attn.processor = MergedJointAttnProcessor(attn.processor)
+
+    def detach(self, layer: Layer) -> None:
+        attn: Any = layer.attention
+        if isinstance(attn.processor, MergedJointAttnProcessor):
+            attn.processor = attn.processor.original
+
+    def check(self, layer: Layer, keys_apart: bool) -> None:
+        kind = type(layer.attention.processor)
+        if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
+            raise ValueError(
+                f"{layer.name} has a {kind.__name__}: merging in Stable Diffusion 3 works with JointAttnProcessor2_0"
+                " alone; set that one, or remove_patch"
+            )
+
+    def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+        """As the attention sees them, so keys are normed where the model norms them."""
+        attn: Any = layer.attention
+        return _keys(attn, tokens).transpose(1, 2).flatten(2) if which == "keys" else attn.to_v(tokens)
+
+    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
+        given = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        tokens = given["hidden_states"]
+        weights = merge.keys.sizes if merge.weigh and merge.keys is not None else None
+        merged = {
+            "hidden_states": merge.merge_queries(tokens),
+            "merged_keys": merge.merge_keys(tokens),
+            "log_weights": None if weights is None else weights.log().to(tokens.dtype),
+        }
+        return (), given | merged
+
+    def unmerge(self, output: Any, merge: Merge) -> Any:
+        if isinstance(output, tuple):
+            picture, text = output
+            return merge.unmerge(picture), text
+        return merge.unmerge(output)
+
+
+class MergedJointAttnProcessor:
+    """`JointAttnProcessor2_0` with keys and values of other tokens than the queries, and with weights for them."""
+
+    def __init__(self, original: JointAttnProcessor2_0) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        merged_keys: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from `hidden_states` `[B, Q, C]` and the text to `merged_keys` `[B, K, C]` and the text.
+
+        Args:
+            attn: the attention, of several heads.
+            hidden_states: what the picture's queries are made of.
+            encoder_hidden_states: the text `[B, T, C]`, or None.
+            attention_mask: ignored, as it is by the original.
+            merged_keys: what the picture's keys and values are made of; None: the original takes over.
+            log_weights: `[B, K]`, added to the logits of the picture's keys; None for zeros.
+        """
+        if merged_keys is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
+        query, key = _queries(attn, hidden_states), _keys(attn, merged_keys)
+        value = _heads(attn, attn.to_v(merged_keys))
+        mask = None if log_weights is None else log_weights[:, None, None, :]
+        if encoder_hidden_states is not None:
+            query, key, value = (
+                torch.cat([picture, text], dim=2)
+                for picture, text in zip((query, key, value), _text(attn, encoder_hidden_states), strict=True)
+            )
+            mask = None if mask is None else F.pad(mask, (0, encoder_hidden_states.shape[1]))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
+        picture, text = attended.split([hidden_states.shape[1], attended.shape[1] - hidden_states.shape[1]], dim=1)
+        picture = attn.to_out[1](attn.to_out[0](picture))
+        if encoder_hidden_states is None:
+            return picture
+        return picture, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    """`[B, H, N, C / H]` of `x` `[B, N, C]`."""
+    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def _queries(attn: Any, tokens: Tensor) -> Tensor:
+    return _normed(attn.norm_q, _heads(attn, attn.to_q(tokens)))
+
+
+def _keys(attn: Any, tokens: Tensor) -> Tensor:
+    return _normed(attn.norm_k, _heads(attn, attn.to_k(tokens)))
+
+
+def _text(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the text, by its own projections."""
+    query, key, value = (_heads(attn, project(text)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    return _normed(attn.norm_added_q, query), _normed(attn.norm_added_k, key), value
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

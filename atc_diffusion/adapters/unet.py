@@ -1,0 +1,116 @@
+"""Stable Diffusion 1, 2 and XL, ControlNet and PixArt: diffusers' `BasicTransformerBlock` and its `attn1`."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from diffusers.models import attention_processor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+
+_MASKED = -1e4  # as good as -inf, and finite in float16
+_LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
+
+# By name: which of them exist depends on the version of diffusers.
+_ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "AttnProcessorNPU")
+_KEYS_OF_QUERIES = ("FusedAttnProcessor2_0",)  # make keys of the queries' tokens, whatever else they are given
+_PERTURBED = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}  # and parts of the batch
+
+
+def _classes(names: tuple[str, ...] | dict[str, int]) -> tuple[type, ...]:
+    return tuple(kind for name in names if (kind := getattr(attention_processor, name, None)))
+
+
+class UNetFamily:
+    """Merges what is passed to `attn1`, and puts the weights into the additive mask that its processors take."""
+
+    def layers(self, network: nn.Module) -> list[Layer]:
+        return [
+            Layer(f"{name}.attn1", block, block.attn1, level, block.attn1.query_dim)
+            for name, block, level in _blocks(network)
+            if not block.only_cross_attention
+        ]
+
+    def attach(self, layer: Layer) -> None:
+        """Nothing: hooks are enough."""
+
+    def detach(self, layer: Layer) -> None:
+        """Nothing: hooks are enough."""
+
+    def check(self, layer: Layer, keys_apart: bool) -> None:
+        kind = type(layer.attention.processor)
+        if kind in _classes(_ANY) or (kind in _classes((*_KEYS_OF_QUERIES, *_PERTURBED)) and not keys_apart):
+            return
+        if kind in _classes(_KEYS_OF_QUERIES):
+            way_out = "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()"
+        elif kind in _classes(_PERTURBED):
+            way_out = "perturbed-attention guidance needs as many keys as queries; leave r_keys out"
+        else:
+            way_out = f"that processor is not known to work with merged tokens; known are {', '.join(_ANY)}"
+        raise ValueError(f"{layer.name} has a {kind.__name__}: {way_out}, or remove_patch")
+
+    def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+        attn: Any = layer.attention
+        projection = attn.to_k if which == "keys" else attn.to_v
+        return projection(tokens)
+
+    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
+        given = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        tokens = given["hidden_states"]
+        given["hidden_states"] = merge.merge_queries(tokens)
+        if given.get("encoder_hidden_states") is None:
+            if merge.keys is not merge.queries:
+                given["encoder_hidden_states"] = merge.merge_keys(tokens)
+            given["attention_mask"] = _mask(layer, given.get("attention_mask"), merge, tokens)
+        return (), given
+
+    def unmerge(self, output: Any, merge: Merge) -> Any:
+        return merge.unmerge(output)
+
+
+def _blocks(network: Any) -> Iterator[tuple[str, Any, int]]:
+    """Path, block and level of the transformer blocks on pictures; blocks over frames are in other classes."""
+    if isinstance(network, PixArtTransformer2DModel):
+        for i, block in enumerate(network.transformer_blocks):
+            yield f"transformer_blocks.{i}", block, network.config.patch_size
+        return
+    for name, transformer in network.named_modules():
+        place = _LEVEL.match(name)
+        if place and isinstance(transformer, Transformer2DModel):
+            for i, block in enumerate(transformer.transformer_blocks):
+                if isinstance(block, BasicTransformerBlock):
+                    yield f"{name}.transformer_blocks.{i}", block, _level(place, len(network.down_blocks))
+
+
+def _level(place: re.Match[str], num_levels: int) -> int:
+    """1 for `down_blocks.0` and the last up block, twice as much for each level below."""
+    if place["side"] is None:
+        return 2 ** (num_levels - 1)
+    block = int(place["block"])
+    return 2 ** (block if place["side"] == "down" else num_levels - 1 - block)
+
+
+def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Tensor | None:
+    """The additive mask `[B, 1, K]` of merged keys: the logarithms of their weights (Bolya et al. 2023, Eq. 1).
+
+    A mask `[B, 1, N]` that is there already gives every token the weight exp(mask).
+    """
+    if merge.keys is None or (mask is None and not merge.weigh):
+        return mask
+    weights = torch.ones(()) if mask is None else merge.keys.merge(_per_key(mask).float().exp().mT).mT
+    if merge.weigh:
+        weights = weights * merge.keys.sizes[:, None, :]
+    parts = _PERTURBED.get(type(layer.attention.processor).__name__)
+    attended = len(tokens) if parts is None else len(tokens) // parts * (parts - 1)
+    return weights.log().clamp(min=_MASKED).to(tokens.dtype)[:attended]
+
+
+def _per_key(mask: Tensor) -> Tensor:
+    if mask.ndim != 3 or mask.shape[1] != 1:
+        raise ValueError(f"merging takes attention masks [B, 1, N], one for all queries, got {list(mask.shape)}")
+    return mask

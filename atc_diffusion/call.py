@@ -1,0 +1,70 @@
+"""What belongs to one call of a network. The hooks inside the network find it, whichever thread they run in."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from atc_diffusion.adapters import Merge
+from atc_diffusion.report import RunLog
+from atc_diffusion.schedule import Clusters
+
+
+@dataclass
+class Call:
+    """One call of a network.
+
+    Attributes:
+        kept: how many queries and how many keys are kept, by level.
+        fewest: the fewest that its clusters will be asked for, by level.
+        timestep: scalar tensor.
+        log: of the run that the call is part of.
+        size: height and width of the latents; None where an attention is called outside its network.
+        step: the entry of the scheduler's timesteps; 0 if unknown.
+        guidance_parts: how many parts of the batch are the same pictures under different guidance.
+        clusters: what serves it; what is missing is added.
+        hidden_states: what each layer's block was given.
+        merges: what was merged, by layer.
+        clustered: the layers that were clustered in this call.
+        running: whether the network has not returned yet.
+    """
+
+    kept: dict[int, tuple[int, int]]
+    fewest: dict[int, int]
+    timestep: Tensor
+    log: RunLog = field(default_factory=RunLog)
+    size: tuple[int, int] | None = None
+    step: int = 0
+    guidance_parts: int = 1
+    clusters: Clusters = field(default_factory=Clusters)
+    hidden_states: dict[str, Tensor] = field(default_factory=dict)
+    merges: dict[str, Merge] = field(default_factory=dict)
+    clustered: dict[str, bool] = field(default_factory=dict)
+    running: bool = True
+
+
+present: ContextVar[Call | None] = ContextVar("present", default=None)
+
+# By the input of a block: a gradient checkpoint keeps that, and recomputes the block when its call is long over.
+_checkpointed = WeakTensorKeyDictionary()
+
+
+def enter_block(hidden_states: Tensor) -> Call | None:
+    """The call that a block is in, or was in if a checkpoint recomputes it; None outside of any."""
+    call = present.get()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return call
+    if call is not None:
+        _checkpointed[hidden_states] = call
+    elif (call := _checkpointed.get(hidden_states)) is not None:
+        present.set(call)
+    return call
+
+
+def leave_block() -> None:
+    """End what `enter_block` recalled; also where a checkpoint stops a block half-way by an exception."""
+    call = present.get()
+    if call is not None and not call.running:
+        present.set(None)

@@ -1,0 +1,43 @@
+"""Tokens -> tree, in the way that the configuration says."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from atc_diffusion.clustering import cluster_tree
+from atc_diffusion.clustering.bipartite import draw_destinations, match
+from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.clustering.windows import cluster_windows
+from atc_diffusion.config import ATCConfig, MergeConfig, ToMeConfig
+
+Grid = tuple[int, int]
+
+
+def build_tree(config: MergeConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
+    """Cluster tokens by their `features` `[B, N, C]`.
+
+    Args:
+        config: says how.
+        features: what tokens are compared by.
+        grid: height and width of the tokens' grid; their product is `N`.
+        step: scalar tensor, the denoising timestep.
+        num_clusters: the fewest clusters that will be asked for; fewer may be possible.
+    """
+    return _BUILDERS[type(config)](config, features, grid, step, num_clusters)
+
+
+def _atc(config: ATCConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
+    if config.window is None or config.window >= max(grid):
+        return cluster_tree(features, config.linkage, backend=config.backend, num_clusters=num_clusters)
+    return cluster_windows(features, grid, config.window, config.linkage, config.backend)
+
+
+def _tome(config: ToMeConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
+    return match(features, draw_destinations(*grid, config.stride, config.seed, step.to(features.device)))
+
+
+_BUILDERS: dict[type[MergeConfig], Callable[[Any, Tensor, Grid, Tensor, int], Cuttable]] = {
+    ATCConfig: _atc,
+    ToMeConfig: _tome,
+}

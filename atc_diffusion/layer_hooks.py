@@ -1,0 +1,134 @@
+"""The hooks around one self-attention: cluster its tokens or recall their clusters, cut, merge, un-merge."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
+from atc_diffusion.call import Call, enter_block, leave_block, present
+from atc_diffusion.clusterer import build_tree
+from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.config import MergeConfig
+from atc_diffusion.merge_map import MergeMap
+
+
+class LayerHooks:
+    """Merging in one layer; what changes from call to call is in the `Call`.
+
+    Args:
+        layer: the self-attention.
+        clusters: name of the clusters that it uses; layers of one name share them.
+        family: the adapter of its network.
+        config: how to merge.
+    """
+
+    def __init__(self, layer: Layer, clusters: str, family: Family, config: MergeConfig) -> None:
+        self.layer = layer
+        self.clusters = clusters
+        self.family = family
+        self.config = config
+
+    def attach(self) -> list[RemovableHandle]:
+        block, attention = self.layer.block, self.layer.attention
+        return [
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+            attention.register_forward_pre_hook(self._merge, with_kwargs=True),
+            attention.register_forward_hook(self._unmerge),
+            block.register_forward_hook(self._leave_block, always_call=True),
+        ]
+
+    def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        hidden_states = _first(args, kwargs)
+        call = enter_block(hidden_states)
+        if call is not None and self.config.features == "hidden_states":
+            call.hidden_states[self.layer.name] = hidden_states
+
+    def _leave_block(self, block: nn.Module, args: Args, output: Any) -> None:
+        leave_block()
+
+    def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        tokens = _first(args, kwargs)
+        call = present.get() or self._call_of_its_own(tokens)
+        merge = self._cut(call, tokens)
+        call.merges[self.layer.name] = merge
+        return self.family.merge(self.layer, args, kwargs, merge) if merge else (args, kwargs)
+
+    def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
+        call = present.get()
+        assert call is not None  # set by `_merge` at the latest
+        merge = call.merges[self.layer.name]
+        call.hidden_states.pop(self.layer.name, None)
+        if call.size is None:
+            present.set(None)
+        return self.family.unmerge(output, merge) if merge else output
+
+    def _call_of_its_own(self, tokens: Tensor) -> Call:
+        """For an attention that is called outside of its network."""
+        level = self.layer.level
+        kept = self.config.num_kept(tokens.shape[1], level, progress=None)
+        call = Call({level: kept}, {level: min(kept)}, torch.tensor(0))
+        present.set(call)
+        return call
+
+    def _cut(self, call: Call, tokens: Tensor) -> Merge:
+        """What this call merges of `tokens` `[B, N, C]`: two cuts of one tree."""
+        num_tokens = tokens.shape[1]
+        kept = call.kept[self.layer.level]
+        if min(kept) == num_tokens:
+            return Merge(num_tokens, None, None, False)
+        tree = self._tree(call, tokens)
+        queries, keys = (self._map(call, tree, count, tokens) for count in kept)
+        return Merge(num_tokens, queries, keys, self.config.proportional_attention)
+
+    def _map(self, call: Call, tree: Cuttable, count: int, tokens: Tensor) -> MergeMap | None:
+        """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""
+        num_clusters = max(count, tree.num_clusters)
+        if num_clusters >= tokens.shape[1]:
+            return None
+        maps, key = call.clusters.maps, (self.clusters, count)
+        if key not in maps:
+            labels = tree.cut(num_clusters)
+            maps[key] = MergeMap(labels.repeat(len(tokens) // len(labels), 1), num_clusters)
+        return maps[key]
+
+    def _tree(self, call: Call, tokens: Tensor) -> Cuttable:
+        trees = call.clusters.trees
+        if self.clusters not in trees:
+            with torch.no_grad():
+                fewest = call.fewest[self.layer.level]
+                features, grid = self._features(call, tokens), self._grid(call, tokens)
+                trees[self.clusters] = build_tree(self.config, features, grid, call.timestep, fewest)
+            call.clustered[self.layer.name] = True
+        return trees[self.clusters]
+
+    def _features(self, call: Call, tokens: Tensor) -> Tensor:
+        """What tokens are compared by, `[B, N, C]`; of guidance parts only the last."""
+        if self.config.features == "hidden_states":
+            return call.hidden_states.get(self.layer.name, tokens).chunk(call.guidance_parts)[-1]
+        last = tokens.chunk(call.guidance_parts)[-1]
+        if self.config.features == "keys_values":
+            keys, values = (self.family.features(self.layer, last, which) for which in ("keys", "values"))
+            return torch.cat([_unit_deviation(keys), _unit_deviation(values)], dim=2)
+        return self.family.features(self.layer, last, self.config.features)
+
+    def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
+        if call.size is None:
+            return 1, tokens.shape[1]
+        height, width = self.layer.grid(call.size)
+        if height * width != tokens.shape[1]:
+            raise ValueError(
+                f"{self.layer.name} has {tokens.shape[1]} tokens, but the grid of its level is {height} x {width};"
+                " this layout cannot be merged, so call remove_patch"
+            )
+        return height, width
+
+
+def _first(args: Args, kwargs: Kwargs) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _unit_deviation(x: Tensor) -> Tensor:
+    """Each item of `x` `[B, N, C]` divided by its standard deviation."""
+    return x / x.float().std(dim=(1, 2), keepdim=True).clamp(min=1e-12).to(x.dtype)

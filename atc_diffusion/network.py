@@ -1,0 +1,166 @@
+"""The patch of one network: it follows the network's calls, and has the hooks of its layers."""
+
+import inspect
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer
+from atc_diffusion.call import Call, present
+from atc_diffusion.config import MergeConfig
+from atc_diffusion.layer_hooks import LayerHooks
+from atc_diffusion.report import LayerSummary, RecordedMerge
+from atc_diffusion.schedule import Moment, Run, Schedule, progress_by_value
+
+
+class NetworkPatch:
+    """Merging in one network. The hooks are PyTorch's own, so a deep copy of the network has its own patch.
+
+    Args:
+        name: what the network is called in reports.
+        network: a module of the family.
+        family: its adapter.
+        layers: the self-attentions to be merged.
+        config: how.
+    """
+
+    def __init__(self, name: str, network: nn.Module, family: Family, layers: list[Layer], config: MergeConfig) -> None:
+        self.name = name
+        self.config = config
+        self._network = network
+        self._family = family
+        self._layers = layers
+        self._parameters = list(inspect.signature(type(network).forward).parameters)[1:]
+        self._schedule = Schedule()
+        self._last_run = Run()
+        self._unrecognised = 0
+        self._handles: list[RemovableHandle] = []
+        self._check_processors(self._kept((64, 64), progress=0.0))
+
+    def attach(self) -> None:
+        names = _cluster_names(self._layers, self.config.share_layers)
+        hooks = [LayerHooks(layer, names[layer.name], self._family, self.config) for layer in self._layers]
+        self._handles = [
+            self._network.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._network.register_forward_hook(self._end, always_call=True),
+            *(handle for layer in hooks for handle in layer.attach()),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            self._family.detach(layer)
+
+    def summaries(self) -> list[LayerSummary]:
+        """What the layers did in the last run."""
+        logs = self._last_run.log
+        return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels) for x in self._layers]
+
+    def merges(self) -> list[RecordedMerge]:
+        """The clusters of the last run, if the configuration records them."""
+        return self._last_run.log.merges
+
+    @torch.compiler.disable
+    def _begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        _refuse_tracing()
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        sample, timestep = _latents(given), given["timestep"]
+        moment = Moment.of(timestep)
+        size = (sample.shape[-2], sample.shape[-1])
+        kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
+        self._check_processors(kept)
+        self._warn_of_no_reuse(moment)
+        run = self._schedule.run(moment)
+        step = 0 if moment is None else moment.index
+        lane = run.lane(step)
+        lane.advance(sample, step, self.config.refresh_every, self.config.share_guidance)
+        lane.clusters.keep_maps({count for counts in kept.values() for count in counts})
+        for layer in self._layers:
+            self._family.attach(layer)
+        self._last_run = run
+        present.set(
+            Call(
+                kept=kept,
+                fewest=self._fewest(size, moment, kept),
+                timestep=torch.as_tensor(timestep).float().max(),
+                log=run.log,
+                size=size,
+                step=step,
+                guidance_parts=lane.guidance_parts,
+                clusters=lane.clusters,
+            )
+        )
+
+    @torch.compiler.disable
+    def _end(self, network: nn.Module, args: Args, output: Any) -> None:
+        """Log the call; one that an exception ended has no output and is forgotten."""
+        call = present.get()
+        present.set(None)
+        if call is None or output is None:
+            return
+        call.running = False
+        for name, merge in call.merges.items():
+            call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
+        if self.config.record:
+            call.log.merges += self._recorded(call)
+
+    def _recorded(self, call: Call) -> Iterator[RecordedMerge]:
+        for layer in self._layers:
+            if (merge := call.merges.get(layer.name)) and call.size:
+                grid = layer.grid(call.size)
+                yield RecordedMerge(self.name, layer.name, call.step, grid, merge.queries, merge.keys)
+
+    def _kept(self, size: tuple[int, int], progress: float | None) -> dict[int, tuple[int, int]]:
+        """How many queries and how many keys are kept of latents of a `size`, by level."""
+        grids = {layer.level: layer.grid(size) for layer in self._layers}
+        return {level: self.config.num_kept(math.prod(grid), level, progress) for level, grid in grids.items()}
+
+    def _fewest(self, size: tuple[int, int], moment: Moment | None, now: dict[int, tuple[int, int]]) -> dict[int, int]:
+        """The fewest that clusters of this moment will be asked for, by level."""
+        later = [] if moment is None else map(moment.progress, range(1, self.config.refresh_every))
+        serving = [now, *(self._kept(size, progress) for progress in later)]
+        return {level: min(min(kept[level]) for kept in serving) for level in now}
+
+    def _check_processors(self, kept: dict[int, tuple[int, int]]) -> None:
+        for layer in self._layers:
+            queries, keys = kept[layer.level]
+            self._family.check(layer, keys_apart=queries != keys)
+
+    def _warn_of_no_reuse(self, moment: Moment | None) -> None:
+        """Once, at the second call that is not recognised: a single one could not have reused anything."""
+        wants_reuse = self.config.refresh_every > 1 or self.config.share_guidance
+        self._unrecognised += moment is None and wants_reuse
+        if moment is None and wants_reuse and self._unrecognised == 2:
+            warnings.warn(
+                f"{type(self._network).__name__} was called with a timestep that is no entry of scheduler.timesteps, so"
+                " its tokens are clustered anew at every call; pass `t` of `for t in scheduler.timesteps`, or set"
+                " refresh_every=1 and share_guidance=False",
+                stacklevel=2,
+            )
+
+
+def _latents(given: Kwargs) -> Tensor:
+    """The latents `[B, C, ..., H, W]` that a network was called with."""
+    latents = given["sample"] if "sample" in given else given["hidden_states"]
+    return given["controlnet_cond"] if latents.ndim == 3 else latents
+
+
+def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:
+    """The name of the clusters that each layer uses: one for so many consecutive layers of a level."""
+    names, seen = {}, Counter[int]()
+    for layer in layers:
+        names[layer.name] = f"{layer.level}/{seen[layer.level] // share_layers}"
+        seen[layer.level] += 1
+    return names
+
+
+def _refuse_tracing() -> None:
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        raise ValueError("a patched network cannot be exported or traced; call remove_patch first")

@@ -1,0 +1,131 @@
+"""What merging did in a run: counted while it runs, told by `summary` and `merge_maps`."""
+
+from dataclasses import dataclass, field
+
+from atc_diffusion.config import MergeConfig
+from atc_diffusion.merge_map import MergeMap
+
+
+@dataclass(frozen=True)
+class RecordedMerge:
+    """The clusters of one call of a self-attention.
+
+    Attributes:
+        network: the network's name in the pipeline, such as "unet".
+        layer: the attention's path in the network.
+        step: the entry of the scheduler's timesteps, from 0.
+        grid: height and width of the grid of tokens.
+        queries: how queries and the output were merged; None if they were not.
+        keys: how keys and values were merged; None if they were not.
+    """
+
+    network: str
+    layer: str
+    step: int
+    grid: tuple[int, int]
+    queries: MergeMap | None
+    keys: MergeMap | None
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One patched self-attention and what its last run did.
+
+    Attributes:
+        network: the network's name in the pipeline, such as "unet".
+        name: the attention's path in the network.
+        level: the factor by which its grid of tokens is smaller than the latents.
+        channels: width of its tokens.
+        tokens: how many there were; 0 before the first run.
+        kept: queries kept, by step.
+        kept_keys: keys and values kept, by step.
+        clusterings: how often its tokens were clustered.
+    """
+
+    network: str
+    name: str
+    level: int
+    channels: int
+    tokens: int = 0
+    kept: tuple[int, ...] = ()
+    kept_keys: tuple[int, ...] = ()
+    clusterings: int = 0
+
+    @property
+    def work(self) -> float:
+        """Multiplications of projections and attention over all steps; clustering is not counted."""
+        return sum(map(self._work, self.kept, self.kept_keys))
+
+    @property
+    def unmerged_work(self) -> float:
+        """The same without merging."""
+        return len(self.kept) * self._work(self.tokens, self.tokens)
+
+    def _work(self, queries: int, keys: int) -> float:
+        return 2 * self.channels * (self.channels * (queries + keys) + queries * keys)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a patch does and what its last denoising run did; prints as a table."""
+
+    config: MergeConfig
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def work_saved(self) -> float:
+        """Share of the arithmetic of the patched self-attentions that the last run saved, clustering not counted."""
+        unmerged = sum(layer.unmerged_work for layer in self.layers)
+        return 1 - sum(layer.work for layer in self.layers) / unmerged if unmerged else 0.0
+
+    def __str__(self) -> str:
+        header = ("layer", "level", "tokens", "queries", "keys", "clusterings")
+        table = _table([header, *map(_row, self.layers)])
+        saved = f"{self.work_saved:.0%} of the arithmetic of these attentions saved, clustering not counted"
+        return "\n".join([str(self.config), *table, saved])
+
+
+def _row(layer: LayerSummary) -> tuple[str, ...]:
+    name = f"{layer.network}.{layer.name}" if layer.network else layer.name
+    return name, str(layer.level), str(layer.tokens), _span(layer.kept), _span(layer.kept_keys), str(layer.clusterings)
+
+
+def _span(kept: tuple[int, ...]) -> str:
+    """How many were kept; first and last where that changed."""
+    if len(set(kept)) <= 1:
+        return str(kept[0]) if kept else "-"
+    return f"{kept[0]}..{kept[-1]}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+@dataclass
+class LayerLog:
+    """What one layer did so far in a run: tokens, what was kept by step, and how often it was clustered."""
+
+    tokens: int = 0
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)
+    clusterings: int = 0
+
+    def add(self, step: int, tokens: int, kept: tuple[int, int], clustered: bool) -> None:
+        self.tokens = tokens
+        self.kept[step] = kept
+        self.clusterings += clustered
+
+    def summary(self, network: str, name: str, level: int, channels: int) -> LayerSummary:
+        queries, keys = zip(*self.kept.values(), strict=True) if self.kept else ((), ())
+        return LayerSummary(network, name, level, channels, self.tokens, queries, keys, self.clusterings)
+
+
+@dataclass
+class RunLog:
+    """What happened in a run so far."""
+
+    layers: dict[str, LayerLog] = field(default_factory=dict)
+    merges: list[RecordedMerge] = field(default_factory=list)
+
+    def layer(self, name: str) -> LayerLog:
+        return self.layers.setdefault(name, LayerLog())
