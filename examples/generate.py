@@ -1,4 +1,4 @@
-"""Draw the same pictures with all tokens and with fewer, side by side.
+"""Draw the same pictures unmerged and merged, side by side, and print seconds and fidelity.
 
     python examples/generate.py
     python examples/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a fox in the snow"
@@ -22,17 +22,20 @@ from PIL import Image, ImageDraw, ImageFont
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
 from atc_diffusion.clustering import LINKAGES
 
+UNMERGED = (1.0, 1.0)
+
 EMOJI = Path(__file__).parent / "emoji_diffusion"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMOJI), help="hub id or folder of a diffusers pipeline")
-    parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin", "wrapped gift"])
-    parser.add_argument("--keep", nargs="+", type=float, default=[100, 60, 25], help="percent of the tokens kept")
+    parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin"])
+    keep = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 100/10 50/10)"
+    parser.add_argument("--keep", nargs="+", type=shares, default=[(1.0, 0.1), (0.5, 0.1)], help=keep)
     parser.add_argument("--method", choices=["atc", "tome"], default="atc")
     parser.add_argument("--linkage", choices=LINKAGES, help="of ATC (default: average)")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -40,23 +43,42 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shares(text: str) -> tuple[float, float]:
+    """The shares of queries and keys that "50/10", or "50" for both, asks for."""
+    queries, _, keys = text.partition("/")
+    try:
+        percentages = float(queries), float(keys or queries)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected percentages such as 50 or 100/10, got {text!r}") from None
+    for percentage in percentages:
+        if not 1 <= percentage <= 100:
+            hint = f"; did you mean {100 * percentage:g}?" if 0 < percentage < 1 else ""
+            raise argparse.ArgumentTypeError(f"expected percentages from 1 to 100, got {percentage:g}{hint}")
+    return percentages[0] / 100, percentages[1] / 100
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the pictures were drawn, or mean something else."""
     if args.method == "tome" and args.linkage:
         raise ValueError(f"--linkage {args.linkage} is ATC's; leave it out with --method tome")
-    if any(0 < keep < 1 for keep in args.keep):
-        raise ValueError(f"--keep is in percent, got {min(args.keep):g}; did you mean {100 * min(args.keep):g}?")
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
     if not args.out.parent.is_dir():
         raise ValueError(f"cannot write {str(args.out)!r}: there is no folder {str(args.out.parent)!r}")
 
 
-def configurations(args: argparse.Namespace) -> dict[float, MergeConfig]:
-    """One configuration for every percentage, 100 first."""
+def configurations(args: argparse.Namespace) -> dict[str, MergeConfig]:
+    """A configuration for every pair of shares, the unmerged model first; by what is kept."""
     method = ToMeConfig if args.method == "tome" else ATCConfig
     options = {"linkage": args.linkage} if args.linkage else {}
-    return {keep: method(r=keep / 100, **options) for keep in dict.fromkeys([100.0, *args.keep])}
+    pairs = dict.fromkeys([UNMERGED, *args.keep])
+    return {describe(*pair): method(r=pair[0], r_keys=pair[1], **options) for pair in pairs}
+
+
+def describe(queries: float, keys: float) -> str:
+    if (queries, keys) == UNMERGED:
+        return "unmerged"
+    return f"{queries:.0%} of tokens" if queries == keys else f"{queries:.0%} of queries, {keys:.0%} of keys"
 
 
 def load(model: str) -> Any:
@@ -94,7 +116,7 @@ def psnr(a: list[Image.Image], b: list[Image.Image]) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def contact_sheet(columns: dict[str, list[Image.Image]], side: int = 192, margin: int = 28) -> Image.Image:
+def contact_sheet(columns: dict[str, list[Image.Image]], side: int = 256, margin: int = 28) -> Image.Image:
     """Pictures under the label of their column."""
     rows = len(next(iter(columns.values())))
     sheet = Image.new("RGB", (side * len(columns), margin + side * rows), "white")
@@ -113,14 +135,16 @@ def main() -> None:
     pipe = load(args.model)
     draw(pipe, args, steps=2)  # warm up
     columns: dict[str, list[Image.Image]] = {}
-    reference: list[Image.Image] = []
-    for keep, config in configs.items():
+    unmerged: tuple[list[Image.Image], float] | None = None
+    for kept, config in configs.items():
         with patched(pipe, config):
             pictures, seconds = draw(pipe, args, args.steps)
-        reference = reference or pictures
-        fidelity = "the reference" if keep == 100 else f"{psnr(pictures, reference):.1f} dB"
-        print(f"r = {config.r:<5g} {seconds / len(pictures):6.2f} s/picture   {fidelity}")
-        columns[f"r = {config.r:g}: {fidelity}"] = pictures
+        unmerged = unmerged or (pictures, seconds)
+        line = f"{kept:32} {seconds / len(pictures):6.2f} s/picture"
+        if pictures is not unmerged[0]:
+            line += f"  x {seconds / unmerged[1]:.2f}  {psnr(pictures, unmerged[0]):.1f} dB"
+        print(line)
+        columns[kept] = pictures
     contact_sheet(columns).save(args.out)
     print(f"wrote {args.out}")
 
