@@ -41,7 +41,7 @@ def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, met
     row = r"\d+% of queries, \d+% of keys +[\d.]+ s/picture  x [\d.]+  ([\d.]+) dB"
     fidelity = [float(match[1]) for line in lines[1:3] if (match := re.fullmatch(row, line))]
     # An unrelated picture is at about 10 dB.
-    assert 70 > fidelity[0] > fidelity[1] > 15
+    assert 70 > fidelity[0] > fidelity[1] > 15 if method == "atc" else min(fidelity) > 15
     assert Image.open(tmp_path / "a.png").size == (3 * 256, 28 + 256)
 
 
