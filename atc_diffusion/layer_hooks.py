@@ -53,7 +53,7 @@ class LayerHooks:
         call = present.get() or self._call_of_its_own(tokens)
         merge = self._cut(call, tokens)
         call.merges[self.layer.name] = merge
-        return self.family.merge(self.layer, args, kwargs, merge) if merge else (args, kwargs)
+        return self.family.merge(self.layer, args, kwargs, merge)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
         call = present.get()
@@ -62,7 +62,7 @@ class LayerHooks:
         call.hidden_states.pop(self.layer.name, None)
         if call.size is None:
             present.set(None)
-        return self.family.unmerge(output, merge) if merge else output
+        return self.family.unmerge(output, merge)
 
     def _call_of_its_own(self, tokens: Tensor) -> Call:
         """For an attention that is called outside of its network."""

@@ -73,7 +73,7 @@ class NetworkPatch:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         sample, timestep = _latents(given), given["timestep"]
         moment = Moment.of(timestep)
-        size = (sample.shape[-2], sample.shape[-1])
+        size = _size(given)
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
         self._check_processors(kept)
         self._warn_of_no_reuse(moment)
@@ -147,9 +147,15 @@ class NetworkPatch:
 
 
 def _latents(given: Kwargs) -> Tensor:
-    """The latents `[B, C, ..., H, W]` that a network was called with."""
-    latents = given["sample"] if "sample" in given else given["hidden_states"]
-    return given["controlnet_cond"] if latents.ndim == 3 else latents
+    """The latents `[B, C, ..., H, W]` that a network was called with, or their patches `[B, N, C]`."""
+    return given["sample"] if "sample" in given else given["hidden_states"]
+
+
+def _size(given: Kwargs) -> tuple[int, int]:
+    """Height and width of the latents; beside patches there are the condition's, of the same size."""
+    latents = _latents(given)
+    height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
+    return height, width
 
 
 def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:

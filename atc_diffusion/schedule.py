@@ -151,7 +151,10 @@ class Schedule:
 
 
 def _guidance_parts(sample: Tensor) -> int:
-    """How many times the batch repeats the same latents, the first four channels of `sample` `[B, C, ...]`."""
+    """How many times the batch repeats the same latents: the first four channels of `sample` `[B, C, ...]`.
+
+    Of patches `[B, N, C]` it compares the first four.
+    """
     return next((parts for parts in _divisors(len(sample)) if _are_equal(sample[:, :4].chunk(parts))), 1)
 
 

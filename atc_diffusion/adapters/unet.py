@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class UNetFamily:
 
 def _blocks(network: Any) -> Iterator[tuple[str, Any, int]]:
     """Path, block and level of the transformer blocks on pictures; blocks over frames are in other classes."""
+    if isinstance(network, ControlNetXSAdapter):
+        return  # never called: UNetControlNetXSModel has copies of its blocks
     if isinstance(network, PixArtTransformer2DModel):
         for i, block in enumerate(network.transformer_blocks):
             yield f"transformer_blocks.{i}", block, network.config.patch_size

@@ -1,0 +1,377 @@
+"""Every supported family of networks: identity, removal, shares, reuse, and attention beside an explicit reference."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
+from torch import Tensor, nn
+
+from atc_diffusion import ATCConfig, RecordedMerge, ToMeConfig, apply_patch, merge_maps, remove_patch, summary
+from tests.conftest import UNET
+from tests.families import FAMILIES, Family
+
+SHARES = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
+TIMESTEPS = torch.tensor([900, 750, 600, 450, 300, 150])
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def network(family: Family) -> nn.Module:
+    return family.make()
+
+
+def tokens_of(family: Family, height: int = 8, width: int = 12) -> int:
+    return height // family.level * (width // family.level)
+
+
+def test_keeping_all_is_the_identity_to_the_bit(family, network):
+    before = family.run(network)
+    apply_patch(network, r=1)
+    assert torch.equal(family.run(network), before)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_merging_changes_the_output_and_removal_restores_it_to_the_bit(family, network, shares):
+    before = family.run(network)
+    apply_patch(network, **shares)
+    merged = family.run(network)
+    assert merged.isfinite().all()
+    assert not torch.allclose(merged, before, atol=1e-4)
+    kept, kept_keys = (round(shares.get(name, shares["r"]) * tokens_of(family)) for name in ("r", "r_keys"))
+    facts = {(x.level, x.tokens, x.kept, x.kept_keys) for x in summary(network).layers}
+    assert facts == {(family.level, tokens_of(family), (kept,), (kept_keys,))}
+    remove_patch(network)
+    assert torch.equal(family.run(network), before)
+
+
+def processors(network: nn.Module) -> list[object]:
+    return [module.processor for module in network.modules() if hasattr(module, "processor")]
+
+
+def test_nothing_is_left_behind(family, network):
+    before, weights = processors(network), network.state_dict()
+    family.run(apply_patch(network, r=0.5))
+    assert list(network.state_dict()) == list(weights)
+    remove_patch(network)
+    assert all(a is b for a, b in zip(processors(network), before, strict=True))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_applying_twice_is_applying_once(family, network):
+    once = family.run(apply_patch(network, r=0.5))
+    assert torch.equal(family.run(apply_patch(network, r=0.5)), once)
+
+
+def test_a_deep_copy_is_independent(family, network):
+    before, merged = family.run(network), family.run(apply_patch(network, r=0.5))
+    clone = copy.deepcopy(network)
+    remove_patch(network)
+    assert torch.equal(family.run(clone), merged)
+    for parameter in clone.parameters():
+        parameter.zero_()
+    assert torch.equal(family.run(network), before)
+    assert not family.run(clone).any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ToMeConfig(r=0.5),
+        ATCConfig(window=3, features="keys_values"),
+        ATCConfig(window=2, share_layers=2),
+        ATCConfig.paper(0.4),
+    ],
+)
+def test_every_way_of_clustering(family, network, config):
+    before = family.run(network)
+    merged = family.run(apply_patch(network, config))
+    assert merged.isfinite().all()
+    assert not torch.allclose(merged, before, atol=1e-4)
+    assert torch.equal(family.run(apply_patch(network, config)), merged)
+
+
+def test_levels_may_be_named(family, network):
+    apply_patch(network, r={family.level: 0.5})
+    assert len(summary(network).layers) == family.layers
+    with pytest.raises(ValueError, match=r"a share is given for level 8, but the levels that have self-attention are"):
+        apply_patch(network, r={8: 0.5})
+
+
+def test_the_clusters_are_recorded_in_the_order_of_the_layers(family, network):
+    family.run(apply_patch(network, r=0.5, record=True))
+    merges, layers = merge_maps(network), summary(network).layers
+    assert len(layers) == family.layers
+    assert [(m.network, m.layer) for m in merges] == [(x.network, x.name) for x in layers]
+    assert {m.grid for m in merges} == {(8 // family.level, 12 // family.level)}
+
+
+def test_clusters_serve_steps_and_both_parts_of_guidance(family, network):
+    """Shared from the fourth step on: at the second, parts of the batch are found to be the same picture."""
+    apply_patch(network, r=0.5, refresh_every=3, record=True)
+    first, _ = half_and_half(family)
+    for timestep in TIMESTEPS:
+        family.run(network, timestep, **first)
+    assert {layer.clusterings for layer in summary(network).layers} == {2}
+    shared = [merge.queries.labels for merge in merge_maps(network) if merge.step >= 3]
+    assert all(torch.equal(*labels.chunk(2)) for labels in shared)
+
+
+def test_different_pictures_are_never_clustered_as_one(family, network):
+    apply_patch(network, r=0.5, refresh_every=1, record=True)
+    _, second = half_and_half(family)
+    for timestep in TIMESTEPS[:2]:
+        family.run(network, timestep, **second)
+    labels = [merge.queries.labels for merge in merge_maps(network) if merge.step == 1]
+    assert not any(torch.equal(*each.chunk(2)) for each in labels)
+
+
+def half_and_half(family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs with one picture under guidance, and with two pictures; conditions are the same for both halves."""
+    inputs = family.inputs(8, 12)
+    name = "sample" if "sample" in inputs else "hidden_states"
+    pictures = inputs[name]
+    same = {name: pictures[:1].repeat(2, *[1] * (pictures.ndim - 1))}
+    condition = inputs.get("controlnet_cond")
+    shared = {} if condition is None else {"controlnet_cond": repeat_first(condition)}
+    return shared | same, shared | {name: pictures}
+
+
+def repeat_first(condition: Any) -> Any:
+    if isinstance(condition, list):
+        return [repeat_first(each) for each in condition]
+    return condition[:1].repeat(2, 1, 1, 1)
+
+
+def test_a_schedule_of_shares(family, network):
+    apply_patch(network, r=lambda progress: 0.25 + 0.5 * progress, r_keys=0.25)
+    for timestep in TIMESTEPS[:3]:
+        family.run(network, timestep)
+    kept = tuple(round((0.25 + 0.1 * step) * tokens_of(family)) for step in range(3))
+    assert {layer.kept for layer in summary(network).layers} == {kept}
+    assert {layer.kept_keys for layer in summary(network).layers} == {(tokens_of(family) // 4,) * 3}
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_attention_is_softmax_over_logits_plus_log_sizes(family, network, shares):
+    """Bolya et al. 2023, Eq. 1, written out; a text's columns have size 1."""
+    calls = recorded_calls(network)
+    family.run(apply_patch(network, record=True, **shares))
+    results = outputs(network)
+    family.run(network)
+    merges = merge_maps(network)
+    assert len(merges) == family.layers
+    for merge in merges:
+        attention = submodule(network, merge)
+        expected = explicit_attention(attention, calls[attention], merge)
+        for actual, part in zip(as_tuple(results[attention]), expected, strict=True):
+            assert torch.allclose(actual, part, atol=1e-5)
+
+
+def submodule(network: nn.Module, merge: RecordedMerge) -> nn.Module:
+    return network.get_submodule(f"{merge.network}.{merge.layer}".lstrip("."))
+
+
+def recorded_calls(network: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor | None]]:
+    """Tokens and text that every attention is given; to be called before the network is patched."""
+    calls: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = (args[0] if args else kwargs["hidden_states"], kwargs.get("encoder_hidden_states"))
+
+    for module in network.modules():
+        if hasattr(module, "processor"):
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+    return calls
+
+
+def outputs(network: nn.Module) -> dict[nn.Module, Any]:
+    """What every attention returns; to be called after the network is patched."""
+    results: dict[nn.Module, Any] = {}
+    for module in network.modules():
+        if hasattr(module, "processor"):
+            module.register_forward_hook(lambda module, args, output: results.update({module: output}))
+    return results
+
+
+def explicit_attention(attn: Any, call: tuple[Tensor, Tensor | None], merge: RecordedMerge) -> tuple[Tensor, ...]:
+    tokens, text = call
+    queries = tokens if merge.queries is None else merge.queries.merge(tokens)
+    keys = tokens if merge.keys is None else merge.keys.merge(tokens)
+    q, k, v = heads(attn, queries, attn.to_q), heads(attn, keys, attn.to_k), heads(attn, keys, attn.to_v)
+    q, k = normed(attn.norm_q, q), normed(attn.norm_k, k)
+    sizes = torch.ones(keys.shape[:2]) if merge.keys is None else merge.keys.sizes
+    if text is not None:
+        q = torch.cat([q, normed(attn.norm_added_q, heads(attn, text, attn.add_q_proj))], dim=2)
+        k = torch.cat([k, normed(attn.norm_added_k, heads(attn, text, attn.add_k_proj))], dim=2)
+        v = torch.cat([v, heads(attn, text, attn.add_v_proj)], dim=2)
+        sizes = torch.cat([sizes, torch.ones(text.shape[:2])], dim=1)
+    logits = q @ k.mT / q.shape[-1] ** 0.5 + sizes.log()[:, None, None, :]
+    attended = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    picture = attn.to_out[0](attended[:, : queries.shape[1]])
+    picture = picture if merge.queries is None else merge.queries.unmerge(picture)
+    if text is None:
+        return (picture,)
+    of_text = attended[:, queries.shape[1] :]
+    return picture, of_text if attn.context_pre_only else attn.to_add_out(of_text)
+
+
+def heads(attn: Any, x: Tensor, projection: nn.Module) -> Tensor:
+    return projection(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def as_tuple(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def test_merging_in_blocks_that_are_skipped_does_no_harm():
+    family = FAMILIES["sd35"]
+    network = family.make()
+    expected = family.run(network, skip_layers=[0])
+    apply_patch(network, r=1)
+    assert torch.equal(family.run(network, skip_layers=[0]), expected)
+    apply_patch(network, r=0.5)
+    assert not torch.allclose(family.run(network, skip_layers=[0]), expected, atol=1e-4)
+    assert [layer.tokens for layer in summary(network).layers] == [0, 0, 24, 24]
+
+
+def test_motion_modules_are_never_merged():
+    names = [layer.name for layer in summary(apply_patch(FAMILIES["animatediff"].make(), max_downsample=2)).layers]
+    assert len(names) == 7
+    assert not any("motion_modules" in name for name in names)
+
+
+def test_controlnet_xs_is_merged_in_both_of_its_networks():
+    names = [layer.name for layer in summary(apply_patch(FAMILIES["controlnet_xs"].make())).layers]
+    assert sum("base_attentions" in name for name in names) == 2
+    assert sum("ctrl_attentions" in name for name in names) == 2
+    assert sum(name.startswith("up_blocks.1.attentions") for name in names) == 3
+
+
+def test_fused_projections_of_sd3_are_refused_and_work_again_unfused():
+    family = FAMILIES["sd3"]
+    network = family.make()
+    expected = family.run(apply_patch(network, r=0.5))
+    remove_patch(network)
+    network.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has a FusedJointAttnProcessor2_0: merging in"):
+        apply_patch(network, r=0.5)
+    network.unfuse_qkv_projections()
+    assert torch.equal(family.run(apply_patch(network, r=0.5)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "sd35"])
+def test_transformers_compile_whole(name):
+    torch.compiler.reset()
+    family = FAMILIES[name]
+    network = apply_patch(family.make(), r=0.5, r_keys=0.25, refresh_every=2)
+    expected = [family.run(network, timestep) for timestep in TIMESTEPS[:3]]
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    steps = TIMESTEPS.clone()
+    for timestep, output in zip(steps, expected, strict=False):
+        assert torch.allclose(family.run(compiled, timestep), output, atol=1e-5)
+    assert {layer.clusterings for layer in summary(compiled).layers} == {2}
+
+
+def flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 0),
+    )
+
+
+def sana() -> SanaTransformer2DModel:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 4, "num_cross_attention_heads": 2}
+    widths = {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8}
+    return SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, sample_size=8, **heads, **widths)
+
+
+def qwen_image() -> QwenImageTransformer2DModel:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 8, "axes_dims_rope": (4, 2, 2)}
+    return QwenImageTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, **heads)
+
+
+def stable_cascade() -> StableCascadeUNet:
+    blocks = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    layers = ("down_num_layers_per_block", "up_num_layers_per_block", "down_blocks_repeat_mappers")
+    return StableCascadeUNet(
+        block_out_channels=(8, 8),
+        num_attention_heads=(2, 2),
+        **dict.fromkeys((*layers, "up_blocks_repeat_mappers"), (1, 1)),
+        block_types_per_layer=(blocks, blocks),
+        conditioning_dim=8,
+        clip_text_pooled_in_channels=8,
+        clip_seq=1,
+    )
+
+
+def kandinsky() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **UNET
+        | {
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        }
+    )
+
+
+def latent_upscaler() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **UNET
+        | {
+            "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
+            "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"),
+            "mid_block_type": None,
+            "block_out_channels": (32, 32),
+            "norm_num_groups": None,
+            "resnet_time_scale_shift": "scale_shift",
+        }
+    )
+
+
+def stable_video_diffusion() -> UNetSpatioTemporalConditionModel:
+    return UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=(2, 2),
+        layers_per_block=1,
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12,
+    )
+
+
+@pytest.mark.parametrize(
+    "build", [flux, sana, qwen_image, stable_cascade, kandinsky, latent_upscaler, stable_video_diffusion]
+)
+def test_other_models_are_refused_in_one_sentence(build):
+    network = build()
+    expected = f"^{type(network).__name__} has no self-attention that can be merged; supported are [^.]+3.5, [^.]+$"
+    with pytest.raises(ValueError, match=expected):
+        apply_patch(network)
