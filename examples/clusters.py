@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from overlay import Partition, at_step, paint, partitions
-from pipeline import EMOJI, load
 from PIL import Image
+from pipeline import EMOJI, load
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched, summary
 
@@ -110,7 +110,9 @@ def overlays(runs: Runs, layer: str, step: int) -> Figure:
         show_picture(row[0], runs[method, keeps[0]])
         for axes, keep in zip(row[1:], keeps, strict=True):
             show_clusters(axes, runs[method, keep], layer, step)
-    for axes, title in zip(grid[0], [f"drawn with {keeps[0]:g} %", *(f"{keep:g} % kept" for keep in keeps)], strict=True):
+    for axes, title in zip(
+        grid[0], [f"drawn with {keeps[0]:g} %", *(f"{keep:g} % kept" for keep in keeps)], strict=True
+    ):
         axes.set_title(title)
     return figure
 
@@ -151,14 +153,14 @@ def plot_sizes(axes: Axes, sizes: dict[str, NDArray[np.int64]]) -> None:
     largest = max(int(of_method.max()) for of_method in sizes.values())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.hist(list(sizes.values()), 2 ** np.arange(largest.bit_length() + 1), label=list(sizes))
+    axes.hist(list(sizes.values()), [2.0**power for power in range(largest.bit_length() + 1)], label=list(sizes))
     axes.set_ylim(bottom=0.7)  # a single cluster shows as a bar
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
 
 
 def clusters(run: Run, layer: str, step: int) -> Partition:
-    return at_step(run.partitions, layer, step)
+    return at_step([each for each in run.partitions if each.layer == layer], step)
 
 
 def main() -> None:

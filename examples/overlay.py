@@ -1,5 +1,6 @@
 """The clusters that merging made, drawn over the picture they belong to (as in the ATC paper's Figure 5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +52,9 @@ def partitions(pipe: Any) -> list[Partition]:
     ]
 
 
-def at_step(found: list[Partition], layer: str, step: int) -> Partition:
-    """The clusters that one layer used at `step`: the newest that are not from a later step."""
-    of_layer = [partition for partition in found if partition.layer == layer]
-    return max((each for each in of_layer if each.step <= step), key=lambda each: each.step, default=of_layer[0])
+def at_step(found: Sequence[Partition], step: int) -> Partition:
+    """The one of a layer's partitions that was in use at `step`: the newest that is not from a later step."""
+    return max((each for each in found if each.step <= step), key=lambda each: each.step, default=found[0])
 
 
 def paint(picture: Image.Image, labels: Labels, side: int = 512) -> Image.Image:
