@@ -16,9 +16,9 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 from comparison import Comparison, Settings, Studio
+from display import SIDE, TABLE, clusters, past, select, show
 from form import check, configure, fields
 from pipeline import EMOJI, load
-from results import SIDE, TABLE, clusters, past, select, show
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
@@ -111,21 +111,22 @@ def build(runs: Runs, prompts: list[str], steps: int) -> gr.Blocks:
             with gr.Row():
                 with gr.Column(min_width=300):
                     strength = gr.Markdown()
-                    difference = picture("Absolute difference")
+                    difference = picture("difference")
                 with gr.Column(min_width=300):
                     heading = gr.Markdown(elem_id="heading")
-                    overlay = picture("Clusters")
+                    overlay = picture("clusters")
                     layer = gr.Dropdown([], label="Layer", elem_id="layer")
                     step = gr.Slider(0, steps - 1, step=1, label="Step", elem_id="step")
             gr.Markdown("### Your runs\nClick a picture to see it again.")
             gallery = gr.Gallery(
+                label="Your runs",
+                show_label=False,
                 columns=6,
                 fit_columns=False,
-                show_label=False,
                 allow_preview=False,
                 format="png",
+                buttons=["download_all"],
                 elem_id="past",
-                buttons=[],
             )
             table = gr.Dataframe(headers=TABLE, interactive=False, buttons=["copy"])
 
@@ -142,8 +143,8 @@ def build(runs: Runs, prompts: list[str], steps: int) -> gr.Blocks:
     return page
 
 
-def picture(label: str) -> gr.Image:
-    return gr.Image(label=label, format="png", show_label=False, buttons=["download", "fullscreen"])
+def picture(name: str) -> gr.Image:
+    return gr.Image(label=name, show_label=False, format="png", buttons=["download", "fullscreen"], elem_id=name)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -106,33 +106,35 @@ class Studio:
         """
         config = replace(settings.config, record=True)
         with self._turn:
-            unmerged, unmerged_seconds = self._draw(settings, on_step, "Unmerged")
+            on_step("Unmerged", 0)
+            self._warm_up(settings)
+            unmerged, unmerged_seconds = self._draw(settings, partial(on_step, "Unmerged"))
+            on_step("Merged", 0)
             with patched(self.pipe, config):
-                merged, merged_seconds = self._draw(settings, on_step, "Merged")
+                self._warm_up(settings)
+            with patched(self.pipe, config):
+                merged, merged_seconds = self._draw(settings, partial(on_step, "Merged"))
                 found = partitions(self.pipe)
         return Comparison(settings, unmerged, merged, unmerged_seconds, merged_seconds, found)
 
-    def _draw(self, settings: Settings, on_step: OnStep, name: str) -> tuple[Image.Image, float]:
-        on_step(name, 0)
-        self._call(replace(settings, steps=1), partial(_after_step, name, None))  # warm up
-        start = time.perf_counter()
-        picture = self._call(settings, partial(_after_step, name, on_step))
-        return picture, time.perf_counter() - start
+    def _warm_up(self, settings: Settings) -> None:
+        self._draw(replace(settings, steps=1), lambda done: None)
 
-    def _call(self, settings: Settings, callback: Callable[..., Any]) -> Image.Image:
-        return self.pipe(
+    def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
+        start = time.perf_counter()
+        picture = self.pipe(
             settings.prompt,
             height=settings.size,
             width=settings.size,
             num_inference_steps=settings.steps,
             generator=torch.Generator().manual_seed(settings.seed),
-            callback_on_step_end=callback,
+            callback_on_step_end=partial(_after_step, on_step),
             **self.options,
         ).images[0]
+        return picture, time.perf_counter() - start
 
 
-def _after_step(name: str, on_step: OnStep | None, pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+def _after_step(on_step: Callable[[int], None], pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
     """A `callback_on_step_end` that changes no tensor."""
-    if on_step is not None:
-        on_step(name, step + 1)
+    on_step(step + 1)
     return tensors

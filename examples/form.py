@@ -81,10 +81,8 @@ def fields(prompt: str, steps: int, size: int) -> list[gr.components.Component]:
         side = gr.Number(size, label="Size, pixels", min_width=80, elem_id="size")
     name, first = next(iter(PRESETS.items()))
     preset = gr.Dropdown(list(PRESETS), value=name, label="Method", elem_id="preset")
-    r = gr.Slider(0.05, 1, first.r, step=0.05, label="r: share of queries kept", elem_id="r")
-    r_keys = gr.Slider(
-        0.05, 1, first.r_keys, step=0.05, label="r_keys: share of keys and values kept", elem_id="r_keys"
-    )
+    r = gr.Slider(0.05, 1, first.r, step=0.05, label="Queries kept (r)", elem_id="r")
+    r_keys = gr.Slider(0.05, 1, first.r_keys, step=0.05, label="r_keys: share of keys, values kept", elem_id="r_keys")
     preset.input(begin, preset, [r, r_keys], show_progress="hidden")
     return [words, seed, number, side, preset, r, r_keys]
 

@@ -69,7 +69,7 @@ def paint(picture: Image.Image, labels: Labels, side: int = 512) -> Image.Image:
     labels = labels.repeat(scale, axis=0).repeat(scale, axis=1)
     pixels = np.asarray(picture.convert("RGB").resize(labels.shape[::-1], Image.Resampling.BICUBIC)) / 255
     means = label2rgb(labels, pixels, kind="avg", bg_label=-1)
-    lines = find_boundaries(labels, mode="inner")[..., None]
+    lines = find_boundaries(labels, mode="inner", background=-1)[..., None]
     return Image.fromarray((np.where(lines, _contrasting(means), means) * 255).astype(np.uint8))
 
 

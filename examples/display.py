@@ -11,10 +11,10 @@ SIDE = 512  # pixels; smaller pictures are enlarged to this
 TABLE = ["prompt", "seed", "steps", "size", "unmerged, s", "merged, s", "PSNR, dB", "SSIM", "code"]
 
 
-def show(history: list[Comparison], index: int = 0) -> list[Any]:
+def show(history: list[Comparison], index: int = 0) -> Any:
     """What the page shows of one run; nothing before the first."""
     if not history:
-        return [gr.skip()] * 12
+        return gr.skip()
     run = history[index]
     names = list(dict.fromkeys(partition.name for partition in run.partitions))
     name, last = (names[-1] if names else None), run.settings.steps - 1
@@ -32,7 +32,7 @@ def show(history: list[Comparison], index: int = 0) -> list[Any]:
     ]
 
 
-def select(history: list[Comparison], event: gr.SelectData) -> list[Any]:
+def select(history: list[Comparison], event: gr.SelectData) -> Any:
     return show(history, event.index)
 
 
