@@ -30,8 +30,9 @@ tokens, computes with one per cluster and copies the result back to its members:
 It saves time where attention is a large part of a step, as in large pictures. Draw one, then drag the handle.
 """
 EXPLANATION = """
-One run of each, after an untimed first step; whatever else this machine does changes the seconds. PSNR and SSIM say
-how near the merged picture is to the unmerged one: higher is nearer.
+One run of each, after an untimed step; other work on this machine changes the seconds. The arithmetic saved is that of
+the self-attentions that merge, clustering not counted. PSNR and SSIM say how near the merged picture is to the unmerged
+one: higher is nearer.
 """
 PROMPTS = ["red apple", "fox", "penguin", "sunflower", "wrapped gift", "lady beetle"]
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from overlay import Partition, at_step, paint, partitions
+from overlay import Partition, at_step, paint, partitions, path
 from PIL import Image
 from pipeline import EMOJI, load
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched, summary
+from atc_diffusion.clustering import LINKAGES
 
-METHODS: dict[str, Callable[[float], MergeConfig]] = {
-    "average": lambda r: ATCConfig(r=r, linkage="average", record=True),
-    "complete": lambda r: ATCConfig(r=r, linkage="complete", record=True),
-    "single": lambda r: ATCConfig(r=r, linkage="single", record=True),
-    "ward": lambda r: ATCConfig(r=r, linkage="ward", record=True),
-    "tome": lambda r: ToMeConfig(r=r, features="keys", proportional_attention=True, record=True),
+METHODS: dict[str, Callable[..., MergeConfig]] = {
+    **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage) for linkage in LINKAGES},
+    "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
 }
 
 
@@ -77,7 +76,7 @@ def check(args: argparse.Namespace) -> None:
 def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
     """Names of the layers that merge and contain one of the `parts`; without parts, the first and the last."""
     with patched(pipe, ATCConfig()):
-        names = [layer.name for layer in summary(pipe).layers]
+        names = [path(layer.network, layer.name) for layer in summary(pipe).layers]
     chosen = [name for name in names if any(part in name for part in parts or [names[0], names[-1]])]
     if not chosen:
         raise ValueError(f"--layers {' '.join(parts or [])} fits none of {', '.join(names)}")
@@ -86,7 +85,7 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
 
 def draw(pipe: Any, args: argparse.Namespace, method: str, keep: float) -> Run | str:
     try:
-        config = METHODS[method](keep / 100)
+        config = METHODS[method](r=keep / 100, record=True)
     except ValueError as error:
         return str(error)
     with patched(pipe, config):

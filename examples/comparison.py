@@ -13,7 +13,7 @@ from overlay import Partition, partitions
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from atc_diffusion import MergeConfig, patched
+from atc_diffusion import MergeConfig, patched, summary
 
 OnStep = Callable[[str, int], None]  # told what is drawn and how many steps are done; may raise to end the run
 
@@ -39,13 +39,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two pictures, the seconds that each took, and the clusters of the merged one."""
+    """The two pictures and the seconds that each took, what merging saved and what it merged.
+
+    `work_saved` is the share of the patched attentions' arithmetic.
+    """
 
     settings: Settings
     unmerged: Image.Image
     merged: Image.Image
     unmerged_seconds: float
     merged_seconds: float
+    work_saved: float
     partitions: list[Partition]
 
     @property
@@ -67,13 +71,13 @@ class Comparison:
 
     @property
     def gain(self) -> int:
-        """How many times `difference` is stronger than it is: as strong as 8 bits allow."""
-        return int(255 // max(1, self._error.max()))
+        """How many times `difference` is stronger than it is, so that its strongest hundredth is at full strength."""
+        return int(255 // max(1.0, np.percentile(self._error, 99)))
 
     @property
     def difference(self) -> Image.Image:
-        """Absolute difference of the two, `gain` times as strong."""
-        return Image.fromarray((self._error * self.gain).astype(np.uint8))
+        """Absolute difference of the two, `gain` times as strong, cut off at white."""
+        return Image.fromarray((self._error * self.gain).clip(max=255).astype(np.uint8))
 
     @property
     def _error(self) -> Any:
@@ -114,8 +118,8 @@ class Studio:
                 self._warm_up(settings)
             with patched(self.pipe, config):
                 merged, merged_seconds = self._draw(settings, partial(on_step, "Merged"))
-                found = partitions(self.pipe)
-        return Comparison(settings, unmerged, merged, unmerged_seconds, merged_seconds, found)
+                work_saved, found = summary(self.pipe).work_saved, partitions(self.pipe)
+        return Comparison(settings, unmerged, merged, unmerged_seconds, merged_seconds, work_saved, found)
 
     def _warm_up(self, settings: Settings) -> None:
         self._draw(replace(settings, steps=1), lambda done: None)

@@ -70,6 +70,7 @@ def numbers(run: Comparison) -> str:
         "unmerged": f"{run.unmerged_seconds:.2f} s",
         "merged": f"{run.merged_seconds:.2f} s",
         "of the time": f"{100 * run.ratio:.0f} %",
+        "attention work saved": f"{100 * run.work_saved:.0f} %",
         "PSNR": nearness(run),
         "SSIM": f"{run.ssim:.4f}",
     }

@@ -10,7 +10,7 @@ from PIL import Image
 from skimage.color import label2rgb
 from skimage.segmentation import find_boundaries
 
-from atc_diffusion import MergeMap, merge_maps
+from atc_diffusion import MergeMap, RecordedMerge, merge_maps
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int32]
@@ -21,9 +21,9 @@ class Partition:
     """Which tokens of a picture one attention merged; for a batch, of its last item.
 
     Attributes:
-        layer: name of the transformer block.
+        layer: the attention's path in the pipeline.
         tokens: whether the clusters are those of the "queries", of the "keys and values", or of "all tokens".
-        step: the step that clustered, counted from 0; the clusters may serve the following steps too.
+        step: the first step that used the clusters, counted from 0; they may serve the following steps too.
         labels: cluster of every token, `[H, W]`.
     """
 
@@ -40,16 +40,28 @@ class Partition:
     @property
     def name(self) -> str:
         """Layer and tokens, short enough for a menu."""
-        return f"{self.layer.replace('.transformer_blocks', '').replace('_blocks', '')}: {self.tokens}"
+        layer = self.layer.removesuffix(".attn1").replace(".transformer_blocks", "").replace("_blocks", "")
+        return f"{layer}: {self.tokens}"
 
 
 def partitions(pipe: Any) -> list[Partition]:
-    """What the last run of a pipeline, patched with `record=True`, merged: by step, then in the order of the layers."""
+    """What the last run of a pipeline, patched with `record=True`, merged: by step, then in the order of the layers.
+
+    Clusters that serve several steps are there once.
+    """
+    first: dict[tuple[str, str, int], RecordedMerge] = {}
     return [
-        Partition(record.layer, tokens, record.step, _labels(merge_map, record.grid))
+        Partition(layer, tokens, record.step, _labels(merge_map, record.grid))
         for record in merge_maps(pipe)
+        for layer in [path(record.network, record.layer)]
         for tokens, merge_map in _merged(record.queries, record.keys).items()
+        if first.setdefault((layer, tokens, id(merge_map)), record) is record
     ]
+
+
+def path(network: str, layer: str) -> str:
+    """Where a layer is in the pipeline; a network that was patched by itself has no name."""
+    return f"{network}.{layer}" if network else layer
 
 
 def at_step(found: Sequence[Partition], step: int) -> Partition:
@@ -75,8 +87,8 @@ def paint(picture: Image.Image, labels: Labels, side: int = 512) -> Image.Image:
 
 def _merged(queries: MergeMap | None, keys: MergeMap | None) -> dict[str, MergeMap]:
     """What was merged of one attention, once where queries and keys were merged alike."""
-    if queries is not None and keys is not None and queries.num_clusters == keys.num_clusters:
-        return {"all tokens": keys}
+    if queries is not None and queries is keys:
+        return {"all tokens": queries}
     named = {"queries": queries, "keys and values": keys}
     return {tokens: merge_map for tokens, merge_map in named.items() if merge_map is not None}
 

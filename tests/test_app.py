@@ -173,10 +173,10 @@ def test_a_share_that_the_method_cannot_keep_is_a_sentence_beside_it(visitors):
     page = visitors.enter()
     page.locator("#preset input").click()
     page.get_by_role("option", name="ToMe").click()
-    expect(page.locator("#r_keys")).to_be_hidden()
-    fill(page, r=0.1)
+    fill(page, r=0.1, r_keys=0.05)
     page.locator("#draw").click()
     expect(page.locator("#r")).to_contain_text("keeps at least 0.25 of the tokens, got r=0.1")
+    expect(page.locator("#r_keys")).to_contain_text("keeps at least 0.25 of the tokens, got r_keys=0.05")
 
 
 def test_a_run_can_be_cancelled(visitors):

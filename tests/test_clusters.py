@@ -50,7 +50,7 @@ def test_the_partition_of_a_step_is_the_newest_until_then():
 def test_every_merged_layer_has_its_partition(studio, config, tokens, count):
     with patched(studio.pipe, replace(config, record=True)):
         studio.pipe("fox", num_inference_steps=1)
-        found, layers = partitions(studio.pipe), [layer.name for layer in summary(studio.pipe).layers]
+        found, layers = partitions(studio.pipe), [f"unet.{layer.name}" for layer in summary(studio.pipe).layers]
     assert [(each.layer, each.tokens, each.step) for each in found] == [(layer, tokens, 0) for layer in layers]
     assert all(each.labels.shape == (32, 32) and len(each.sizes) == count and each.sizes.min() > 0 for each in found)
 
@@ -61,15 +61,14 @@ def test_a_comparison_draws_both_and_names_every_step(studio):
     assert steps == [(name, done) for name in ("Unmerged", "Merged") for done in range(3)]
     assert 15 < comparison.psnr < 60
     assert 0.5 < comparison.ssim < 1
-    strongest = np.asarray(comparison.difference).max()
-    assert 128 <= strongest <= 255
-    assert strongest % comparison.gain == 0
+    assert 128 <= np.percentile(comparison.difference, 99) <= 255
+    assert set(np.unique(comparison.difference)) <= {min(255, error * comparison.gain) for error in range(256)}
     assert {partition.step for partition in comparison.partitions} <= {0, 1}
 
 
 def test_equal_pictures_have_no_difference():
     picture = Image.new("RGB", (64, 64), "red")
-    comparison = Comparison(SETTINGS, picture, picture, 2.0, 1.0, [])
+    comparison = Comparison(SETTINGS, picture, picture, 2.0, 1.0, 0.0, [])
     assert (comparison.ratio, comparison.psnr, comparison.ssim) == (0.5, float("inf"), 1)
     assert not np.asarray(comparison.difference).any()
 
@@ -94,11 +93,11 @@ def test_the_line_of_code_makes_the_configuration(preset, shares):
 
 
 def test_clusters_writes_a_picture_and_a_histogram_for_each_layer_and_step(tmp_path, monkeypatch):
-    options = "--method average tome --keep 25 10 --steps 2 --at 0 1 --layers down_blocks.0.attentions.1"
+    options = "--method atc-average tome --keep 25 10 --steps 2 --at 1 --layers down_blocks.0.attentions.1"
     run_clusters(monkeypatch, *options.split(), "--out", str(tmp_path))
-    layer = "down_blocks.0.attentions.1.transformer_blocks.0"
+    layer = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1"
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == [f"{layer}_step{step}_{kind}.png" for step in (0, 1) for kind in ("clusters", "sizes")]
+    assert written == [f"{layer}_step1_{kind}.png" for kind in ("clusters", "sizes")]
     assert all(Image.open(tmp_path / name).width > 500 for name in written)
 
 
@@ -108,7 +107,7 @@ def test_clusters_writes_a_picture_and_a_histogram_for_each_layer_and_step(tmp_p
         (["--keep", "0"], r"in \(0, 1\], got 0"),
         (["--steps", "4", "--at", "4"], "--at counts the steps from 0 to 3, got 4"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--layers", "mid"], r"--layers mid fits none of down_blocks\.0"),
+        (["--layers", "mid"], r"--layers mid fits none of unet\.down_blocks\.0"),
     ],
 )
 def test_clusters_says_what_does_not_fit(tmp_path, monkeypatch, options, message):
