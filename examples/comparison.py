@@ -71,8 +71,8 @@ class Comparison:
 
     @property
     def gain(self) -> int:
-        """How many times `difference` is stronger than it is, so that its strongest hundredth is at full strength."""
-        return int(255 // max(1.0, np.percentile(self._error, 99)))
+        """How many times `difference` is stronger than it is, so that its strongest thousandth is at full strength."""
+        return int(255 // max(1.0, np.percentile(self._error, 99.9)))
 
     @property
     def difference(self) -> Image.Image:

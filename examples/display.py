@@ -1,6 +1,7 @@
 """What the page shows of a run, and of all runs of a visitor."""
 
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 from comparison import Comparison
@@ -43,7 +44,7 @@ def clusters(history: list[Comparison], index: int, name: str | None, step: int)
     run = history[index]
     found = at_step([partition for partition in run.partitions if partition.name == name], step)
     heading = f"### {len(found.sizes)} clusters of {found.labels.size} tokens; the largest has {found.sizes.max()}"
-    return heading, paint(run.merged, found.labels, SIDE)
+    return heading, apart(paint(run.merged, found.labels, SIDE))
 
 
 def past(history: list[Comparison]) -> tuple[list[tuple[Image.Image, str]], list[list[Any]]]:
@@ -84,4 +85,10 @@ def nearness(run: Comparison) -> str:
 
 def enlarge(picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     factor = max(1, SIDE // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), resample)
+    return apart(picture.resize((picture.width * factor, picture.height * factor), resample))
+
+
+def apart(picture: Image.Image) -> Image.Image:
+    """`picture` with metadata of its own: Gradio names files by content, and rewrites one while a browser reads it."""
+    picture.info["id"] = uuid4().hex
+    return picture
