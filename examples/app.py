@@ -117,7 +117,7 @@ def build(runs: Runs, prompts: list[str], steps: int) -> gr.Blocks:
                     heading = gr.Markdown(elem_id="heading")
                     overlay = picture("clusters")
                     layer = gr.Dropdown([], label="Layer", elem_id="layer")
-                    step = gr.Slider(0, steps - 1, step=1, label="Step", elem_id="step")
+                    step = gr.Slider(0, max(1, steps - 1), step=1, label="Step", elem_id="step")
             gr.Markdown("### Your runs\nClick a picture to see it again.")
             gallery = gr.Gallery(
                 label="Your runs",

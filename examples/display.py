@@ -26,7 +26,7 @@ def show(history: list[Comparison], index: int = 0) -> Any:
         f"### Absolute difference, {run.gain} times as strong",
         enlarge(run.difference, Image.Resampling.NEAREST),
         gr.Dropdown(names, value=name),
-        gr.Slider(maximum=last, value=last),
+        gr.Slider(maximum=max(1, last), value=last),
         *clusters(history, index, name, last),
         index,
         *[gr.Column(visible=True)] * 2,
