@@ -22,10 +22,11 @@ expect.set_options(timeout=SECONDS)
 def address() -> Iterator[str]:
     """Where the page is served, by the command of the README with fewer steps."""
     command = [sys.executable, str(APP), "--steps", "3", "--prompts", "fox", "penguin"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
-        yield line.removeprefix("Open ").strip() if line.startswith("Open ") else pytest.fail(server.stdout.read())
+        assert line.startswith("Open "), "the page is not served; see stderr"
+        yield line.removeprefix("Open ").strip()
         server.terminate()
 
 
