@@ -1,0 +1,185 @@
+"""A page that draws a picture unmerged and merged, and shows what merging saves and what it costs.
+
+    python examples/app.py
+    python examples/app.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 7.5
+
+It listens on this machine alone unless `--host` says otherwise, and sends nothing anywhere.
+"""
+
+import argparse
+import os
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+import gradio as gr
+from comparison import Comparison, Settings, Studio
+from display import SIDE, TABLE, clusters, past, select, show
+from form import check, configure, fields
+from pipeline import EMOJI, load
+
+MOST_RUNS = 24  # that a visitor's gallery holds
+
+INTRODUCTION = """
+# Token merging, before and after
+
+Stable Diffusion's self-attention compares every token of a picture with every other. Token merging clusters similar
+tokens, computes with one per cluster and copies the result back to its members: less work, and nearly the same picture.
+It saves time where attention is a large part of a step, as in large pictures. Draw one, then drag the handle.
+"""
+EXPLANATION = """
+One run of each, after an untimed step; other work on this machine changes the seconds. The arithmetic saved is that of
+the self-attentions that merge, clustering not counted. PSNR and SSIM say how near the merged picture is to the unmerged
+one: higher is nearer.
+"""
+PROMPTS = ["red apple", "fox", "penguin", "sunflower", "wrapped gift", "lady beetle"]
+
+THEME = gr.themes.Default(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    font=("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),  # none is fetched
+    font_mono=("ui-monospace", "SFMono-Regular", "Consolas", "monospace"),
+)
+
+
+class CancelledError(Exception):
+    """The visitor does not want the picture any more."""
+
+
+class Runs:
+    """Draws for every visitor of the page; each can cancel their own run."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self._cancelled: dict[str | None, threading.Event] = {}
+
+    def draw(
+        self,
+        prompt: str,
+        seed: int,
+        steps: int,
+        size: int,
+        preset: str,
+        r: float,
+        r_keys: float,
+        history: list[Comparison],
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio reads it from the signature
+    ) -> list[Comparison]:
+        """The visitor's runs with the new one first; unchanged if it was cancelled."""
+        settings = Settings(prompt.strip(), seed, steps, size, configure(preset, r, r_keys))
+        cancelled = self._cancelled[request.session_hash] = threading.Event()
+        try:
+            comparison = self.studio.compare(settings, partial(_report, progress, cancelled, steps))
+        except CancelledError:
+            return history
+        except Exception as error:
+            raise gr.Error(f"This could not be drawn: {error}", duration=None) from error
+        return [comparison, *history][:MOST_RUNS]
+
+    def cancel(self, request: gr.Request) -> None:
+        """End the visitor's run after the step it is in."""
+        self._cancelled.pop(request.session_hash, threading.Event()).set()
+
+
+def _report(progress: gr.Progress, cancelled: threading.Event, steps: int, name: str, done: int) -> None:
+    if cancelled.is_set():
+        raise CancelledError
+    progress((done, steps), desc=f"{name} picture", unit="steps")
+
+
+def build(runs: Runs, prompts: list[str], steps: int) -> gr.Blocks:
+    """The page; a visitor's runs are kept for as long as the tab is open."""
+    with gr.Blocks(title="Token merging", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        history, index = gr.State([]), gr.State(0)
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                inputs = fields(prompts[0], steps, runs.studio.size)
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
+                    stop = gr.Button("Cancel", min_width=100, elem_id="cancel")
+                gr.Examples(prompts, inputs[0], label="Prompts to try")
+            with gr.Column(scale=3, min_width=300):
+                pictures = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="pictures")
+                with gr.Column(visible=False) as summary:
+                    figures = gr.HTML(padding=False)
+                    gr.Markdown(EXPLANATION, elem_classes="subdued")
+                    code = gr.Code(language="python", lines=1, label="Line of code", buttons=["copy"], elem_id="code")
+        with gr.Column(visible=False) as details:
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    strength = gr.Markdown()
+                    difference = picture("difference")
+                with gr.Column(min_width=300):
+                    heading = gr.Markdown(elem_id="heading")
+                    overlay = picture("clusters")
+                    layer = gr.Dropdown([], label="Layer", elem_id="layer")
+                    step = gr.Slider(0, max(1, steps - 1), step=1, label="Step", elem_id="step")
+            gr.Markdown("### Your runs\nClick a picture to see it again.")
+            gallery = gr.Gallery(
+                label="Your runs",
+                show_label=False,
+                columns=6,
+                fit_columns=False,
+                allow_preview=False,
+                format="png",
+                buttons=["download_all"],
+                elem_id="past",
+            )
+            table = gr.Dataframe(headers=TABLE, interactive=False, buttons=["copy"])
+
+        shown = [pictures, figures, code, strength, difference, layer, step, heading, overlay, index, summary, details]
+        drawing = start.click(
+            runs.draw, [*inputs, history], history, validator=check, concurrency_limit=1, show_progress_on=pictures
+        )
+        drawing.success(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
+        gallery.select(select, history, shown, show_progress="hidden")
+        for chooser in (layer, step):
+            chooser.input(clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
+        stop.click(runs.cancel, cancels=drawing, queue=False)
+        page.unload(runs.cancel)
+    return page
+
+
+def picture(name: str) -> gr.Image:
+    return gr.Image(label=name, show_label=False, format="png", buttons=["download", "fullscreen"], elem_id=name)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help="to begin with and to offer")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with")
+    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    studio = Studio(load(args.model), guidance_scale=args.guidance)
+    page = build(Runs(studio), args.prompts, args.steps)
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        theme=THEME,
+        css_paths=Path(__file__).with_name("app.css"),
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"Open {page.local_url}", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"app.py: {error}")

@@ -1,0 +1,144 @@
+"""Draw one picture twice, unmerged and merged, and compare the two."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from overlay import Partition, partitions
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from atc_diffusion import MergeConfig, patched, summary
+
+OnStep = Callable[[str, int], None]  # told what is drawn and how many steps are done; may raise to end the run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison draws."""
+
+    prompt: str
+    seed: int
+    steps: int
+    size: int
+    config: MergeConfig
+
+    @property
+    def code(self) -> str:
+        """The line of Python that merges like this."""
+        config = self.config
+        changed = [f.name for f in fields(config) if f.name == "r" or getattr(config, f.name) != f.default]
+        options = ", ".join(f"{name}={getattr(config, name)!r}" for name in changed)
+        return f"apply_patch(pipe, {type(config).__name__}({options}))"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two pictures and the seconds that each took, what merging saved and what it merged.
+
+    `work_saved` is the share of the patched attentions' arithmetic.
+    """
+
+    settings: Settings
+    unmerged: Image.Image
+    merged: Image.Image
+    unmerged_seconds: float
+    merged_seconds: float
+    work_saved: float
+    partitions: list[Partition]
+
+    @property
+    def ratio(self) -> float:
+        """Time with merging, as a share of the time without."""
+        return self.merged_seconds / self.unmerged_seconds
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB of the merged picture to the unmerged one; infinite if they are equal."""
+        if self._error.max() == 0:
+            return float("inf")
+        return float(peak_signal_noise_ratio(np.asarray(self.unmerged), np.asarray(self.merged)))
+
+    @property
+    def ssim(self) -> float:
+        """Structural similarity of the two, 1 if they are equal."""
+        return float(structural_similarity(np.asarray(self.unmerged), np.asarray(self.merged), channel_axis=2))
+
+    @property
+    def gain(self) -> int:
+        """How many times `difference` is stronger than it is, so that its strongest thousandth is at full strength."""
+        return int(255 // max(1.0, np.percentile(self._error, 99.9)))
+
+    @property
+    def difference(self) -> Image.Image:
+        """Absolute difference of the two, `gain` times as strong, cut off at white."""
+        return Image.fromarray((self._error * self.gain).clip(max=255).astype(np.uint8))
+
+    @property
+    def _error(self) -> Any:
+        return np.abs(np.asarray(self.unmerged, dtype=int) - np.asarray(self.merged, dtype=int))
+
+
+class Studio:
+    """One pipeline that several threads draw with, each in its turn.
+
+    Args:
+        pipe: any text-to-image pipeline of diffusers that can be patched.
+        options: passed to every call of `pipe`, such as `guidance_scale`.
+    """
+
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        self.pipe = pipe
+        self.options = options
+        self._turn = threading.Lock()  # a patch is on the model, which all threads share
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures that the model was made for."""
+        network = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        return int(network.config.sample_size * self.pipe.vae_scale_factor)
+
+    def compare(self, settings: Settings, on_step: OnStep) -> Comparison:
+        """Draw unmerged, then merged, each after one step that is not timed.
+
+        The pipeline is left unpatched, whatever `on_step` or the pipeline raises.
+        """
+        config = replace(settings.config, record=True)
+        with self._turn:
+            on_step("Unmerged", 0)
+            self._warm_up(settings)
+            unmerged, unmerged_seconds = self._draw(settings, partial(on_step, "Unmerged"))
+            on_step("Merged", 0)
+            with patched(self.pipe, config):
+                self._warm_up(settings)
+            with patched(self.pipe, config):
+                merged, merged_seconds = self._draw(settings, partial(on_step, "Merged"))
+                work_saved, found = summary(self.pipe).work_saved, partitions(self.pipe)
+        return Comparison(settings, unmerged, merged, unmerged_seconds, merged_seconds, work_saved, found)
+
+    def _warm_up(self, settings: Settings) -> None:
+        self._draw(replace(settings, steps=1), lambda done: None)
+
+    def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
+        start = time.perf_counter()
+        picture = self.pipe(
+            settings.prompt,
+            height=settings.size,
+            width=settings.size,
+            num_inference_steps=settings.steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+            callback_on_step_end=partial(_after_step, on_step),
+            **self.options,
+        ).images[0]
+        return picture, time.perf_counter() - start
+
+
+def _after_step(on_step: Callable[[int], None], pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+    """A `callback_on_step_end` that changes no tensor."""
+    on_step(step + 1)
+    return tensors

@@ -1,0 +1,94 @@
+"""What the page shows of a run, and of all runs of a visitor."""
+
+from typing import Any
+from uuid import uuid4
+
+import gradio as gr
+from comparison import Comparison
+from overlay import at_step, paint
+from PIL import Image
+
+SIDE = 512  # pixels; smaller pictures are enlarged to this
+TABLE = ["prompt", "seed", "steps", "size", "unmerged, s", "merged, s", "PSNR, dB", "SSIM", "code"]
+
+
+def show(history: list[Comparison], index: int = 0) -> Any:
+    """What the page shows of one run; nothing before the first."""
+    if not history:
+        return gr.skip()
+    run = history[index]
+    names = list(dict.fromkeys(partition.name for partition in run.partitions))
+    name, last = (names[-1] if names else None), run.settings.steps - 1
+    return [
+        (enlarge(run.unmerged), enlarge(run.merged)),
+        numbers(run),
+        run.settings.code,
+        f"### Absolute difference, {run.gain} times as strong",
+        enlarge(run.difference, Image.Resampling.NEAREST),
+        gr.Dropdown(names, value=name),
+        gr.Slider(maximum=max(1, last), value=last),
+        *clusters(history, index, name, last),
+        index,
+        *[gr.Column(visible=True)] * 2,
+    ]
+
+
+def select(history: list[Comparison], event: gr.SelectData) -> Any:
+    return show(history, event.index)
+
+
+def clusters(history: list[Comparison], index: int, name: str | None, step: int) -> tuple[str, Image.Image | None]:
+    """A heading and a picture of the clusters of one layer at one step."""
+    if name is None:
+        return "### Clusters: nothing was merged", None
+    run = history[index]
+    found = at_step([partition for partition in run.partitions if partition.name == name], step)
+    heading = f"### {len(found.sizes)} clusters of {found.labels.size} tokens; the largest has {found.sizes.max()}"
+    return heading, apart(paint(run.merged, found.labels, SIDE))
+
+
+def past(history: list[Comparison]) -> tuple[list[tuple[Image.Image, str]], list[list[Any]]]:
+    """The gallery of all runs, and the table of their settings and figures."""
+    return [(enlarge(run.merged), f"{run.settings.prompt}, {nearness(run)}") for run in history], [
+        [
+            run.settings.prompt,
+            run.settings.seed,
+            run.settings.steps,
+            run.settings.size,
+            f"{run.unmerged_seconds:.2f}",
+            f"{run.merged_seconds:.2f}",
+            f"{run.psnr:.1f}",
+            f"{run.ssim:.4f}",
+            run.settings.code,
+        ]
+        for run in history
+    ]
+
+
+def numbers(run: Comparison) -> str:
+    """The figures of a run, as tiles."""
+    tiles = {
+        "unmerged": f"{run.unmerged_seconds:.2f} s",
+        "merged": f"{run.merged_seconds:.2f} s",
+        "of the time": f"{100 * run.ratio:.0f} %",
+        "attention work saved": f"{100 * run.work_saved:.0f} %",
+        "PSNR": nearness(run),
+        "SSIM": f"{run.ssim:.4f}",
+    }
+    cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items())
+    return f'<div class="tiles">{cells}</div>'
+
+
+def nearness(run: Comparison) -> str:
+    return "equal" if run.psnr == float("inf") else f"{run.psnr:.1f} dB"
+
+
+def enlarge(picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    factor = max(1, SIDE // max(picture.size))
+    return apart(picture.resize((picture.width * factor, picture.height * factor), resample))
+
+
+def apart(picture: Image.Image) -> Image.Image:
+    """`picture` with metadata of its own: Gradio names files by content, and rewrites one while a browser reads it."""
+    picture.info["id"] = uuid4().hex
+    return picture
