@@ -4,20 +4,33 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from configurations import METHODS, add_merge_options
-from demo import DEFAULTS as DEMO_DEFAULTS
+from configurations import add_way_options
 from features import LAYERS, RESIZERS
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
 IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
+EMOJI_DIFFUSION = Path(__file__).resolve().parents[1] / "examples" / "emoji_diffusion"
+DEMO = {  # the experiment in small, on the model of this repository
+    "model": str(EMOJI_DIFFUSION),
+    "class_names": EMOJI_DIFFUSION / "things.txt",
+    "prompt": "{}",
+    "reference": EMOJI_DIFFUSION / "pictures",
+    "steps": 20,
+    "guidance": 3.0,
+    "batch_size": 4,
+    "keep": [75.0, 50.0, 25.0, 10.0],
+    "method": ["tome", "paper", "atc"],
+    "features": "efficientnet-lite0",
+    "out": Path("out/demo"),
+}
 
 
 def parse(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `--demo` gives other defaults, not other meanings."""
     parser = make_parser(description)
     if parser.parse_args(arguments).demo:
-        parser.set_defaults(**DEMO_DEFAULTS)
+        parser.set_defaults(**DEMO)
     return parser.parse_args(arguments)
 
 
@@ -25,20 +38,16 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="the small emoji model of this repository: offline, no GPU")
     parser.add_argument("--list", action="store_true", help="print seed, file and prompt of every picture, and stop")
-    add_comparison(parser.add_argument_group("what is compared"))
-    add_merge_options(parser)
+    add_way_options(parser.add_argument_group("what is compared"))
+    add_output(parser.add_argument_group("where it goes"))
     add_pictures(parser.add_argument_group("the pictures"))
     add_sampling(parser.add_argument_group("how they are sampled"))
     add_scoring(parser.add_argument_group("how they are scored"))
     return parser
 
 
-def add_comparison(group: argparse._ArgumentGroup) -> None:
+def add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    percent = "percentages of the tokens to keep; 100 is always there (default: 40 50 60 70 80 90)"
-    add("--keep", type=float, nargs="+", default=[40, 50, 60, 70, 80, 90], metavar="PERCENT", help=percent)
-    methods = "token clustering, token merging as the baseline, or only the unmerged model (default: atc)"
-    add("--method", nargs="+", choices=[*METHODS, "none"], default=["atc"], help=methods)
     add("--out", type=Path, default=Path("out/fid"), metavar="DIR", help="for pictures and features (default: out/fid)")
     add("--report", type=Path, metavar="DIR", help="for the report (default: the same)")
 
@@ -60,11 +69,13 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--model", default=STABLE_DIFFUSION, help="hub id or folder of a pipeline (default: %(default)s)")
     add("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: 7.5)")
-    add("--size", type=_positive, default=512, help="height and width in pixels (default: 512)")
+    add("--size", type=_positive, help="height and width in pixels (default: the model's own, 512 in SD v1.5)")
     batch = "prompts in a batch; part of what a picture is, for rounding can depend on it (default: 8)"
     add("--batch-size", type=_positive, default=8, metavar="N", help=batch)
     dtypes = ["float16", "bfloat16", "float32"]
     add("--dtype", choices=dtypes, help="of the model (default: float16 on a CUDA GPU, else float32)")
+    rounds = "time N batches of each configuration, in turn, with nothing else running (default: 0, no times)"
+    add("--time", type=_count, default=0, metavar="N", help=rounds)
     add(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default: auto, the fastest there is)"
     )
@@ -81,8 +92,7 @@ def add_scoring(group: argparse._ArgumentGroup) -> None:
     add("--resize", choices=list(RESIZERS), default="tensorflow", help=resize)
     add("--bootstrap", type=_several, default=200, metavar="N", help="draws for the intervals (default: 200)")
     add("--show", type=int, nargs="+", metavar="CLASS", help="classes to show pictures of (default: the first)")
-    emoji = "for --demo: the emoji pictures of the npm package @lobehub/fluent-emoji-3d"
-    add("--emoji-pictures", type=Path, default=Path("package/assets"), metavar="DIR", help=emoji)
+    add("--lpips", action="store_true", help="LPIPS too, with AlexNet's weights, which are downloaded")
 
 
 def _positive(text: str, least: int = 1) -> int:
@@ -93,3 +103,7 @@ def _positive(text: str, least: int = 1) -> int:
 
 def _several(text: str) -> int:
     return _positive(text, least=2)
+
+
+def _count(text: str) -> int:
+    return _positive(text, least=0)

@@ -12,20 +12,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from arguments import STABLE_DIFFUSION, parse
-from configurations import Configuration, grid, merge_options
-from demo import draw_reference
+from configurations import Configuration, configurations
 from features import Features
 from generate import Sampler, Sampling, load_pipeline, read_records, weights_digest
+from interleaved import Times, medians
 from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
 from reference import list_pictures
 from report import write_report
 from results import Result, Study
-from scores import Scorer, bootstrap_draws
+from scores import Lpips, Scorer, bootstrap_draws
 from tqdm import tqdm
 
 FEWEST = 4  # pictures in a set: precision and recall look at three neighbours
@@ -46,24 +47,30 @@ def run(args: argparse.Namespace) -> None:
     """Generate what is missing, then score and report. Whatever can be wrong is looked at before."""
     pictures = planned_pictures(args)
     shown = shown_pictures(pictures, args.show)
-    configurations = grid(args.method, args.keep, merge_options(args))
+    ways = configurations(args)
     if args.list:
         print_list(pictures)
         return
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # for those who wait for the slowest
     sampling = make_sampling(args, state.device)
     claim_folder(args.out, sampling.json, write=state.is_main_process)
-    sets = {each: make_set(args.out, each, pictures, sampling) for each in configurations}
+    sets = {each: make_set(args.out, each, pictures, sampling) for each in ways}
     if state.is_main_process:
         reference = reference_pictures(args)
         features = Features(args.features, args.resize, args.out / "features", state.device, args.inception_weights)
+        lpips = Lpips() if args.lpips else None
+    sampler = Sampler(partial(load_pipeline, sampling, state.device), sampling, state)
     if any(each.missing() for each in sets.values()):
-        Sampler(load_pipeline(sampling, state.device), sampling, state).run(sets)
+        sampler.run(sets)
     if state.is_main_process:
         note_command(args.out)
-        results = score(complete_sets(args.out, pictures, sampling), features, reference, args.bootstrap)
+        sets = complete_sets(args.out, pictures, sampling)
+        times = Times(args.out / "times.json")
+        times.measure(sampler, list(sets), pictures, args.time)
+        scorer = Scorer(features, reference, sets[Configuration()], args.bootstrap, lpips)
+        results = score(sets, scorer, times)
         write_report(make_study(args, results, shown, features.name, len(reference)), args.report or args.out)
-        print(f"wrote {(args.report or args.out) / 'report.md'}")
+        print(f"wrote {(args.report or args.out) / 'report.html'}")
 
 
 def planned_pictures(args: argparse.Namespace) -> list[Picture]:
@@ -106,10 +113,7 @@ def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
 
 
 def reference_pictures(args: argparse.Namespace) -> list[Path]:
-    """Paths of the reference pictures; those of the demo are drawn first."""
     folder = args.reference
-    if folder is None and args.demo:
-        folder = draw_reference(args.class_names.read_text().splitlines(), args.emoji_pictures, args.out / "reference")
     if folder is None:
         raise ValueError("--reference DIR is needed; eval/reference.py makes it from ImageNet's validation pictures")
     paths = list_pictures(folder)
@@ -119,31 +123,30 @@ def reference_pictures(args: argparse.Namespace) -> list[Path]:
 
 
 def make_set(out: Path, configuration: Configuration, pictures: Sequence[Picture], sampling: Sampling) -> PictureSet:
-    origin = sampling.json | {"merge": configuration.json}
+    origin = sampling.json | {"way": configuration.json}
     return PictureSet(out / "sets" / configuration.folder, pictures, origin)
 
 
 def complete_sets(out: Path, pictures: Sequence[Picture], sampling: Sampling) -> dict[Configuration, PictureSet]:
     """All sets in `out` that have all `pictures`, those of earlier commands too, the unmerged one first."""
     origins = [json.loads(read_stamp(path) or "{}") for path in out.glob(f"sets/*/{pictures[0].file}")]
-    configurations = [Configuration.from_json(origin["merge"]) for origin in origins if "merge" in origin]
+    configurations = [Configuration.from_json(origin["way"]) for origin in origins if "way" in origin]
     sets = {each: make_set(out, each, pictures, sampling) for each in sorted(configurations, key=_place)}
     return {each: pictures for each, pictures in sets.items() if not pictures.missing()}
 
 
-def _place(configuration: Configuration) -> tuple[bool, bool, str, float]:
-    """Where a configuration stands in tables: the unmerged model, ToMe, ATC, and less and less kept."""
-    label = configuration.label
-    return configuration.merge is not None, not label.startswith("ToMe"), label, -configuration.keep
+def _place(configuration: Configuration) -> tuple[object, ...]:
+    """Where a configuration stands in tables: unmerged, rivals, ToMe, ATC; and less and less kept."""
+    merge, rival, label = configuration.merge, configuration.rival, configuration.label
+    shares = (-merge.r, -(getattr(merge, "r_keys", None) or merge.r)) if merge else ()
+    return not configuration.is_unmerged, label.startswith("ATC"), label, shares, rival.strength if rival else 0
 
 
-def score(
-    sets: dict[Configuration, PictureSet], features: Features, reference: Sequence[Path], bootstrap: int
-) -> list[Result]:
-    scorer = Scorer(features, reference, sets[Configuration()], bootstrap)
+def score(sets: dict[Configuration, PictureSet], scorer: Scorer, times: Times) -> list[Result]:
+    timing = medians(times.of(list(sets))).to_dict("index")
     return [
-        Result(configuration, pictures, scorer(pictures), read_records(pictures.folder))
-        for configuration, pictures in tqdm(sets.items(), desc="scoring", unit="set")
+        Result(each, pictures, scorer(pictures), read_records(pictures.folder), **timing.get(each.folder, {}))
+        for each, pictures in tqdm(sets.items(), desc="scoring", unit="set")
     ]
 
 
@@ -152,11 +155,12 @@ def make_study(
 ) -> Study:
     pictures = results[0].pictures.pictures
     record = results[0].record
+    width, height = results[0].pictures.load(pictures[0]).size
     conditions = {
         "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
         "reference": f"{num_reference} pictures",
-        "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
+        "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {width} x {height}, base seed {args.seed}",
         "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "intervals": f"95 %, {args.bootstrap} bootstrap draws",
