@@ -56,7 +56,7 @@ def add_pictures(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     classes = "'all', a count ('100': the first hundred) or a list of indices ('3,7,12') (default: all)"
     add("--classes", default="all", metavar="WHICH", help=classes)
-    add("--images-per-class", type=_positive, default=2, metavar="N", help="pictures of each class (default: 2)")
+    add("--images-per-class", type=positive, default=2, metavar="N", help="pictures of each class (default: 2)")
     names = "names of the classes, a line each (default: the 1000 of ImageNet)"
     add("--class-names", type=Path, default=IMAGENET_NAMES, metavar="FILE", help=names)
     prompt = "prompt with {} for the class name (default: %(default)r)"
@@ -67,18 +67,22 @@ def add_pictures(group: argparse._ArgumentGroup) -> None:
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", default=STABLE_DIFFUSION, help="hub id or folder of a pipeline (default: %(default)s)")
-    add("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
+    add("--steps", type=positive, default=50, help="denoising steps (default: 50)")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: 7.5)")
-    add("--size", type=_positive, help="height and width in pixels (default: the model's own, 512 in SD v1.5)")
+    add("--size", type=positive, help="height and width in pixels (default: the model's own, 512 in SD v1.5)")
     batch = "prompts in a batch; part of what a picture is, for rounding can depend on it (default: 8)"
-    add("--batch-size", type=_positive, default=8, metavar="N", help=batch)
-    dtypes = ["float16", "bfloat16", "float32"]
-    add("--dtype", choices=dtypes, help="of the model (default: float16 on a CUDA GPU, else float32)")
+    add("--batch-size", type=positive, default=8, metavar="N", help=batch)
     rounds = "time N batches of each configuration, in turn, with nothing else running (default: 0, no times)"
     add("--time", type=_count, default=0, metavar="N", help=rounds)
-    add(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default: auto, the fastest there is)"
-    )
+    add_device(group)
+
+
+def add_device(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    dtypes = ["float16", "bfloat16", "float32"]
+    add("--dtype", choices=dtypes, help="of the model (default: float16 on a CUDA GPU, else float32)")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", choices=devices, default="auto", help="(default: auto, the fastest there is)")
 
 
 def add_scoring(group: argparse._ArgumentGroup) -> None:
@@ -95,15 +99,16 @@ def add_scoring(group: argparse._ArgumentGroup) -> None:
     add("--lpips", action="store_true", help="LPIPS too, with AlexNet's weights, which are downloaded")
 
 
-def _positive(text: str, least: int = 1) -> int:
+def positive(text: str, least: int = 1) -> int:
+    """A whole number from the command line, for argparse."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
     return int(text)
 
 
 def _several(text: str) -> int:
-    return _positive(text, least=2)
+    return positive(text, least=2)
 
 
 def _count(text: str) -> int:
-    return _positive(text, least=0)
+    return positive(text, least=0)

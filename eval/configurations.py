@@ -18,7 +18,7 @@ METHODS: dict[str, Callable[[float], MergeConfig]] = {
     "paper": ATCConfig.paper,
     "tome": lambda r: ToMeConfig(r=r),
 }
-_KINDS = {kind.__name__: kind for kind in (ATCConfig, ToMeConfig)}
+_KINDS: dict[str, type[MergeConfig]] = {kind.__name__: kind for kind in (ATCConfig, ToMeConfig)}
 # Fields that are no choice of a method: the strength, and what changes no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
@@ -42,9 +42,16 @@ class Configuration:
 
     @property
     def setting(self) -> str:
-        """The strength: shares kept, and the rival's own."""
+        """The strength in words: shares kept, and the rival's own."""
         parts = [_shares(self.merge)] if self.merge else []
         return ", ".join([*parts, self.rival.kind.setting(self.rival.strength)] if self.rival else parts)
+
+    @property
+    def strength(self) -> list[float]:
+        """The shares kept of queries and of keys, and the rival's own, as far as there are any."""
+        shares = [self.merge.r, getattr(self.merge, "r_keys", None)] if self.merge else []
+        values = [*shares, self.rival.strength if self.rival else None]
+        return [cast(float, value) for value in values if value is not None]
 
     @property
     def keep(self) -> float | None:
@@ -75,8 +82,7 @@ class Configuration:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
         merge, rival = values["merge"], values["rival"]
-        merge = _KINDS[merge["kind"]](**{name: tuple(v) if isinstance(v, list) else v for name, v in merge.items() if name != "kind"}) if merge else None
-        return cls(merge, Rival(**rival) if rival else None)
+        return cls(_merge_from_json(**merge) if merge else None, Rival(**rival) if rival else None)
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Draw]:
@@ -86,6 +92,11 @@ class Configuration:
 
     def _rival(self, pipe: Any) -> Any:
         return self.rival.applied(pipe) if self.rival else nullcontext(pipe)
+
+
+def _merge_from_json(kind: str, **values: Any) -> MergeConfig:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return _KINDS[kind](**values)
 
 
 def describe(field: str, value: object) -> str:
@@ -108,9 +119,10 @@ def _merge_label(merge: MergeConfig) -> str:
     choices = _choices(merge)
     if isinstance(merge, ToMeConfig):
         return ", ".join([choices["method"], *_differences(choices, ToMeConfig())])
-    default = [choices["method"], *_differences(choices, ATCConfig())]
-    paper = [f"{choices['method']}, the paper's", *_differences(choices, ATCConfig.paper(1.0))]
-    return ", ".join(min(default, paper, key=len))
+    from_default, from_paper = _differences(choices, ATCConfig()), _differences(choices, ATCConfig.paper(1.0))
+    if len(from_default) <= len(from_paper) + 1:
+        return ", ".join([choices["method"], *from_default])
+    return ", ".join([choices["method"], "the paper's", *from_paper])
 
 
 def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:

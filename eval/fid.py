@@ -15,12 +15,11 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from arguments import STABLE_DIFFUSION, parse
 from configurations import Configuration, configurations
 from features import Features
-from generate import Sampler, Sampling, load_pipeline, read_records, weights_digest
+from generate import Sampler, Sampling, load_pipeline, make_sampling, read_records, weights_digest
 from interleaved import Times, medians
 from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
 from reference import list_pictures
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         print_list(pictures)
         return
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # for those who wait for the slowest
-    sampling = make_sampling(args, state.device)
+    sampling = make_sampling(args, state.device, weights_digest(args.model))
     claim_folder(args.out, sampling.json, write=state.is_main_process)
     sets = {each: make_set(args.out, each, pictures, sampling) for each in ways}
     if state.is_main_process:
@@ -96,22 +95,6 @@ def print_list(pictures: Sequence[Picture]) -> None:
         print(picture.class_index, picture.image_index, picture.seed, picture.file, picture.prompt, sep="\t")
 
 
-def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
-    if args.device not in ("auto", device.type):
-        raise ValueError(f"--device {args.device}, but the device here is {device.type}")
-    return Sampling(
-        model=args.model,
-        weights=weights_digest(args.model),
-        steps=args.steps,
-        guidance=args.guidance,
-        size=args.size,
-        batch_size=args.batch_size,
-        dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
-        device=device.type,
-        threads=torch.get_num_threads() if device.type == "cpu" else None,
-    )
-
-
 def reference_pictures(args: argparse.Namespace) -> list[Path]:
     folder = args.reference
     if folder is None:
@@ -137,15 +120,14 @@ def complete_sets(out: Path, pictures: Sequence[Picture], sampling: Sampling) ->
 
 def _place(configuration: Configuration) -> tuple[object, ...]:
     """Where a configuration stands in tables: unmerged, rivals, ToMe, ATC; and less and less kept."""
-    merge, rival, label = configuration.merge, configuration.rival, configuration.label
-    shares = (-merge.r, -(getattr(merge, "r_keys", None) or merge.r)) if merge else ()
-    return not configuration.is_unmerged, label.startswith("ATC"), label, shares, rival.strength if rival else 0
+    label = configuration.label
+    return not configuration.is_unmerged, label.startswith("ATC"), label, [-value for value in configuration.strength]
 
 
 def score(sets: dict[Configuration, PictureSet], scorer: Scorer, times: Times) -> list[Result]:
     timing = medians(times.of(list(sets))).to_dict("index")
     return [
-        Result(each, pictures, scorer(pictures), read_records(pictures.folder), **timing.get(each.folder, {}))
+        Result(each, pictures, scorer(pictures), read_records(pictures.folder), timing.get(each.folder, {}))
         for each, pictures in tqdm(sets.items(), desc="scoring", unit="set")
     ]
 

@@ -1,5 +1,6 @@
 """Generates sets of pictures with a diffusers pipeline: resumable, and divided between processes."""
 
+import argparse
 import hashlib
 import json
 import platform
@@ -31,13 +32,13 @@ class Sampling:
 
     The batch size and the number of CPU threads are among them, for they decide how matrix products are rounded, and
     so, which tokens are the most similar. `weights` is the `weights_digest` of `model`, which may be trained further.
-    `size` is the height and width in pixels; None: the model's own.
+    `size` is the height and width in pixels. `guidance` and `size` None: the pipeline's own.
     """
 
     model: str
     weights: str
     steps: int
-    guidance: float
+    guidance: float | None
     size: int | None
     batch_size: int
     dtype: str
@@ -47,6 +48,27 @@ class Sampling:
     @property
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def make_sampling(args: argparse.Namespace, device: torch.device, weights: str = "") -> Sampling:
+    """The sampling that the command line asks for, on `device`.
+
+    Raises:
+        ValueError: if the command line asks for another device.
+    """
+    if args.device not in ("auto", device.type):
+        raise ValueError(f"--device {args.device}, but the device here is {device.type}")
+    return Sampling(
+        model=args.model,
+        weights=weights,
+        steps=args.steps,
+        guidance=args.guidance,
+        size=args.size,
+        batch_size=args.batch_size,
+        dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
+        device=device.type,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+    )
 
 
 def weights_digest(model: str) -> str:
@@ -144,14 +166,14 @@ class Sampler:
     ) -> list[Image.Image]:
         """Draw one picture for every prompt, each from noise of its own seed, drawn on the CPU."""
         full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
+        size, guidance = self.sampling.size, self.sampling.guidance
         with configuration.applied(self.pipe) as draw:
             output = draw(
                 [picture.prompt for picture in full],
                 num_inference_steps=steps or self.sampling.steps,
-                guidance_scale=self.sampling.guidance,
-                height=self.sampling.size,
-                width=self.sampling.size,
                 generator=[torch.Generator().manual_seed(picture.seed) for picture in full],
+                **({} if size is None else {"height": size, "width": size}),
+                **({} if guidance is None else {"guidance_scale": guidance}),
             )
         return list(output.images[: len(batch)])
 

@@ -33,19 +33,22 @@ class Times:
             for number in range(missing):
                 batch = [pictures[(number * size + index) % len(pictures)] for index in range(size)]
                 if number == 0:
-                    self._warm_up(sampler, configurations, batch)
+                    warm_up(sampler, configurations, batch)
                 self.rounds.append({each.folder: self._time(sampler, each, batch, bar) for each in configurations})
                 write_atomically(self.path, json.dumps(self.rounds, indent=1).encode())
-
-    def _warm_up(self, sampler: Sampler, configurations: Sequence[Configuration], batch: Sequence[Picture]) -> None:
-        for configuration in configurations:
-            sampler.draw(configuration, batch, steps=2)
 
     def _time(self, sampler: Sampler, configuration: Configuration, batch: Sequence[Picture], bar: tqdm) -> float:
         start = time.perf_counter()
         sampler.draw(configuration, batch)
         bar.update()
         return (time.perf_counter() - start) / len(batch)
+
+
+def warm_up(sampler: Sampler, configurations: Sequence[Configuration], batch: Sequence[Picture]) -> None:
+    """Two steps with each configuration; fewer steps of the unmerged model need none of their own."""
+    for configuration in configurations:
+        if configuration.rival is None or configuration.rival.name != "steps":
+            sampler.draw(configuration, batch, steps=2)
 
 
 def medians(times: pd.DataFrame) -> pd.DataFrame:

@@ -24,10 +24,11 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a report: text, then a table (cells as text), then a figure, then pictures."""
+    """Part of a report: text, then code, a table (cells as text), a figure, and pictures."""
 
     title: str
     text: str = ""
+    code: str = ""
     table: pd.DataFrame | None = None
     figure: Figure | None = None
     pictures: Sequence[Shown] = ()

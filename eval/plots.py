@@ -5,7 +5,6 @@ from cycler import cycler
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import on_frontier
 
 
 def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure:
@@ -26,12 +25,15 @@ def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure:
 
 
 def plot_fidelity(frame: pd.DataFrame) -> Figure:
-    """PSNR to the unmerged picture against the time it takes, for rows with "method", "setting", "ratio", "psnr"."""
+    """PSNR to the unmerged picture against the time it takes, for rows with "method", "setting", "ratio",
+    "psnr" and "frontier"."""
     figure, axes = _figure(
         frame["method"].nunique(), "seconds per picture, of the unmerged model's", "PSNR to the unmerged picture (dB)"
     )
-    best = frame[on_frontier(frame["ratio"], frame["psnr"])].sort_values("ratio")
-    axes.step(best["ratio"], best["psnr"], where="post", color="lightgrey", linewidth=5, marker="", label="the frontier")
+    best = frame[frame["frontier"]].sort_values("ratio")
+    axes.step(
+        best["ratio"], best["psnr"], where="post", color="lightgrey", linewidth=5, marker="", label="the frontier"
+    )
     for method, line in frame.groupby("method", sort=False):
         line = line.sort_values("ratio")
         axes.plot(line["ratio"], line["psnr"], markersize=4, label=str(method))
@@ -44,7 +46,7 @@ def plot_fidelity(frame: pd.DataFrame) -> Figure:
 
 
 def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, 4.5 + 0.16 * lines), layout="constrained")
+    figure = Figure(figsize=(9, 4.5 + 0.08 * lines), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"]) * cycler(color=color_sequences["tab10"]))
     axes.set_xlabel(x)
@@ -54,4 +56,4 @@ def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)

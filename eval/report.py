@@ -28,8 +28,8 @@ a row are."""
 WAYS_TEXT = """\
 Each picture is compared with the unmerged picture of the same seed: means over the pictures, ± half the 95 % bootstrap
 interval. Pictures are compared as saved, in 8 bits, so PSNR cannot exceed 58.9 dB. A star marks the frontier: nothing
-else tried is both as fast and closer. Seconds are medians per picture of batches drawn in turn with every configuration,
-and the ratio is the median ratio to the unmerged model in the same round."""
+else tried is both as fast and closer. Seconds are medians per picture of batches drawn in turn with every
+configuration, and the ratio is the median ratio to the unmerged model in the same round."""
 NEARNESS = (45, 40, 35)  # dB
 EQUAL_FIDELITY_TEXT = """\
 The least time, as a ratio to the unmerged model's {seconds:.2f} s, at which each method stays within the column's PSNR,
@@ -40,7 +40,7 @@ The highest PSNR in dB that each method reaches within the column's share of the
 does it. Empty: no setting tried was fast enough."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
-interval of the mean. A star marks intervals that exclude zero; each interval holds on its own, not all of them at once."""
+interval of the mean. A star marks intervals that exclude zero; each interval holds on its own, not all at once."""
 
 
 def write_report(study: Study, folder: Path) -> None:
@@ -73,20 +73,21 @@ def ways_section(study: Study) -> Section | None:
     table = pd.DataFrame({"method": frame["method"], "setting": frame["setting"]})
     if study.is_timed:
         table["s/picture"], table["ratio"] = _written(frame, "seconds", 2), _written(frame, "ratio", 2)
-    table["PSNR (dB)"] = (_with_margin(frame, "psnr", 1) + _stars(study)).fillna("")
+    table["PSNR (dB)"] = _with_margin(frame, "psnr", 1) + _stars(study)
     table["SSIM"] = _with_margin(frame, "ssim", 3)
     if frame["lpips"].notna().any():
         table["LPIPS"] = _with_margin(frame, "lpips", 3)
     table["feature distance"] = _with_margin(frame, "feature_distance", 2)
-    figure = plot_fidelity(frame[1:]) if study.is_timed else None
-    return Section("Fidelity and time", WAYS_TEXT, table, figure)
+    figure = (
+        plot_fidelity(frame.assign(frontier=on_frontier(frame["ratio"], frame["psnr"]))[1:]) if study.is_timed else None
+    )
+    return Section("Fidelity and time", WAYS_TEXT, table=table, figure=figure)
 
 
 def _stars(study: Study) -> pd.Series:
     if not study.is_timed:
         return pd.Series("", study.frame.index)
-    others = study.frame[1:]
-    return on_frontier(others["seconds"], others["psnr"]).map({True: " *", False: ""}).reindex(study.frame.index, fill_value="")
+    return on_frontier(study.frame["seconds"], study.frame["psnr"]).map({True: " *", False: ""})
 
 
 def equal_fidelity_section(study: Study) -> Section | None:
@@ -96,7 +97,7 @@ def equal_fidelity_section(study: Study) -> Section | None:
     columns = {f"{psnr} dB": study.frame[1:].query("psnr >= @psnr") for psnr in NEARNESS}
     best = {name: rows.loc[rows.groupby("method")["ratio"].idxmin()] for name, rows in columns.items()}
     text = EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)
-    return Section("Speed at equal fidelity", text, _by_method(study, best, "ratio", 2))
+    return Section("Speed at equal fidelity", text, table=_by_method(study, best, "ratio", 2))
 
 
 def equal_seconds_section(study: Study) -> Section | None:
@@ -105,7 +106,7 @@ def equal_seconds_section(study: Study) -> Section | None:
         return None
     columns = {f"{ratio:g} of the time": study.frame[1:].query("ratio <= @ratio") for ratio in RATIOS}
     best = {name: rows.loc[rows.groupby("method")["psnr"].idxmax()] for name, rows in columns.items()}
-    return Section("Fidelity at equal time", EQUAL_SECONDS_TEXT, _by_method(study, best, "psnr", 1))
+    return Section("Fidelity at equal time", EQUAL_SECONDS_TEXT, table=_by_method(study, best, "psnr", 1))
 
 
 def _by_method(study: Study, columns: dict[str, pd.DataFrame], value: str, digits: int) -> pd.DataFrame:
@@ -118,8 +119,9 @@ def _by_method(study: Study, columns: dict[str, pd.DataFrame], value: str, digit
 
 def changes_section(study: Study) -> Section | None:
     """Paired changes of PSNR for all pairs of configurations that differ in one choice."""
-    rows = [row for pair in combinations(study.others, 2) if (row := _change(study, *pair))]
-    return Section("One choice changed", CHANGES_TEXT, pd.DataFrame(rows)) if rows else None
+    merged = [result for result in study.others if result.configuration.merge is not None]
+    rows = [row for pair in combinations(merged, 2) if (row := _change(study, *pair))]
+    return Section("One choice changed", CHANGES_TEXT, table=pd.DataFrame(rows)) if rows else None
 
 
 def _change(study: Study, before: Result, after: Result) -> dict[str, str] | None:
@@ -135,9 +137,10 @@ def _one_choice(before: Configuration, after: Configuration) -> str | None:
     """What `after` has instead of `before`, in words, if that is one choice of those that both have."""
     old, new = before.choices, after.choices
     differing = [field for field in old if field in new and old[field] != new[field]]
-    if len(differing) != 1 or "rival" in differing:
+    if len(differing) != 1 or differing == ["rival"]:
         return None
-    return f"{after.label}, instead of {describe(differing[0], old[differing[0]])}"
+    before_this = before.label if differing == ["method"] else describe(differing[0], old[differing[0]])
+    return f"{after.label}, instead of {before_this}"
 
 
 def fid_section(study: Study) -> Section | None:
@@ -157,7 +160,7 @@ def fid_section(study: Study) -> Section | None:
     cells = pd.DataFrame(rows).pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
     table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
     figure = plot_fid(pd.DataFrame(rows[1 : len(merged) + 1]), study.unmerged.scores.fid.value)
-    return Section(f"FID by {study.features}", text, table, figure)
+    return Section(f"FID by {study.features}", text, table=table, figure=figure)
 
 
 def _fid_row(result: Result) -> dict[str, object]:
@@ -188,7 +191,7 @@ def scores_section(study: Study) -> Section:
     )
     if frame["peak_memory_bytes"].notna().any():
         table["peak GiB"] = (frame["peak_memory_bytes"] / 2**30).map("{:.2f}".format)
-    return Section("Distance to the reference pictures", f"By {study.features}.", table)
+    return Section("Distance to the reference pictures", f"By {study.features}.", table=table)
 
 
 def pictures_section(study: Study, picture: Picture) -> Section:

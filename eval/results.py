@@ -1,7 +1,7 @@
 """What the experiment found: one result for every configuration, and the study that they make up."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,17 +14,20 @@ from scores import Draws, Estimate, Fidelity, Scores
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration: its pictures, their scores, the median seconds per picture, and what made it.
+    """One configuration: its pictures, their scores, what made it, and its time.
 
-    `seconds` and `ratio` (to the unmerged model) are None if it was not timed.
+    `timing` has the median "seconds" per picture and their "ratio" to the unmerged model's, or is empty.
     """
 
     configuration: Configuration
     pictures: PictureSet
     scores: Scores
     record: dict[str, Any]
-    seconds: float | None = None
-    ratio: float | None = None
+    timing: dict[Hashable, float]
+
+    @property
+    def seconds(self) -> float | None:
+        return self.timing.get("seconds")
 
     @property
     def fidelity(self) -> Fidelity:
@@ -37,7 +40,7 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The figures, flat: an estimate becomes two columns."""
         way = {"method": self.configuration.label, "setting": self.configuration.setting}
-        row: dict[str, Any] = way | {"seconds": self.seconds, "ratio": self.ratio}
+        row: dict[str, Any] = way | {"seconds": self.seconds, "ratio": self.timing.get("ratio")}
         figures = vars(self.scores) | (vars(self.scores.fidelity) if self.scores.fidelity else {})
         for name, value in figures.items():
             row |= _columns(name, value)
@@ -88,14 +91,19 @@ class Study:
         rows = json.loads(self.frame.to_json(orient="records", double_precision=6))
         ways = [{"configuration": each.configuration.json, "record": each.record} for each in self.results]
         results = [row | way for row, way in zip(rows, ways, strict=True)]
-        return json.dumps({"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2)
+        return json.dumps(
+            {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
+        )
 
 
 def on_frontier(seconds: pd.Series, psnr: pd.Series) -> pd.Series:
-    """Whether no other row is both at most as slow and nearer, or quicker and at least as near."""
-    order = pd.DataFrame({"seconds": seconds, "psnr": -psnr}).sort_values(["seconds", "psnr"])
-    best_before = order["psnr"].cummin().shift(fill_value=float("inf"))
-    return (order["psnr"] < best_before).reindex(seconds.index)
+    """Whether no other row is both as fast and nearer, nor faster and as near.
+
+    NaN stands for the unmerged pictures themselves, nearer than any other; that row is not marked.
+    """
+    order = pd.DataFrame({"seconds": seconds, "error": -psnr.fillna(float("inf"))}).sort_values(["seconds", "error"])
+    best_before = order["error"].cummin().shift(fill_value=float("inf"))
+    return (order["error"] < best_before).reindex(seconds.index) & psnr.notna()
 
 
 def _columns(name: str, value: object) -> dict[str, Any]:

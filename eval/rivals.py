@@ -52,7 +52,9 @@ def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Modu
 
 def _merged_layers(pipe: Any) -> list[Any]:
     if not hasattr(pipe, "unet"):
-        raise ValueError(f"{type(pipe).__name__} has no UNet, whose keys could be downsampled; leave out todo and pooled")
+        raise ValueError(
+            f"{type(pipe).__name__} has no UNet, whose keys could be downsampled; leave out todo and pooled"
+        )
     with patched(pipe, ATCConfig()):
         names = [layer.name for layer in summary(pipe).layers]
     return [pipe.unet.get_submodule(name) for name in names]

@@ -139,7 +139,9 @@ class Lpips:
         try:
             self.network = lpips.LPIPS(net="alex", verbose=False)
         except OSError as error:
-            raise ValueError(f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out") from error
+            raise ValueError(
+                f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out"
+            ) from error
 
     def __call__(self, image: Array, other: Array) -> float:
         """The distance of two pictures `[H, W, 3]` in 0..255."""
