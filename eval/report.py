@@ -207,7 +207,8 @@ def _caption(result: Result, index: int) -> str:
 
 
 def _written(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
-    return frame[column].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna("")
+    texts = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in frame[column]]
+    return pd.Series(texts, frame.index, dtype=object)
 
 
 def _with_margin(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
