@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -90,12 +91,15 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
         ValueError: if the model is neither a folder with a pipeline nor to be had from the hub.
     """
     dtype = getattr(torch, sampling.dtype)
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
+            pipe = DiffusionPipeline.from_pretrained(
+                sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
     except OSError as error:
         raise ValueError(
             f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "

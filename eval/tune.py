@@ -10,6 +10,7 @@ measured.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -236,13 +237,17 @@ def make_page(trials: Sequence[Trial], results: pd.DataFrame, conditions: dict[s
         Section("Time and fidelity", TEXT, table=written(results), figure=plot),
     ]
     for picture in dict.fromkeys(trial.picture for trial in trials):
-        shown = [Shown(_caption(trial), trial.image) for trial in trials if trial.picture == picture]
+        drawn = [trial for trial in trials if trial.picture == picture]
+        shown = [Shown(_caption(trial, drawn[0]), trial.image) for trial in drawn]
         sections.append(Section(f'"{picture.prompt}", seed {picture.seed}', pictures=shown))
-    return Page("Which setting?", conditions, [" ".join(["python", *sys.argv])], sections)
+    return Page("Which setting?", conditions, [shlex.join(["python", *sys.argv])], sections)
 
 
-def _caption(trial: Trial) -> str:
-    return f"{trial.configuration.label} {trial.configuration.setting}: {trial.seconds:.2f} s".replace(" :", ":")
+def _caption(trial: Trial, unmerged: Trial) -> str:
+    figures = _figures(trial, unmerged)
+    if trial is unmerged:
+        return f"unmerged: {trial.seconds:.2f} s"
+    return f"{figures['method']} {figures['setting']}: {figures['ratio']:.2f} of the time, {figures['psnr']:.1f} dB"
 
 
 if __name__ == "__main__":
