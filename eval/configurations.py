@@ -132,7 +132,8 @@ def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:
 
 def _shares(merge: MergeConfig) -> str:
     keys = getattr(merge, "r_keys", None)
-    return f"{_percent(merge.r)}" if keys is None else f"{_percent(merge.r)}, keys {_percent(keys)}"
+    texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
+    return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])
 
 
 def _percent(share: object) -> str:

@@ -1,9 +1,9 @@
 """FID of Stable Diffusion with merged tokens, as in Table 2 of Agglomerative Token Clustering (ECCV 2024).
 
-Makes the same pictures (prompts and seeds are fixed) with the unmerged model and with every way of merging asked for,
-scores each set against reference pictures and against the unmerged set, and writes a report. An interrupted run goes
-on where it was when the same command is given again. `accelerate launch eval/fid.py ...` divides the pictures between
-GPUs. Ways of merging can be added to the same --out by further commands: the report covers all that are complete.
+Draws the same pictures (prompts and seeds are fixed) with the unmerged model and with every configuration asked for,
+scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to resume
+an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands can add
+configurations to the same --out; the report covers all that are complete.
 """
 
 import argparse
@@ -39,18 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"fid.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("fid.py: stopped; the same command goes on from here")
+        sys.exit("fid.py: stopped; rerun the command to resume")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate what is missing, then score and report. Whatever can be wrong is looked at before."""
+    """Draw what is missing, then time, score and report; every argument is checked first."""
     pictures = planned_pictures(args)
     shown = shown_pictures(pictures, args.show)
     ways = configurations(args)
     if args.list:
         print_list(pictures)
         return
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # for those who wait for the slowest
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
     sampling = make_sampling(args, state.device, weights_digest(args.model))
     claim_folder(args.out, sampling.json, write=state.is_main_process)
     sets = {each: make_set(args.out, each, pictures, sampling) for each in ways}

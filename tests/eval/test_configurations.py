@@ -52,12 +52,12 @@ def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> N
 def test_queries_and_keys_have_shares_of_their_own() -> None:
     ways = parse("--method atc tome --keep 100 50 --set r_keys=0.1,0.25,1")
     assert [(each.label, each.setting) for each in ways[1:]] == [
-        ("ATC average", "100 %, keys 10 %"),
+        ("ATC average", "keys 10 %"),
         ("ATC average", "50 %, keys 10 %"),
-        ("ATC average", "100 %, keys 25 %"),
+        ("ATC average", "keys 25 %"),
         ("ATC average", "50 %, keys 25 %"),
         ("ATC average", "50 %, keys 100 %"),
-        ("ToMe", "100 %, keys 25 %"),
+        ("ToMe", "keys 25 %"),
         ("ToMe", "50 %, keys 25 %"),
         ("ToMe", "50 %, keys 100 %"),
     ]
