@@ -49,14 +49,14 @@ class Configuration:
     @property
     def strength(self) -> list[float]:
         """The shares kept of queries and of keys, and the rival's own, as far as there are any."""
-        shares = [self.merge.r, getattr(self.merge, "r_keys", None)] if self.merge else []
+        shares = [self.merge.r, self.merge.r_keys] if self.merge else []
         values = [*shares, self.rival.strength if self.rival else None]
         return [cast(float, value) for value in values if value is not None]
 
     @property
     def keep(self) -> float | None:
         """The percentage of tokens kept, where that is the only strength."""
-        if self.merge is None or self.rival is not None or getattr(self.merge, "r_keys", None) is not None:
+        if self.merge is None or self.rival is not None or self.merge.r_keys is not None:
             return None
         return round(100 * cast(float, self.merge.r), 6)
 
@@ -81,8 +81,9 @@ class Configuration:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
-        merge, rival = values["merge"], values["rival"]
-        return cls(_merge_from_json(**merge) if merge else None, Rival(**rival) if rival else None)
+        merge, rival = dict(values["merge"] or {}), values["rival"]
+        kind = _KINDS[merge.pop("kind")] if merge else None
+        return cls(kind(**merge) if kind else None, Rival(**rival) if rival else None)
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Draw]:
@@ -92,11 +93,6 @@ class Configuration:
 
     def _rival(self, pipe: Any) -> Any:
         return self.rival.applied(pipe) if self.rival else nullcontext(pipe)
-
-
-def _merge_from_json(kind: str, **values: Any) -> MergeConfig:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return _KINDS[kind](**values)
 
 
 def describe(field: str, value: object) -> str:
@@ -131,7 +127,7 @@ def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:
 
 
 def _shares(merge: MergeConfig) -> str:
-    keys = getattr(merge, "r_keys", None)
+    keys = merge.r_keys
     texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
     return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])
 

@@ -1,9 +1,9 @@
 """FID of Stable Diffusion with merged tokens, as in Table 2 of Agglomerative Token Clustering (ECCV 2024).
 
 Draws the same pictures (prompts and seeds are fixed) with the unmerged model and with every configuration asked for,
-scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to resume
-an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands can add
-configurations to the same --out; the report covers all that are complete.
+scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to
+resume an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands can
+add configurations to the same --out; the report covers all that are complete.
 """
 
 import argparse

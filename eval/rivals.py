@@ -34,7 +34,7 @@ def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterat
     `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
     """
     hook = partial(_downsample_input, int(factor), downsample)
-    projections = [projection for layer in _merged_layers(pipe) for projection in (layer.attn1.to_k, layer.attn1.to_v)]
+    projections = [projection for layer in _merged_layers(pipe) for projection in (layer.to_k, layer.to_v)]
     handles = [projection.register_forward_pre_hook(hook) for projection in projections]
     try:
         yield pipe
@@ -51,13 +51,9 @@ def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Modu
 
 
 def _merged_layers(pipe: Any) -> list[Any]:
-    if not hasattr(pipe, "unet"):
-        raise ValueError(
-            f"{type(pipe).__name__} has no UNet, whose keys could be downsampled; leave out todo and pooled"
-        )
     with patched(pipe, ATCConfig()):
-        names = [layer.name for layer in summary(pipe).layers]
-    return [pipe.unet.get_submodule(name) for name in names]
+        layers = summary(pipe).layers
+    return [getattr(pipe, layer.network).get_submodule(layer.name) for layer in layers]
 
 
 @contextmanager

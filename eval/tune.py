@@ -115,7 +115,7 @@ def ladder(steps: int, is_unet: bool) -> list[Configuration]:
     ways = [Configuration(), *map(Configuration, merges), *(Configuration(rival=rival) for rival in rivals)]
     if is_unet and find_spec("DeepCache"):
         ways += [Configuration(rival=Rival("deepcache", 2)), Configuration(fast, Rival("deepcache", 2))]
-    return ways
+    return list(dict.fromkeys(ways))
 
 
 def measure(sampler: Sampler, configurations: Sequence[Configuration], pictures: Sequence[Picture]) -> list[Trial]:
