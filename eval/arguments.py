@@ -6,6 +6,7 @@ from pathlib import Path
 
 from configurations import add_way_options
 from features import LAYERS, RESIZERS
+from rivals import Rival
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
@@ -19,8 +20,12 @@ DEMO = {  # the experiment in small, on the model of this repository
     "steps": 20,
     "guidance": 3.0,
     "batch_size": 4,
-    "keep": [75.0, 50.0, 25.0, 10.0],
-    "method": ["tome", "paper", "atc"],
+    "classes": "12",
+    "images_per_class": 1,
+    "keep": [(0.5, None), (1.0, 0.1)],
+    "method": ["paper", "atc"],
+    "rival": [Rival("steps", 14)],
+    "time": 1,
     "features": "efficientnet-lite0",
     "out": Path("out/demo"),
 }

@@ -18,6 +18,7 @@ METHODS: dict[str, Callable[[float], MergeConfig]] = {
     "paper": ATCConfig.paper,
     "tome": lambda r: ToMeConfig(r=r),
 }
+Shares = tuple[float, float | None]  # kept of queries and of keys; None: the same
 _KINDS: dict[str, type[MergeConfig]] = {kind.__name__: kind for kind in (ATCConfig, ToMeConfig)}
 # Fields that are no choice of a method: the strength, and what changes no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
@@ -136,24 +137,23 @@ def _percent(share: object) -> str:
     return f"{100 * cast(float, share):.6g} %"
 
 
-def grid(methods: Sequence[str], keeps: Iterable[float], options: dict[str, list[Any]]) -> list[Configuration]:
-    """The unmerged model, then every method at every share kept (percent) with every combination of options.
+def grid(methods: Sequence[str], keeps: Iterable[Shares], options: dict[str, list[Any]]) -> list[Configuration]:
+    """The unmerged model, then every method at every pair of shares kept with every combination of options.
 
     ToMe is left out where it cannot keep so few tokens, and takes the options that it has.
 
     Raises:
         ValueError: for a value that the configuration refuses.
     """
-    shares = [_share(keep) for keep in keeps]
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+    shares = [(r, r_keys) for r, r_keys in keeps if min(r, r_keys or r) < 1]
     merges = [
-        merge
+        _merge(method, *share, combination)
         for method in methods
         if method != "none"
         for combination in combinations
-        for r in shares
-        if min(r, combination.get("r_keys") or r) < 1
-        if (merge := _merge(method, r, combination)) is not None
+        for share in shares
+        if method != "tome" or min(filter(None, share)) * ToMeConfig.stride**2 >= 1
     ]
     return list(dict.fromkeys([Configuration(), *map(Configuration, merges)]))
 
@@ -167,17 +167,29 @@ def with_rivals(
     return list(dict.fromkeys([*configurations, *alone, *both]))
 
 
-def _share(keep: float) -> float:
-    if not 1 <= keep <= 100:
-        hint = f"; did you mean {100 * keep:g}?" if 0 < keep < 1 else ""
-        raise ValueError(f"--keep is the percentage of tokens kept, from 1 to 100, got {keep:g}{hint}")
-    return keep / 100
+def parse_shares(text: str) -> Shares:
+    """The shares of queries and of keys kept that "100/10" asks for, in percent; "50" is for both.
+
+    Raises:
+        ValueError: if `text` is not of this form or not from 1 to 100.
+    """
+    queries, _, keys = text.partition("/")
+    return _share(queries), _share(keys) if keys else None
 
 
-def _merge(method: str, r: float, options: dict[str, Any]) -> MergeConfig | None:
-    if method == "tome" and min(r, options.get("r_keys") or r) * ToMeConfig.stride**2 < 1:
-        return None
-    base = METHODS[method](r)
+def _share(text: str) -> float:
+    try:
+        percent = float(text)
+    except ValueError:
+        raise ValueError(f"expected percentages of tokens kept, such as 50 or 100/10, got {text!r}") from None
+    if not 1 <= percent <= 100:
+        hint = f"; did you mean {100 * percent:g}?" if 0 < percent < 1 else ""
+        raise ValueError(f"expected percentages of tokens kept, from 1 to 100, got {percent:g}{hint}")
+    return percent / 100
+
+
+def _merge(method: str, r: float, r_keys: float | None, options: dict[str, Any]) -> MergeConfig:
+    base = replace(METHODS[method](r), r_keys=r_keys)
     own = {field.name for field in fields(base)}
     return replace(base, **{name: value for name, value in options.items() if name in own})
 
@@ -195,7 +207,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, list[Any]]:
 
 def _parse_option(text: str) -> tuple[str, list[Any]]:
     field, _, values = text.partition("=")
-    known = [each.name for each in fields(ATCConfig) if each.name != "r"]
+    known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
     if field not in known or not values:
         raise ValueError(f"--set takes FIELD=VALUE[,VALUE...] with a field of {', '.join(known)}; got {text!r}")
     parsed = yaml.safe_load(f"[{values}]")
@@ -207,15 +219,16 @@ def _parse_option(text: str) -> tuple[str, list[Any]]:
 def add_way_options(group: argparse._ArgumentGroup) -> None:
     """The options that say what is compared."""
     add = group.add_argument
-    percent = "percentages of the tokens to keep (default: 40 50 60 70 80 90)"
-    add("--keep", type=float, nargs="+", default=[40, 50, 60, 70, 80, 90], metavar="PERCENT", help=percent)
+    percent = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 40 50 60 70 80 90)"
+    default = [(keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)]
+    add("--keep", type=_argument(parse_shares), nargs="+", default=default, metavar="PERCENT", help=percent)
     methods = (
         "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; none: only the "
         "unmerged model, which is always drawn (default: paper)"
     )
     add("--method", nargs="+", choices=[*METHODS, "none"], default=["paper"], help=methods)
     sets = (
-        "fields of ATCConfig with the values to try, such as linkage=average,ward r_keys=0.1,0.25; all combinations "
+        "fields of ATCConfig with the values to try, such as linkage=average,ward refresh_every=3,5; all combinations "
         "are drawn; ToMe takes the fields that it has"
     )
     add("--set", nargs="+", default=[], metavar="FIELD=VALUES", help=sets)
@@ -223,16 +236,29 @@ def add_way_options(group: argparse._ArgumentGroup) -> None:
         "other ways to draw faster: steps:14 (fewer steps), todo:2 and pooled:2 (keys downsampled by that factor), "
         "tomesd:50 (percent kept), deepcache:3 (interval), ca-tome:0.7 (least similarity)"
     )
-    add("--rival", nargs="+", type=_rival, default=[], metavar="NAME:STRENGTH", help=rivals)
+    add("--rival", nargs="+", type=_argument(Rival.parse), default=[], metavar="NAME:STRENGTH", help=rivals)
     both = "rivals that every way of merging is also drawn together with, such as deepcache:2"
-    add("--with", nargs="+", type=_rival, default=[], dest="together", metavar="NAME:STRENGTH", help=both)
+    add(
+        "--with",
+        nargs="+",
+        type=_argument(Rival.parse),
+        default=[],
+        dest="together",
+        metavar="NAME:STRENGTH",
+        help=both,
+    )
 
 
-def _rival(text: str) -> Rival:
-    try:
-        return Rival.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which tells only errors of its own kind in full."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
 
 
 def configurations(args: argparse.Namespace) -> list[Configuration]:

@@ -26,7 +26,7 @@ def test_values_have_their_own_type() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "max_downsample={1: 2}"])
+@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "max_downsample={1: 2}"])
 def test_an_option_of_another_form_is_one_sentence(text: str) -> None:
     with pytest.raises(ValueError, match="--set takes"):
         parse_options([text])
@@ -50,7 +50,7 @@ def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> N
 
 
 def test_queries_and_keys_have_shares_of_their_own() -> None:
-    ways = parse("--method atc tome --keep 100 50 --set r_keys=0.1,0.25,1")
+    ways = parse("--method atc tome --keep 100/10 50/10 100/25 50/25 50/100")
     assert [(each.label, each.setting) for each in ways[1:]] == [
         ("ATC average", "keys 10 %"),
         ("ATC average", "50 %, keys 10 %"),
@@ -80,18 +80,22 @@ def test_a_rival_that_does_not_fit_is_told_by_the_command_line(capsys: pytest.Ca
 
 
 def test_tome_is_left_out_where_it_cannot_keep_so_few() -> None:
-    assert [each.setting for each in grid(["tome"], [25, 24, 10], {})] == ["", "25 %"]
+    assert [each.setting for each in parse("--method tome --keep 25 24 100/10")] == ["", "25 %"]
 
 
-@pytest.mark.parametrize(("keep", "text"), [(0.6, r"0\.6; did you mean 60\?"), (0, "got 0"), (101, "got 101")])
-def test_keep_is_a_percentage(keep: float, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        grid(["atc"], [keep], {})
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [("0.6", "got 0.6; did you mean 60?"), ("0", "got 0"), ("50/101", "got 101"), ("half", "50 or 100/10, got 'half'")],
+)
+def test_shares_kept_are_percentages(keep: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--keep {keep}")
+    assert text in capsys.readouterr().err
 
 
 def test_the_configurations_own_checks_hold() -> None:
     with pytest.raises(ValueError, match="medium"):
-        grid(["atc"], [50], {"linkage": ["medium"]})
+        grid(["atc"], [(0.5, None)], {"linkage": ["medium"]})
 
 
 @pytest.mark.parametrize(

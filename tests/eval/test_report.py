@@ -41,8 +41,8 @@ def make_result(configuration: Configuration, psnr: float, ratio: float, fid_mar
 
 @pytest.fixture
 def study() -> Study:
-    tome = grid(["tome"], [50, 40], {})
-    atc = grid(["paper"], [50], {"proportional_attention": [False, True]})[1:]
+    tome = grid(["tome"], [(0.5, None), (0.4, None)], {})
+    atc = grid(["paper"], [(0.5, None)], {"proportional_attention": [False, True]})[1:]
     results = [
         make_result(way, PSNR.get(way.label, 0.0), 1.0 if way.is_unmerged else way.strength[0]) for way in [*tome, *atc]
     ]
