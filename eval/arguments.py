@@ -1,12 +1,18 @@
 """The command line of the experiment."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from configurations import add_way_options
+import yaml
+from configurations import METHODS, Configuration, Shares, grid, with_rivals
 from features import LAYERS, RESIZERS
 from rivals import Rival
+
+from atc_diffusion import ATCConfig
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
@@ -49,6 +55,39 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add_sampling(parser.add_argument_group("how they are sampled"))
     add_scoring(parser.add_argument_group("how they are scored"))
     return parser
+
+
+def add_way_options(group: argparse._ArgumentGroup) -> None:
+    """The options that say what is compared."""
+    add = group.add_argument
+    percent = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 40 50 60 70 80 90)"
+    default = [(keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)]
+    add("--keep", type=_argument(parse_shares), nargs="+", default=default, metavar="PERCENT", help=percent)
+    methods = (
+        "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; none: only the "
+        "unmerged model, which is always drawn (default: paper)"
+    )
+    add("--method", nargs="+", choices=[*METHODS, "none"], default=["paper"], help=methods)
+    sets = (
+        "fields of ATCConfig with the values to try, such as linkage=average,ward refresh_every=3,5; all combinations "
+        "are drawn; ToMe takes the fields that it has"
+    )
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUES", help=sets)
+    rivals = (
+        "other ways to draw faster: steps:14 (fewer steps), todo:2 and pooled:2 (keys downsampled by that factor), "
+        "tomesd:50 (percent kept), deepcache:3 (interval), ca-tome:0.7 (least similarity)"
+    )
+    add("--rival", nargs="+", type=_argument(Rival.parse), default=[], metavar="NAME:STRENGTH", help=rivals)
+    both = "rivals that every way of merging is also drawn together with, such as deepcache:2"
+    add(
+        "--with",
+        nargs="+",
+        type=_argument(Rival.parse),
+        default=[],
+        dest="together",
+        metavar="NAME:STRENGTH",
+        help=both,
+    )
 
 
 def add_output(group: argparse._ArgumentGroup) -> None:
@@ -117,3 +156,65 @@ def _several(text: str) -> int:
 
 def _count(text: str) -> int:
     return positive(text, least=0)
+
+
+def parse_shares(text: str) -> Shares:
+    """The shares of queries and of keys kept that "100/10" asks for, in percent; "50" is for both.
+
+    Raises:
+        ValueError: if `text` is not of this form or not from 1 to 100.
+    """
+    queries, _, keys = text.partition("/")
+    return _share(queries), _share(keys) if keys else None
+
+
+def _share(text: str) -> float:
+    try:
+        percent = float(text)
+    except ValueError:
+        raise ValueError(f"expected percentages of tokens kept, such as 50 or 100/10, got {text!r}") from None
+    if not 1 <= percent <= 100:
+        hint = f"; did you mean {100 * percent:g}?" if 0 < percent < 1 else ""
+        raise ValueError(f"expected percentages of tokens kept, from 1 to 100, got {percent:g}{hint}")
+    return percent / 100
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Fields of `ATCConfig` with the values to try, from texts such as "linkage=average,ward".
+
+    Values are YAML: `0.1`, `off`, `null`, `keys`.
+
+    Raises:
+        ValueError: for a text of another form, or a field that `ATCConfig` lacks.
+    """
+    return dict(map(_parse_option, texts))
+
+
+def _parse_option(text: str) -> tuple[str, list[Any]]:
+    field, _, values = text.partition("=")
+    known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
+    if field not in known or not values:
+        raise ValueError(f"--set takes FIELD=VALUE[,VALUE...] with a field of {', '.join(known)}; got {text!r}")
+    parsed = yaml.safe_load(f"[{values}]")
+    if any(isinstance(value, dict | list) for value in parsed):
+        raise ValueError(f"--set takes plain values, got {text!r}")
+    return field, parsed
+
+
+def configurations(args: argparse.Namespace) -> list[Configuration]:
+    """All ways to draw that the options of `add_way_options` ask for."""
+    merged = grid(args.method, args.keep, parse_options(args.set))
+    return with_rivals(merged, args.rival, args.together)
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which tells only errors of its own kind in full."""
+
+    @wraps(parse)
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument

@@ -10,14 +10,15 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from arguments import STABLE_DIFFUSION, parse
-from configurations import Configuration, configurations
+from arguments import STABLE_DIFFUSION, configurations, parse
+from configurations import Configuration
 from features import Features
 from generate import Sampler, Sampling, load_pipeline, make_sampling, read_records, weights_digest
 from interleaved import Times, medians
@@ -25,7 +26,7 @@ from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select
 from reference import list_pictures
 from report import write_report
 from results import Result, Study
-from scores import Lpips, Scorer, bootstrap_draws
+from scores import Lpips, Scorer
 from tqdm import tqdm
 
 FEWEST = 4  # pictures in a set: precision and recall look at three neighbours
@@ -54,22 +55,26 @@ def run(args: argparse.Namespace) -> None:
     sampling = make_sampling(args, state.device, weights_digest(args.model))
     claim_folder(args.out, sampling.json, write=state.is_main_process)
     sets = {each: make_set(args.out, each, pictures, sampling) for each in ways}
-    if state.is_main_process:
-        reference = reference_pictures(args)
-        features = Features(args.features, args.resize, args.out / "features", state.device, args.inception_weights)
-        lpips = Lpips() if args.lpips else None
+    make_scorer = prepare_scoring(args, state.device) if state.is_main_process else None
     sampler = Sampler(partial(load_pipeline, sampling, state.device), sampling, state)
     if any(each.missing() for each in sets.values()):
         sampler.run(sets)
-    if state.is_main_process:
+    if make_scorer is not None:
         note_command(args.out)
         sets = complete_sets(args.out, pictures, sampling)
         times = Times(args.out / "times.json")
         times.measure(sampler, list(sets), pictures, args.time)
-        scorer = Scorer(features, reference, sets[Configuration()], args.bootstrap, lpips)
-        results = score(sets, scorer, times)
-        write_report(make_study(args, results, shown, features.name, len(reference)), args.report or args.out)
+        scorer = make_scorer(sets[Configuration()])
+        study = make_study(args, score(sets, scorer, times), scorer, shown)
+        write_report(study, args.report or args.out)
         print(f"wrote {(args.report or args.out) / 'report.html'}")
+
+
+def prepare_scoring(args: argparse.Namespace, device: torch.device) -> Callable[[PictureSet], Scorer]:
+    """What makes the scorer once the unmerged pictures are there; weights and reference are checked now."""
+    reference = reference_pictures(args)
+    features = Features(args.features, args.resize, args.out / "features", device, args.inception_weights)
+    return partial(Scorer, features, reference, bootstrap=args.bootstrap, lpips=Lpips() if args.lpips else None)
 
 
 def planned_pictures(args: argparse.Namespace) -> list[Picture]:
@@ -132,16 +137,14 @@ def score(sets: dict[Configuration, PictureSet], scorer: Scorer, times: Times) -
     ]
 
 
-def make_study(
-    args: argparse.Namespace, results: list[Result], shown: list[Picture], features: str, num_reference: int
-) -> Study:
+def make_study(args: argparse.Namespace, results: list[Result], scorer: Scorer, shown: list[Picture]) -> Study:
     pictures = results[0].pictures.pictures
     record = results[0].record
     width, height = results[0].pictures.load(pictures[0]).size
     conditions = {
         "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
-        "reference": f"{num_reference} pictures",
+        "reference": f"{len(scorer.reference)} pictures",
         "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {width} x {height}, base seed {args.seed}",
         "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -149,10 +152,10 @@ def make_study(
     }
     return Study(
         results,
-        features,
+        scorer.features.name,
         conditions,
         commands=(args.out / COMMANDS).read_text().splitlines(),
-        draws=bootstrap_draws(len(pictures), args.bootstrap),
+        draws=scorer.draws,
         shown=shown,
         is_papers_model=args.model == STABLE_DIFFUSION,
     )

@@ -4,7 +4,8 @@ import argparse
 from typing import Any
 
 import pytest
-from configurations import Configuration, add_way_options, configurations, grid, parse_options
+from arguments import add_way_options, configurations, parse_options
+from configurations import Configuration, grid
 from rivals import Rival
 
 from atc_diffusion import ATCConfig, ToMeConfig
