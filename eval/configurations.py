@@ -1,70 +1,97 @@
-"""The rows of the table: how tokens are merged, from the command line to a name in the report."""
+"""The rows of the tables: ways to draw, from the command line to a name in the report."""
 
-import argparse
-import inspect
 import re
-import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
-from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig
+from rivals import Draw, Rival
 
-METHODS: dict[str, type[MergeConfig]] = {"atc": ATCConfig, "tome": ToMeConfig}
+from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
+
+METHODS: dict[str, Callable[[float], MergeConfig]] = {
+    "atc": lambda r: ATCConfig(r=r),
+    "paper": ATCConfig.paper,
+    "tome": lambda r: ToMeConfig(r=r),
+}
+Shares = tuple[float, float | None]  # kept of queries and of keys; None: the same
+_KINDS: dict[str, type[MergeConfig]] = {kind.__name__: kind for kind in (ATCConfig, ToMeConfig)}
+# Fields that are no choice of a method: the strength, and what changes no cluster.
+_OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to generate: merging as `merge` says, or (None) not at all."""
+    """One way to draw: merging as `merge` says, a rival, both, or (neither) the unmerged model."""
 
     merge: MergeConfig | None = None
+    rival: Rival | None = None
 
     @property
-    def keep(self) -> float:
-        """Tokens kept, in percent."""
-        return 100.0 if self.merge is None else round(100 * cast(float, self.merge.r), 6)
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """What was chosen, by field; "method" is ToMe, or ATC with its linkage.
-
-        Without the share kept, which tables have columns for, and the backend, which changes no cluster.
-        """
-        if self.merge is None:
-            return {"method": "unmerged"}
-        choices = {field: value for field, value in asdict(self.merge).items() if field not in ("r", "backend")}
-        if "linkage" not in choices:
-            return {"method": "ToMe"} | choices
-        return {"method": f"ATC {choices.pop('linkage')}"} | choices
+    def is_unmerged(self) -> bool:
+        return self == Configuration()
 
     @property
     def label(self) -> str:
-        """The method, and every choice that is not the paper's."""
+        """The method: how tokens are merged, with every choice that is not the default, and the rival."""
+        parts = [_merge_label(self.merge)] if self.merge else []
+        return " + ".join([*parts, self.rival.kind.label] if self.rival else parts) or "unmerged"
+
+    @property
+    def setting(self) -> str:
+        """The strength in words: shares kept, and the rival's own."""
+        parts = [_shares(self.merge)] if self.merge else []
+        return ", ".join([*parts, self.rival.kind.setting(self.rival.strength)] if self.rival else parts)
+
+    @property
+    def strength(self) -> list[float]:
+        """The shares kept of queries and of keys, and the rival's own, as far as there are any."""
+        shares = [self.merge.r, self.merge.r_keys] if self.merge else []
+        values = [*shares, self.rival.strength if self.rival else None]
+        return [cast(float, value) for value in values if value is not None]
+
+    @property
+    def keep(self) -> float | None:
+        """The percentage of tokens kept, where that is the only strength."""
+        if self.merge is None or self.rival is not None or self.merge.r_keys is not None:
+            return None
+        return round(100 * cast(float, self.merge.r), 6)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, by field, but for the strength; "method" is ToMe, or ATC with its linkage."""
         if self.merge is None:
-            return "unmerged"
-        default = Configuration(_default(type(self.merge), self.keep / 100)).choices
-        changed = (field for field in self.choices if field != "method" and self.choices[field] != default[field])
-        return ", ".join([self.choices["method"], *(describe(field, self.choices[field]) for field in changed)])
+            return {"method": self.label}
+        rival = self.rival.kind.label if self.rival else None
+        return _choices(self.merge) | {"rival": rival}
 
     @property
     def folder(self) -> str:
         """Name of the folder for its pictures."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower())
-        return slug if self.merge is None else f"{slug}_{self.keep:g}"
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self.label} {self.setting}".lower()).strip("-")
 
     @property
     def json(self) -> dict[str, Any]:
         """The configuration as JSON; `from_json` reads it."""
-        return {} if self.merge is None else {"method": type(self.merge).__name__, **asdict(self.merge)}
+        merge = {"kind": type(self.merge).__name__, **asdict(self.merge)} if self.merge else None
+        return {"merge": merge, "rival": asdict(self.rival) if self.rival else None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
-        if not values:
-            return cls()
-        kinds = {kind.__name__: kind for kind in METHODS.values()}
-        options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(kinds[options.pop("method")](**options))
+        merge, rival = dict(values["merge"] or {}), values["rival"]
+        kind = _KINDS[merge.pop("kind")] if merge else None
+        return cls(kind(**merge) if kind else None, Rival(**rival) if rival else None)
+
+    @contextmanager
+    def applied(self, pipe: Any) -> Iterator[Draw]:
+        """`pipe` drawing this way, for the length of a `with` block; yields what draws."""
+        with patched(pipe, self.merge) if self.merge else nullcontext(), self._rival(pipe) as draw:
+            yield draw
+
+    def _rival(self, pipe: Any) -> Any:
+        return self.rival.applied(pipe) if self.rival else nullcontext(pipe)
 
 
 def describe(field: str, value: object) -> str:
@@ -72,105 +99,73 @@ def describe(field: str, value: object) -> str:
     name = field.replace("_", " ")
     if isinstance(value, bool):
         return name if value else f"no {name}"
-    return f"{name} {' + '.join(value) if isinstance(value, tuple) else value}"
+    return f"{name} {'off' if value is None else value}"
 
 
-def grid(methods: Sequence[str], keeps: Iterable[float], options: dict[str, list[Any]]) -> list[Configuration]:
-    """The unmerged model, then every method at every share kept (percent) with every combination of options.
+def _choices(merge: MergeConfig) -> dict[str, Any]:
+    choices = {field: value for field, value in asdict(merge).items() if field not in _OTHER_FIELDS}
+    if "linkage" not in choices:
+        return {"method": "ToMe"} | choices
+    return {"method": f"ATC {choices.pop('linkage')}"} | choices
+
+
+def _merge_label(merge: MergeConfig) -> str:
+    """The method and what differs from its defaults, or from the paper's setting if that is less."""
+    choices = _choices(merge)
+    if isinstance(merge, ToMeConfig):
+        return ", ".join([choices["method"], *_differences(choices, ToMeConfig())])
+    from_default, from_paper = _differences(choices, ATCConfig()), _differences(choices, ATCConfig.paper(1.0))
+    if len(from_default) <= len(from_paper) + 1:
+        return ", ".join([choices["method"], *from_default])
+    return ", ".join([choices["method"], "the paper's", *from_paper])
+
+
+def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:
+    others = _choices(base)
+    return [describe(field, value) for field, value in choices.items() if field != "method" and value != others[field]]
+
+
+def _shares(merge: MergeConfig) -> str:
+    keys = merge.r_keys
+    texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
+    return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])
+
+
+def _percent(share: object) -> str:
+    return f"{100 * cast(float, share):.6g} %"
+
+
+def grid(methods: Sequence[str], keeps: Iterable[Shares], options: dict[str, list[Any]]) -> list[Configuration]:
+    """The unmerged model, then every method at every pair of shares kept with every combination of options.
 
     ToMe is left out where it cannot keep so few tokens, and takes the options that it has.
 
     Raises:
         ValueError: for a value that the configuration refuses.
     """
-    shares = [_share(keep) for keep in keeps if keep != 100]
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+    shares = [(r, r_keys) for r, r_keys in keeps if min(r, r_keys or r) < 1]
     merges = [
-        _merge(METHODS[method], r, combination)
+        _merge(method, *share, combination)
         for method in methods
         if method != "none"
         for combination in combinations
-        for r in shares
-        if method != "tome" or r * ToMeConfig.stride**2 >= 1
+        for share in shares
+        if method != "tome" or min(filter(None, share)) * ToMeConfig.stride**2 >= 1
     ]
     return list(dict.fromkeys([Configuration(), *map(Configuration, merges)]))
 
 
-def _share(keep: float) -> float:
-    if not 1 <= keep <= 100:
-        hint = f"; did you mean {100 * keep:g}?" if 0 < keep < 1 else ""
-        raise ValueError(f"--keep is the percentage of tokens kept, from 1 to 100, got {keep:g}{hint}")
-    return keep / 100
+def with_rivals(
+    configurations: Sequence[Configuration], rivals: Iterable[Rival], together: Iterable[Rival]
+) -> list[Configuration]:
+    """`configurations`, each `rival` alone, and every way of merging `together` with each of the others."""
+    alone = [Configuration(rival=rival) for rival in rivals]
+    both = [replace(each, rival=rival) for rival in together for each in configurations if each.merge is not None]
+    return list(dict.fromkeys([*configurations, *alone, *both]))
 
 
-def _default(kind: type[MergeConfig], r: float) -> MergeConfig:
-    """The paper's setting of a method."""
-    return ATCConfig.paper(r) if kind is ATCConfig else kind(r=r)
-
-
-def _merge(kind: type[MergeConfig], r: float, options: dict[str, Any]) -> MergeConfig:
-    own = {field.name for field in fields(kind)}
-    return replace(_default(kind, r), **{name: value for name, value in options.items() if name in own})
-
-
-def add_merge_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of `ATCConfig` but `r`; each takes one or more values."""
-    group = parser.add_argument_group(
-        "how tokens are merged",
-        "The fields of ATCConfig; by default as in the paper's table. Several values give every combination of them;\n"
-        "a value with several parts is written with commas. ToMe takes the fields that it has.",
-    )
-    hints, helps, paper = get_type_hints(ATCConfig), _field_helps(ATCConfig), ATCConfig.paper(1.0)
-    for field in fields(ATCConfig):
-        if field.name != "r":
-            default = getattr(paper, field.name)
-            group.add_argument(
-                f"--{option_name(field.name).replace('_', '-')}",
-                nargs="+",
-                type=_parser(hints[field.name]),
-                metavar="VALUE",
-                help=f"{helps[field.name]} (default: {_written(default)})".replace("%", "%%"),
-            )
-
-
-def option_name(field: str) -> str:
-    """The option's name for a field of `ATCConfig`; `--features` is the network that scores."""
-    return "token_features" if field == "features" else field
-
-
-def merge_options(args: argparse.Namespace) -> dict[str, list[Any]]:
-    """The options of `add_merge_options` that were given."""
-    values = {field.name: getattr(args, option_name(field.name), None) for field in fields(ATCConfig)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _field_helps(kind: type) -> dict[str, str]:
-    """What the docstrings of `kind` and its bases say about each of its attributes."""
-    docs = "\n".join(inspect.getdoc(base) or "" for base in kind.__mro__[:-1])
-    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", docs, re.MULTILINE)
-    helps = {name: re.sub(r"\s+", " ", text) for name, text in entries}
-    return {field.name: helps.get(field.name, "") for field in fields(kind)}
-
-
-def _parser(hint: Any) -> Callable[[str], Any]:
-    """Reads a value of the annotated type `hint` from the command line."""
-    if get_origin(hint) is types.UnionType:
-        inner = _parser(get_args(hint)[0])
-        return lambda text: None if text.lower() == "none" else inner(text)
-    if get_origin(hint) is tuple:
-        return lambda text: tuple(text.split(","))
-    return _flag if hint is bool else hint
-
-
-def _flag(text: str) -> bool:
-    values = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
-    return values[text.lower()]
-
-
-def _written(value: object) -> str:
-    """`value` as `_parser` would read it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return ",".join(value) if isinstance(value, tuple) else str(value).lower()
+def _merge(method: str, r: float, r_keys: float | None, options: dict[str, Any]) -> MergeConfig:
+    base = replace(METHODS[method](r), r_keys=r_keys)
+    own = {field.name for field in fields(base)}
+    return replace(base, **{name: value for name, value in options.items() if name in own})

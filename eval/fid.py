@@ -1,31 +1,32 @@
 """FID of Stable Diffusion with merged tokens, as in Table 2 of Agglomerative Token Clustering (ECCV 2024).
 
-Makes the same pictures (prompts and seeds are fixed) with the unmerged model and with every way of merging asked for,
-scores each set against reference pictures and against the unmerged set, and writes a report. An interrupted run goes
-on where it was when the same command is given again. `accelerate launch eval/fid.py ...` divides the pictures between
-GPUs. Ways of merging can be added to the same --out by further commands: the report covers all that are complete.
+Draws the same pictures (prompts and seeds are fixed) with the unmerged model and with every configuration asked for,
+scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to
+resume an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands can
+add configurations to the same --out; the report covers all that are complete.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from arguments import STABLE_DIFFUSION, parse
-from configurations import Configuration, grid, merge_options
-from demo import draw_reference
+from arguments import STABLE_DIFFUSION, configurations, parse
+from configurations import Configuration
 from features import Features
-from generate import Sampler, Sampling, load_pipeline, read_records, weights_digest
+from generate import Sampler, Sampling, load_pipeline, make_sampling, read_records, weights_digest
+from interleaved import Times, medians
 from pictures import Picture, PictureSet, claim_folder, plan, read_stamp, select_classes, write_atomically
 from reference import list_pictures
 from report import write_report
 from results import Result, Study
-from scores import Scorer, bootstrap_draws
+from scores import Lpips, Scorer
 from tqdm import tqdm
 
 FEWEST = 4  # pictures in a set: precision and recall look at three neighbours
@@ -39,31 +40,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"fid.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("fid.py: stopped; the same command goes on from here")
+        sys.exit("fid.py: stopped; rerun the command to resume")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate what is missing, then score and report. Whatever can be wrong is looked at before."""
+    """Draw what is missing, then time, score and report; every argument is checked first."""
     pictures = planned_pictures(args)
     shown = shown_pictures(pictures, args.show)
-    configurations = grid(args.method, args.keep, merge_options(args))
+    ways = configurations(args)
     if args.list:
         print_list(pictures)
         return
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # for those who wait for the slowest
-    sampling = make_sampling(args, state.device)
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
+    sampling = make_sampling(args, state.device, weights_digest(args.model))
     claim_folder(args.out, sampling.json, write=state.is_main_process)
-    sets = {each: make_set(args.out, each, pictures, sampling) for each in configurations}
-    if state.is_main_process:
-        reference = reference_pictures(args)
-        features = Features(args.features, args.resize, args.out / "features", state.device, args.inception_weights)
+    sets = {each: make_set(args.out, each, pictures, sampling) for each in ways}
+    make_scorer = prepare_scoring(args, state.device) if state.is_main_process else None
+    sampler = Sampler(partial(load_pipeline, sampling, state.device), sampling, state)
     if any(each.missing() for each in sets.values()):
-        Sampler(load_pipeline(sampling, state.device), sampling, state).run(sets)
-    if state.is_main_process:
+        sampler.run(sets)
+    if make_scorer is not None:
         note_command(args.out)
-        results = score(complete_sets(args.out, pictures, sampling), features, reference, args.bootstrap)
-        write_report(make_study(args, results, shown, features.name, len(reference)), args.report or args.out)
-        print(f"wrote {(args.report or args.out) / 'report.md'}")
+        sets = complete_sets(args.out, pictures, sampling)
+        times = Times(args.out / "times.json")
+        times.measure(sampler, list(sets), pictures, args.time)
+        scorer = make_scorer(sets[Configuration()])
+        study = make_study(args, score(sets, scorer, times), scorer, shown)
+        write_report(study, args.report or args.out)
+        print(f"wrote {(args.report or args.out) / 'report.html'}")
+
+
+def prepare_scoring(args: argparse.Namespace, device: torch.device) -> Callable[[PictureSet], Scorer]:
+    """What makes the scorer once the unmerged pictures are there; weights and reference are checked now."""
+    reference = reference_pictures(args)
+    features = Features(args.features, args.resize, args.out / "features", device, args.inception_weights)
+    return partial(Scorer, features, reference, bootstrap=args.bootstrap, lpips=Lpips() if args.lpips else None)
 
 
 def planned_pictures(args: argparse.Namespace) -> list[Picture]:
@@ -89,27 +100,8 @@ def print_list(pictures: Sequence[Picture]) -> None:
         print(picture.class_index, picture.image_index, picture.seed, picture.file, picture.prompt, sep="\t")
 
 
-def make_sampling(args: argparse.Namespace, device: torch.device) -> Sampling:
-    if args.device not in ("auto", device.type):
-        raise ValueError(f"--device {args.device}, but the device here is {device.type}")
-    return Sampling(
-        model=args.model,
-        weights=weights_digest(args.model),
-        steps=args.steps,
-        guidance=args.guidance,
-        size=args.size,
-        batch_size=args.batch_size,
-        dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
-        device=device.type,
-        threads=torch.get_num_threads() if device.type == "cpu" else None,
-    )
-
-
 def reference_pictures(args: argparse.Namespace) -> list[Path]:
-    """Paths of the reference pictures; those of the demo are drawn first."""
     folder = args.reference
-    if folder is None and args.demo:
-        folder = draw_reference(args.class_names.read_text().splitlines(), args.emoji_pictures, args.out / "reference")
     if folder is None:
         raise ValueError("--reference DIR is needed; eval/reference.py makes it from ImageNet's validation pictures")
     paths = list_pictures(folder)
@@ -119,54 +111,51 @@ def reference_pictures(args: argparse.Namespace) -> list[Path]:
 
 
 def make_set(out: Path, configuration: Configuration, pictures: Sequence[Picture], sampling: Sampling) -> PictureSet:
-    origin = sampling.json | {"merge": configuration.json}
+    origin = sampling.json | {"way": configuration.json}
     return PictureSet(out / "sets" / configuration.folder, pictures, origin)
 
 
 def complete_sets(out: Path, pictures: Sequence[Picture], sampling: Sampling) -> dict[Configuration, PictureSet]:
     """All sets in `out` that have all `pictures`, those of earlier commands too, the unmerged one first."""
     origins = [json.loads(read_stamp(path) or "{}") for path in out.glob(f"sets/*/{pictures[0].file}")]
-    configurations = [Configuration.from_json(origin["merge"]) for origin in origins if "merge" in origin]
+    configurations = [Configuration.from_json(origin["way"]) for origin in origins if "way" in origin]
     sets = {each: make_set(out, each, pictures, sampling) for each in sorted(configurations, key=_place)}
     return {each: pictures for each, pictures in sets.items() if not pictures.missing()}
 
 
-def _place(configuration: Configuration) -> tuple[bool, bool, str, float]:
-    """Where a configuration stands in tables: the unmerged model, ToMe, ATC, and less and less kept."""
+def _place(configuration: Configuration) -> tuple[object, ...]:
+    """Where a configuration stands in tables: unmerged, rivals, ToMe, ATC; and less and less kept."""
     label = configuration.label
-    return configuration.merge is not None, not label.startswith("ToMe"), label, -configuration.keep
+    return not configuration.is_unmerged, label.startswith("ATC"), label, [-value for value in configuration.strength]
 
 
-def score(
-    sets: dict[Configuration, PictureSet], features: Features, reference: Sequence[Path], bootstrap: int
-) -> list[Result]:
-    scorer = Scorer(features, reference, sets[Configuration()], bootstrap)
+def score(sets: dict[Configuration, PictureSet], scorer: Scorer, times: Times) -> list[Result]:
+    timing = medians(times.of(list(sets))).to_dict("index")
     return [
-        Result(configuration, pictures, scorer(pictures), read_records(pictures.folder))
-        for configuration, pictures in tqdm(sets.items(), desc="scoring", unit="set")
+        Result(each, pictures, scorer(pictures), read_records(pictures.folder), timing.get(each.folder, {}))
+        for each, pictures in tqdm(sets.items(), desc="scoring", unit="set")
     ]
 
 
-def make_study(
-    args: argparse.Namespace, results: list[Result], shown: list[Picture], features: str, num_reference: int
-) -> Study:
+def make_study(args: argparse.Namespace, results: list[Result], scorer: Scorer, shown: list[Picture]) -> Study:
     pictures = results[0].pictures.pictures
     record = results[0].record
+    width, height = results[0].pictures.load(pictures[0]).size
     conditions = {
         "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
         "pictures": f"n = {len(pictures)}, {args.images_per_class} of each class, prompt `{args.prompt}`",
-        "reference": f"{num_reference} pictures",
-        "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {args.size} x {args.size}, base seed {args.seed}",
+        "reference": f"{len(scorer.reference)} pictures",
+        "sampling": f"{args.steps} steps, guidance {args.guidance:g}, {width} x {height}, base seed {args.seed}",
         "device": f"{', '.join(record['devices'])}; {args.dtype or 'default dtype'}, batch size {args.batch_size}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "intervals": f"95 %, {args.bootstrap} bootstrap draws",
     }
     return Study(
         results,
-        features,
+        scorer.features.name,
         conditions,
         commands=(args.out / COMMANDS).read_text().splitlines(),
-        draws=bootstrap_draws(len(pictures), args.bootstrap),
+        draws=scorer.draws,
         shown=shown,
         is_papers_model=args.model == STABLE_DIFFUSION,
     )

@@ -1,14 +1,13 @@
 """Generates sets of pictures with a diffusers pipeline: resumable, and divided between processes."""
 
+import argparse
 import hashlib
 import json
 import platform
-import statistics
-import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,14 @@ class Sampling:
 
     The batch size and the number of CPU threads are among them, for they decide how matrix products are rounded, and
     so, which tokens are the most similar. `weights` is the `weights_digest` of `model`, which may be trained further.
+    `size` is the height and width in pixels. `guidance` and `size` None: the pipeline's own.
     """
 
     model: str
     weights: str
     steps: int
-    guidance: float
-    size: int
+    guidance: float | None
+    size: int | None
     batch_size: int
     dtype: str
     device: str
@@ -49,6 +49,27 @@ class Sampling:
     @property
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def make_sampling(args: argparse.Namespace, device: torch.device, weights: str = "") -> Sampling:
+    """The sampling that the command line asks for, on `device`.
+
+    Raises:
+        ValueError: if the command line asks for another device.
+    """
+    if args.device not in ("auto", device.type):
+        raise ValueError(f"--device {args.device}, but the device here is {device.type}")
+    return Sampling(
+        model=args.model,
+        weights=weights,
+        steps=args.steps,
+        guidance=args.guidance,
+        size=args.size,
+        batch_size=args.batch_size,
+        dtype=args.dtype or ("float16" if device.type == "cuda" else "float32"),
+        device=device.type,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+    )
 
 
 def weights_digest(model: str) -> str:
@@ -70,12 +91,15 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
         ValueError: if the model is neither a folder with a pipeline nor to be had from the hub.
     """
     dtype = getattr(torch, sampling.dtype)
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
+            pipe = DiffusionPipeline.from_pretrained(
+                sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
     except OSError as error:
         raise ValueError(
             f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
@@ -92,13 +116,18 @@ class Sampler:
     seed and the settings: not on its neighbours, on the order, on interruptions or on how many processes share.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, sampling: Sampling, state: PartialState) -> None:
-        self.pipe = pipe
+    def __init__(self, load: Callable[[], DiffusionPipeline], sampling: Sampling, state: PartialState) -> None:
+        self.load = load
         self.sampling = sampling
         self.state = state
 
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline, loaded when it is first needed."""
+        return self.load()
+
     def run(self, sets: dict[Configuration, PictureSet]) -> None:
-        """Complete all sets, and record how long it took beside the pictures."""
+        """Complete all sets, with a record of what made them beside the pictures."""
         shares = {configuration: self._share(pictures) for configuration, pictures in sets.items()}
         self.state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
         with tqdm(total=sum(map(len, shares.values())), unit="picture", desc=self._title, disable=self._quiet) as bar:
@@ -121,78 +150,46 @@ class Sampler:
 
     def _complete(self, configuration: Configuration, pictures: PictureSet, share: list[Picture], bar: tqdm) -> None:
         size = self.sampling.batch_size
-        record = Record(pictures.folder / f"record-{self.state.process_index}.json", self.state.device)
-        with self._merging(configuration):
-            for start in range(0, len(share), size):
-                batch = share[start : start + size]
-                clock = time.perf_counter()
-                images = self.draw(batch)
-                seconds = time.perf_counter() - clock
-                for picture, image in zip(batch, images, strict=True):
-                    pictures.save(picture, image)
-                record.add(seconds / size, "" if configuration.merge is None else str(atc_diffusion.summary(self.pipe)))
-                bar.update(len(batch))
+        if self.state.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.state.device)
+        for start in range(0, len(share), size):
+            batch = share[start : start + size]
+            for picture, image in zip(batch, self.draw(configuration, batch), strict=True):
+                pictures.save(picture, image)
+            record = pictures.folder / f"record-{self.state.process_index}.json"
+            write_atomically(record, json.dumps(self._record(), indent=2).encode())
+            bar.update(len(batch))
 
-    def _merging(self, configuration: Configuration) -> AbstractContextManager[object]:
-        return nullcontext() if configuration.merge is None else atc_diffusion.patched(self.pipe, configuration.merge)
+    def _record(self) -> dict[str, Any]:
+        device = self.state.device
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return {"peak_memory_bytes": memory, "device": device_name(device), "versions": versions()}
 
-    def draw(self, batch: Sequence[Picture]) -> list[Image.Image]:
-        """Sample one picture for every prompt, each from noise of its own seed, drawn on the CPU."""
+    def draw(
+        self, configuration: Configuration, batch: Sequence[Picture], steps: int | None = None
+    ) -> list[Image.Image]:
+        """Draw one picture for every prompt, each from noise of its own seed, drawn on the CPU."""
         full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
-        output = self.pipe(
-            [picture.prompt for picture in full],
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
-            height=self.sampling.size,
-            width=self.sampling.size,
-            generator=[torch.Generator().manual_seed(picture.seed) for picture in full],
-        )
+        size, guidance = self.sampling.size, self.sampling.guidance
+        with configuration.applied(self.pipe) as draw:
+            output = draw(
+                [picture.prompt for picture in full],
+                num_inference_steps=steps or self.sampling.steps,
+                generator=[torch.Generator().manual_seed(picture.seed) for picture in full],
+                **({} if size is None else {"height": size, "width": size}),
+                **({} if guidance is None else {"guidance_scale": guidance}),
+            )
         return list(output.images[: len(batch)])
 
 
-class Record:
-    """How long one process took over a set, and on what; a JSON file that later runs go on with.
-
-    The first batch of every run warms up and is not counted.
-    """
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path = path
-        self.device = device
-        self.warm = False
-        self.seconds: list[float] = json.loads(path.read_text())["seconds_per_picture"] if path.exists() else []
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def add(self, seconds: float, text: str) -> None:
-        """Record a batch: seconds per picture, and `atc_diffusion.summary` after it."""
-        if self.warm:
-            self.seconds.append(seconds)
-        self.warm = True
-        record = {
-            "seconds_per_picture": self.seconds,
-            "peak_memory_bytes": self._peak_memory(),
-            "device": _device_name(self.device),
-            "versions": versions(),
-            "summary": text,
-        }
-        write_atomically(self.path, json.dumps(record, indent=2).encode())
-
-    def _peak_memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
-
 def read_records(folder: Path) -> dict[str, Any]:
-    """What all processes recorded in `folder`, as one: median seconds per picture, largest memory, devices."""
+    """What all processes recorded in `folder`, as one: largest memory, devices, versions."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("record-*.json"))]
-    seconds = [value for record in records for value in record["seconds_per_picture"]]
     memory = [record["peak_memory_bytes"] for record in records if record["peak_memory_bytes"] is not None]
     return {
-        "seconds_per_picture": statistics.median(seconds) if seconds else None,
         "peak_memory_bytes": max(memory, default=None),
         "devices": sorted({record["device"] for record in records}),
         "versions": records[-1]["versions"] if records else versions(),
-        "summary": records[-1]["summary"] if records else "",
     }
 
 
@@ -202,7 +199,7 @@ def versions() -> dict[str, str]:
     return {"atc_diffusion": atc_diffusion.__version__, "python": platform.python_version()} | packages
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

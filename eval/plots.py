@@ -1,80 +1,52 @@
-"""The report's figures."""
+"""The reports' plots."""
 
-import io
-from pathlib import Path
-
+import pandas as pd
 from cycler import cycler
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pictures import Picture, write_atomically
-from results import Result, Study
 
 
-def plot_fid(study: Study) -> Figure:
-    """FID against the share of tokens kept; bars are the paired intervals of the difference from the unmerged set."""
-    figure, axes = _figure(study, "tokens kept (%)", f"FID, n = {study.unmerged.scores.n}")
-    for label, line in study.lines.items():
-        results = _from_most_kept(line)
-        keeps, fid = [result.keep for result in results], [result.scores.fid.value for result in results]
-        margins = [0.0, *(result.fidelity.fid_change.margin for result in results[1:])]
-        axes.errorbar(keeps, fid, margins, markersize=4, capsize=3, label=label)
-    axes.axhline(study.unmerged.scores.fid.value, color="grey", linestyle="--", label="unmerged")
+def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure:
+    """FID against the share of tokens kept.
+
+    Args:
+        fid: rows with "method", "keep" (percent), "fid" and "margin" (of the paired difference from the unmerged set).
+        unmerged: FID of the unmerged set.
+    """
+    figure, axes = _figure(fid["method"].nunique(), "tokens kept (%)", "FID")
+    for method, line in fid.groupby("method", sort=False):
+        line = line.sort_values("keep", ascending=False)
+        axes.errorbar(line["keep"], line["fid"], line["margin"], markersize=4, capsize=3, label=str(method))
+    axes.axhline(unmerged, color="grey", linestyle="--", label="unmerged")
     axes.invert_xaxis()
     _legend(figure, axes)
     return figure
 
 
-def plot_fidelity(study: Study) -> Figure:
-    """PSNR to the unmerged picture against seconds per picture; each point is named by its share kept."""
-    figure, axes = _figure(study, "seconds per picture", "PSNR to the unmerged picture (dB)")
-    for label, line in study.lines.items():
-        results = [each for each in _from_most_kept(line)[1:] if each.record["seconds_per_picture"] is not None]
-        if not results:
-            continue
-        seconds = [result.record["seconds_per_picture"] for result in results]
-        psnr = [result.fidelity.psnr.value for result in results]
-        axes.plot(seconds, psnr, markersize=4, label=label)
-        for x, y, result in zip(seconds, psnr, results, strict=True):
-            axes.annotate(f"{result.keep:g}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
-    unmerged = study.unmerged.record["seconds_per_picture"]
-    if unmerged is not None:
-        axes.axvline(unmerged, color="grey", linestyle="--", label="unmerged")
+def plot_fidelity(frame: pd.DataFrame) -> Figure:
+    """PSNR to the unmerged picture against the time it takes, for rows with "method", "setting", "ratio",
+    "psnr" and "frontier"."""
+    figure, axes = _figure(
+        frame["method"].nunique(), "seconds per picture, of the unmerged model's", "PSNR to the unmerged picture (dB)"
+    )
+    best = frame[frame["frontier"]].sort_values("ratio")
+    axes.step(
+        best["ratio"], best["psnr"], where="post", color="lightgrey", linewidth=5, marker="", label="the frontier"
+    )
+    for method, line in frame.groupby("method", sort=False):
+        line = line.sort_values("ratio")
+        axes.plot(line["ratio"], line["psnr"], markersize=4, label=str(method))
+        for _, row in line.iterrows():
+            position = (row["ratio"], row["psnr"])
+            axes.annotate(row["setting"], position, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.axvline(1, color="grey", linestyle="--", label="unmerged")
     _legend(figure, axes)
     return figure
 
 
-def picture_grid(study: Study, picture: Picture) -> Figure:
-    """One picture as every way of merging (rows) makes it at every share kept (columns), as in the paper's Figure 6."""
-    lines, keeps = study.lines, study.keeps
-    figure = Figure(figsize=(1.2 * len(keeps) + 2.5, 1.2 * len(lines) + 0.4), layout="constrained", dpi=120)
-    grid = figure.subplots(len(lines), len(keeps), squeeze=False)
-    for row, (label, line) in zip(grid, lines.items(), strict=True):
-        row[0].set_ylabel(label, rotation="horizontal", ha="right", va="center", wrap=True, fontsize="small")
-        for axes, keep in zip(row, keeps, strict=True):
-            _show(axes, line.get(keep), picture)
-    for axes, keep in zip(grid[0], keeps, strict=True):
-        axes.set_title(f"{keep:g} %")
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    write_atomically(path, file.getvalue())
-
-
-def _show(axes: Axes, result: Result | None, picture: Picture) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    if result is not None:
-        axes.imshow(result.pictures.load(picture), interpolation="nearest")
-
-
-def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5 + 0.16 * len(study.lines)), layout="constrained", dpi=120)
+def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 4.5 + 0.08 * lines), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"]) * cycler(color=color_sequences["tab10"]))
     axes.set_xlabel(x)
@@ -84,8 +56,4 @@ def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
-
-
-def _from_most_kept(line: dict[float, Result]) -> list[Result]:
-    return [line[keep] for keep in sorted(line, reverse=True)]
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)

@@ -1,14 +1,14 @@
-"""The report: results as JSON and CSV, tables in Markdown, plots and grids of pictures."""
+"""The report of a study: results as JSON and CSV, and a page of tables, plots and pictures."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 from configurations import Configuration, describe
+from page import Page, Section, Shown
 from pictures import Picture, write_atomically
-from plots import picture_grid, plot_fid, plot_fidelity, save_figure
-from results import Result, Study
+from plots import plot_fid, plot_fidelity
+from results import Result, Study, on_frontier
 from scores import Estimate
 
 PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
@@ -18,184 +18,199 @@ PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
     "ATC complete": {100: 33.80, 90: 33.67, 80: 33.71, 70: 33.70, 60: 33.74, 50: 33.56, 40: 33.65},
 }
 FID_TEXT = """\
-Lower is nearer to the reference; columns are shares of tokens kept. FID is biased upwards at small n: compare it only
-within one n, one kind of features and one reference. ± is half the 95 % interval by bootstrap over the generated
+Lower is closer to the reference; the columns are shares of tokens kept. FID is biased upwards at small n: compare it
+only within one n, one kind of features and one reference. ± is half the 95 % bootstrap interval over the generated
 pictures. A star marks a difference from the unmerged model whose 95 % interval, paired over the same draws, excludes
-zero; without it, none is claimed."""
-FIDELITY_TEXT = """\
-Means over the pictures, ± half the 95 % interval by bootstrap. Columns are shares of tokens kept. High PSNR and SSIM
-and a small distance of the features are near. Pictures are compared as saved, in 8 bits: PSNR cannot exceed 58.9 dB."""
+zero."""
+PAPER_TEXT = """\
+The paper's figures were taken with clean-fid. FIDs of different tools or features are not comparable; differences along
+a row are."""
+WAYS_TEXT = """\
+Each picture is compared with the unmerged picture of the same seed: means over the pictures, ± half the 95 % bootstrap
+interval. Pictures are compared as saved, in 8 bits, so PSNR cannot exceed 58.9 dB. A star marks the frontier: nothing
+else tried is both as fast and closer. Seconds are medians per picture of batches drawn in turn with every
+configuration, and the ratio is the median ratio to the unmerged model in the same round."""
 NEARNESS = (45, 40, 35)  # dB
 EQUAL_FIDELITY_TEXT = """\
-The fastest that each way of merging gets while its mean PSNR stays at or above the column's, of the shares of tokens
-that were tried: seconds per picture, and that share. The unmerged model takes {unmerged:.2f} s."""
+The least time, as a ratio to the unmerged model's {seconds:.2f} s, at which each method stays within the column's PSNR,
+and the setting that does it. Empty: no setting tried was close enough."""
+RATIOS = (0.8, 0.65, 0.5)
+EQUAL_SECONDS_TEXT = """\
+The highest PSNR in dB that each method reaches within the column's share of the unmerged seconds, and the setting that
+does it. Empty: no setting tried was fast enough."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
-interval of its mean; **bold** where that excludes zero. Each interval holds on its own, not all of them at once."""
-PAPER_TEXT = """\
-The paper's figures were taken with clean-fid; those of different tools or features are not comparable, only the
-differences along a row are."""
-
-Cell = Callable[[Result], str]
+interval of the mean. A star marks intervals that exclude zero; each interval holds on its own, not all at once."""
 
 
 def write_report(study: Study, folder: Path) -> None:
-    """Write `results.json`, `results.csv`, `report.md` and its pictures to `folder`."""
+    """Write `results.json`, `results.csv`, and the report as HTML and Markdown to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "results.json", json.dumps(study.json, indent=2).encode())
-    write_atomically(folder / "results.csv", study.csv.encode())
-    save_figure(plot_fid(study), folder / "fid.png")
-    if study.is_timed:
-        save_figure(plot_fidelity(study), folder / "fidelity.png")
-    for picture in study.shown:
-        save_figure(picture_grid(study, picture), folder / _grid_file(picture))
-    write_atomically(folder / "report.md", markdown(study).encode())
+    write_atomically(folder / "results.json", study.json.encode())
+    write_atomically(folder / "results.csv", study.frame.to_csv(index=False).encode())
+    make_page(study).write(folder)
 
 
-def markdown(study: Study) -> str:
-    """The report as Markdown, which shows the plots and grids that lie beside it."""
+def make_page(study: Study) -> Page:
     sections = [
-        "# Token merging: the distance to real pictures, and to the unmerged model's",
-        "\n".join(f"- {name}: {value}" for name, value in study.conditions.items()),
-        "\n".join(["```", *study.commands, "```"]),
-        *_fid_section(study),
-        *_fidelity_section(study),
-        *_equal_fidelity_section(study),
-        *_changes_section(study),
-        "## Time, and the other scores",
-        f"FID, KID, precision and recall by {study.features}.",
-        _details(study),
-        *(_shown(picture) for picture in study.shown),
+        ways_section(study),
+        equal_fidelity_section(study),
+        equal_seconds_section(study),
+        changes_section(study),
+        fid_section(study),
+        scores_section(study),
+        *(pictures_section(study, picture) for picture in study.shown),
     ]
-    return "\n\n".join(sections) + "\n"
+    title = "Token merging: fidelity to the unmerged model, time, and FID"
+    return Page(title, study.conditions, study.commands, [section for section in sections if section is not None])
 
 
-def _fid_section(study: Study) -> list[str]:
-    rows = _rows(study, study.keeps, _fid)
-    text = [FID_TEXT]
-    if study.is_papers_model:
-        rows += [[f"{label}, the paper", *_paper_row(study, label)] for label in PAPER_TABLE_2]
-        text.append(PAPER_TEXT)
-    table = _by_keep(f"FID by {study.features}", study.keeps, rows)
-    return ["## FID", *text, table, "![FID by the share of tokens kept](fid.png)"]
+def ways_section(study: Study) -> Section | None:
+    """Every configuration with its time and its nearness to the unmerged pictures."""
+    if not study.others:
+        return None
+    frame = study.frame
+    table = pd.DataFrame({"method": frame["method"], "setting": frame["setting"]})
+    if study.is_timed:
+        table["s/picture"], table["ratio"] = _written(frame, "seconds", 2), _written(frame, "ratio", 2)
+    table["PSNR (dB)"] = _with_margin(frame, "psnr", 1) + _stars(study)
+    table["SSIM"] = _with_margin(frame, "ssim", 3)
+    if frame["lpips"].notna().any():
+        table["LPIPS"] = _with_margin(frame, "lpips", 3)
+    table["feature distance"] = _with_margin(frame, "feature_distance", 2)
+    figure = (
+        plot_fidelity(frame.assign(frontier=on_frontier(frame["ratio"], frame["psnr"]))[1:]) if study.is_timed else None
+    )
+    return Section("Fidelity and time", WAYS_TEXT, table=table, figure=figure)
 
 
-def _paper_row(study: Study, label: str) -> list[str]:
-    return [f"{PAPER_TABLE_2[label][int(keep)]:.2f}" if keep in PAPER_TABLE_2[label] else "" for keep in study.keeps]
+def _stars(study: Study) -> pd.Series:
+    if not study.is_timed:
+        return pd.Series("", study.frame.index)
+    return on_frontier(study.frame["seconds"], study.frame["psnr"]).map({True: " *", False: ""})
 
 
-def _fidelity_section(study: Study) -> list[str]:
-    if not study.merged:
-        return []
-    cells: dict[str, Cell] = {
-        "PSNR in dB": lambda result: _written(result.fidelity.psnr, 1),
-        "SSIM": lambda result: _written(result.fidelity.ssim, 3),
-        f"distance by {study.features}": lambda result: _written(result.fidelity.feature_distance, 2),
-    }
-    keeps = study.keeps[1:]
-    tables = [_by_keep(title, keeps, _rows(study, keeps, cell)) for title, cell in cells.items()]
-    figure = ["![PSNR by seconds per picture](fidelity.png)"] if study.is_timed else []
-    return ["## Nearness to the unmerged picture of the same seed", FIDELITY_TEXT, *tables, *figure]
+def equal_fidelity_section(study: Study) -> Section | None:
+    """Speed at equal fidelity: the least time of each method within some PSNR."""
+    if not study.is_timed or not study.others:
+        return None
+    columns = {f"{psnr} dB": study.frame[1:].query("psnr >= @psnr") for psnr in NEARNESS}
+    best = {name: rows.loc[rows.groupby("method")["ratio"].idxmin()] for name, rows in columns.items()}
+    text = EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)
+    return Section("Speed at equal fidelity", text, table=_by_method(study, best, "ratio", 2))
 
 
-def _equal_fidelity_section(study: Study) -> list[str]:
-    unmerged = study.unmerged.record["seconds_per_picture"]
-    if not study.is_timed or unmerged is None:
-        return []
-    rows = [[label, *(_fastest(line.values(), psnr) for psnr in NEARNESS)] for label, line in study.lines.items()]
-    table = _table(["seconds per picture", *(f"{psnr} dB" for psnr in NEARNESS)], rows)
-    return ["## Speed at equal fidelity", EQUAL_FIDELITY_TEXT.format(unmerged=unmerged), table]
+def equal_seconds_section(study: Study) -> Section | None:
+    """Fidelity at equal time: the best PSNR of each method within some share of the unmerged seconds."""
+    if not study.is_timed or not study.others:
+        return None
+    columns = {f"{ratio:g} of the time": study.frame[1:].query("ratio <= @ratio") for ratio in RATIOS}
+    best = {name: rows.loc[rows.groupby("method")["psnr"].idxmax()] for name, rows in columns.items()}
+    return Section("Fidelity at equal time", EQUAL_SECONDS_TEXT, table=_by_method(study, best, "psnr", 1))
 
 
-def _fastest(line: Iterable[Result], psnr: float) -> str:
-    """The least seconds per picture at which the merged results of `line` stay within `psnr`, and the share kept."""
-    merged = [result for result in line if result.scores.fidelity and result.record["seconds_per_picture"]]
-    near = [result for result in merged if result.fidelity.psnr.value >= psnr]
-    if not near:
-        return ""
-    fastest = min(near, key=lambda result: result.record["seconds_per_picture"])
-    return f"{fastest.record['seconds_per_picture']:.2f} at {fastest.keep:g} %"
+def _by_method(study: Study, columns: dict[str, pd.DataFrame], value: str, digits: int) -> pd.DataFrame:
+    """A row for each method: in every column `value` and the setting of that column's row for the method."""
+    table = pd.DataFrame(index=pd.Index(study.frame["method"][1:].unique(), name="method"))
+    for name, rows in columns.items():
+        table[name] = (_written(rows, value, digits) + " (" + rows["setting"] + ")").set_axis(rows["method"])
+    return table.fillna("").reset_index()
 
 
-def _changes_section(study: Study) -> list[str]:
-    keeps, changes = study.keeps[1:], changes_of_one_choice(study)
-    if not changes:
-        return []
-    rows = [[title, *(cells.get(keep, "") for keep in keeps)] for title, cells in changes.items()]
-    return ["## One choice changed, everything else equal", CHANGES_TEXT, _by_keep("change of PSNR in dB", keeps, rows)]
+def changes_section(study: Study) -> Section | None:
+    """Paired changes of PSNR for all pairs of configurations that differ in one choice."""
+    merged = [result for result in study.others if result.configuration.merge is not None]
+    rows = [row for pair in combinations(merged, 2) if (row := _change(study, *pair))]
+    return Section("One choice changed", CHANGES_TEXT, table=pd.DataFrame(rows)) if rows else None
 
 
-def changes_of_one_choice(study: Study) -> dict[str, dict[float, str]]:
-    """Paired changes of PSNR, by title and by share kept, for all pairs that differ in one choice."""
-    changes: dict[str, dict[float, str]] = {}
-    for before, after in combinations(study.merged, 2):
-        if before.keep == after.keep and (title := _one_choice(before.configuration, after.configuration)):
-            gain = Estimate.of_mean(after.fidelity.psnr_of_each - before.fidelity.psnr_of_each, study.draws)
-            text = f"{gain.value:+.1f} ± {gain.margin:.1f}"
-            changes.setdefault(title, {})[before.keep] = f"**{text}**" if gain.differs else text
-    return changes
+def _change(study: Study, before: Result, after: Result) -> dict[str, str] | None:
+    title = _one_choice(before.configuration, after.configuration)
+    if title is None or before.configuration.setting != after.configuration.setting:
+        return None
+    gain = Estimate.of_mean(after.fidelity.psnr_of_each - before.fidelity.psnr_of_each, study.draws)
+    change = f"{gain.value:+.1f} ± {gain.margin:.1f}{' *' if gain.differs else ''}"
+    return {"change": title, "setting": after.configuration.setting, "PSNR (dB)": change}
 
 
 def _one_choice(before: Configuration, after: Configuration) -> str | None:
     """What `after` has instead of `before`, in words, if that is one choice of those that both have."""
     old, new = before.choices, after.choices
     differing = [field for field in old if field in new and old[field] != new[field]]
-    if len(differing) != 1:
+    if len(differing) != 1 or differing == ["rival"]:
         return None
-    field = differing[0]
-    if field == "method":
-        rest = after.label.removeprefix(new["method"])
-        return f"{new['method']} instead of {old['method']}{rest}"
-    return f"{after.label}, instead of {describe(field, old[field])}"
+    before_this = before.label if differing == ["method"] else describe(differing[0], old[differing[0]])
+    return f"{after.label}, instead of {before_this}"
 
 
-def _details(study: Study) -> str:
-    header = ["", "kept", "FID less unmerged", "KID x 1000", "precision", "recall", "s/picture", "peak GiB"]
-    return _table(header, [_detail(result) for result in study.results])
+def fid_section(study: Study) -> Section | None:
+    """FID by the share of tokens kept, as in the paper's Table 2."""
+    merged = [each for each in study.others if each.configuration.keep is not None]
+    if not merged:
+        return None
+    rows = [_fid_row(result) for result in [study.unmerged, *merged]]
+    text = FID_TEXT
+    if study.is_papers_model:
+        rows += [
+            {"method": f"{label}, in the paper", "keep": keep, "cell": f"{fid:.2f}"}
+            for label, line in PAPER_TABLE_2.items()
+            for keep, fid in line.items()
+        ]
+        text += " " + PAPER_TEXT
+    cells = pd.DataFrame(rows).pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
+    table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
+    figure = plot_fid(pd.DataFrame(rows[1 : len(merged) + 1]), study.unmerged.scores.fid.value)
+    return Section(f"FID by {study.features}", text, table=table, figure=figure)
 
 
-def _detail(result: Result) -> list[str]:
-    scores, seconds, memory = result.scores, result.record["seconds_per_picture"], result.record["peak_memory_bytes"]
-    return [
-        result.label,
-        f"{result.keep:g} %",
-        "" if scores.fidelity is None else _written(scores.fidelity.fid_change, 2),
-        f"{1000 * scores.kid:.2f} (sd {1000 * scores.kid_deviation:.2f})",
-        f"{scores.precision:.3f}",
-        f"{scores.recall:.3f}",
-        "" if seconds is None else f"{seconds:.3g}",
-        "" if memory is None else f"{memory / 2**30:.2f}",
-    ]
+def _fid_row(result: Result) -> dict[str, object]:
+    fid, fidelity = result.scores.fid, result.scores.fidelity
+    star = " *" if fidelity is not None and fidelity.fid_change.differs else ""
+    return {
+        "method": result.configuration.label,
+        "keep": 100.0 if result.configuration.is_unmerged else result.configuration.keep,
+        "cell": f"{fid.value:.2f} ± {fid.margin:.2f}{star}",
+        "fid": fid.value,
+        "margin": fidelity.fid_change.margin if fidelity is not None else 0.0,
+    }
 
 
-def _shown(picture: Picture) -> str:
-    return f'## "{picture.prompt}", seed {picture.seed}\n\n![{picture.prompt}, merged]({_grid_file(picture)})'
+def scores_section(study: Study) -> Section:
+    """All distances to the reference pictures."""
+    frame = study.frame
+    table = pd.DataFrame(
+        {
+            "method": frame["method"],
+            "setting": frame["setting"],
+            "FID": _with_margin(frame, "fid", 2),
+            "FID less unmerged": _with_margin(frame, "fid_change", 2) if "fid_change" in frame else "",
+            "KID x 1000": (1000 * frame["kid"]).map("{:.2f}".format),
+            "precision": _written(frame, "precision", 3),
+            "recall": _written(frame, "recall", 3),
+        }
+    )
+    if frame["peak_memory_bytes"].notna().any():
+        table["peak GiB"] = (frame["peak_memory_bytes"] / 2**30).map("{:.2f}".format)
+    return Section("Distance to the reference pictures", f"By {study.features}.", table=table)
 
 
-def _grid_file(picture: Picture) -> str:
-    return f"grid_{picture.file}"
+def pictures_section(study: Study, picture: Picture) -> Section:
+    """One picture as every configuration draws it."""
+    index = study.unmerged.pictures.pictures.index(picture)
+    shown = [Shown(_caption(result, index), result.pictures.load(picture)) for result in study.results]
+    return Section(f'"{picture.prompt}", seed {picture.seed}', pictures=shown)
 
 
-def _fid(result: Result) -> str:
-    fidelity = result.scores.fidelity
-    return _written(result.scores.fid, 2) + ("*" if fidelity is not None and fidelity.fid_change.differs else "")
+def _caption(result: Result, index: int) -> str:
+    name = " ".join(filter(None, [result.configuration.label, result.configuration.setting]))
+    return name if result.scores.fidelity is None else f"{name}: {result.fidelity.psnr_of_each[index]:.1f} dB"
 
 
-def _written(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.margin:.{digits}f}"
+def _written(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
+    texts = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in frame[column]]
+    return pd.Series(texts, frame.index, dtype=object)
 
 
-def _rows(study: Study, keeps: Sequence[float], cell: Cell) -> list[list[str]]:
-    """A row of cells for every way of merging."""
-    return [
-        [label, *(cell(line[keep]) if keep in line else "" for keep in keeps)] for label, line in study.lines.items()
-    ]
-
-
-def _by_keep(title: str, keeps: Sequence[float], rows: Sequence[Sequence[str]]) -> str:
-    return _table([title, *(f"{keep:g} %" for keep in keeps)], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _with_margin(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
+    texts = _written(frame, column, digits) + " ± " + _written(frame, f"{column}_margin", digits)
+    return texts.where(frame[column].notna(), "")

@@ -1,11 +1,12 @@
 """What the experiment found: one result for every configuration, and the study that they make up."""
 
-import csv
-import io
-from collections.abc import Sequence
+import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pandas as pd
 from configurations import Configuration
 from pictures import Picture, PictureSet
 from scores import Draws, Estimate, Fidelity, Scores
@@ -13,20 +14,20 @@ from scores import Draws, Estimate, Fidelity, Scores
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration: its pictures, their scores, and what generating them took."""
+    """One configuration: its pictures, their scores, what made it, and its time.
+
+    `timing` has the median "seconds" per picture and their "ratio" to the unmerged model's, or is empty.
+    """
 
     configuration: Configuration
     pictures: PictureSet
     scores: Scores
     record: dict[str, Any]
+    timing: dict[Hashable, float]
 
     @property
-    def label(self) -> str:
-        return self.configuration.label
-
-    @property
-    def keep(self) -> float:
-        return self.configuration.keep
+    def seconds(self) -> float | None:
+        return self.timing.get("seconds")
 
     @property
     def fidelity(self) -> Fidelity:
@@ -38,12 +39,12 @@ class Result:
     @property
     def row(self) -> dict[str, Any]:
         """The figures, flat: an estimate becomes two columns."""
+        way = {"method": self.configuration.label, "setting": self.configuration.setting}
+        row: dict[str, Any] = way | {"seconds": self.seconds, "ratio": self.timing.get("ratio")}
         figures = vars(self.scores) | (vars(self.scores.fidelity) if self.scores.fidelity else {})
-        timing = {name: self.record[name] for name in ("seconds_per_picture", "peak_memory_bytes")}
-        row: dict[str, Any] = {"label": self.label, "keep": self.keep}
-        for name, value in (figures | timing).items():
+        for name, value in figures.items():
             row |= _columns(name, value)
-        return row
+        return row | {"peak_memory_bytes": self.record["peak_memory_bytes"]}
 
 
 @dataclass(frozen=True)
@@ -73,40 +74,36 @@ class Study:
         return self.results[0]
 
     @property
-    def merged(self) -> Sequence[Result]:
+    def others(self) -> Sequence[Result]:
         return self.results[1:]
 
     @property
     def is_timed(self) -> bool:
-        """Whether any set tells its time: one batch is all warm-up."""
-        return any(result.record["seconds_per_picture"] is not None for result in self.merged)
+        return self.unmerged.seconds is not None
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row of figures for every result, the unmerged one first."""
+        return pd.DataFrame([result.row for result in self.results])
 
     @property
-    def keeps(self) -> list[float]:
-        """The shares kept, in percent, from 100 down."""
-        return sorted({result.keep for result in self.results}, reverse=True)
+    def json(self) -> str:
+        rows = json.loads(self.frame.to_json(orient="records", double_precision=6))
+        ways = [{"configuration": each.configuration.json, "record": each.record} for each in self.results]
+        results = [row | way for row, way in zip(rows, ways, strict=True)]
+        return json.dumps(
+            {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
+        )
 
-    @property
-    def lines(self) -> dict[str, dict[float, Result]]:
-        """The results of every way of merging, by share kept; at 100 % all have the unmerged one."""
-        lines: dict[str, dict[float, Result]] = {result.label: {100.0: self.unmerged} for result in self.merged}
-        for result in self.merged:
-            lines[result.label][result.keep] = result
-        return lines or {self.unmerged.label: {100.0: self.unmerged}}
 
-    @property
-    def json(self) -> dict[str, Any]:
-        rows = [result.row | result.record | {"configuration": result.configuration.json} for result in self.results]
-        return {"conditions": self.conditions, "commands": list(self.commands), "results": rows}
+def on_frontier(seconds: pd.Series, psnr: pd.Series) -> pd.Series:
+    """Whether no other row is both as fast and nearer, nor faster and as near.
 
-    @property
-    def csv(self) -> str:
-        rows = [result.row | {"features": self.features} for result in self.results]
-        file = io.StringIO()
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return file.getvalue()
+    NaN stands for the unmerged pictures themselves, nearer than any other; that row is not marked.
+    """
+    order = pd.DataFrame({"seconds": seconds, "error": -psnr.fillna(float("inf"))}).sort_values(["seconds", "error"])
+    best_before = order["error"].cummin().shift(fill_value=float("inf"))
+    return (order["error"] < best_before).reindex(seconds.index) & psnr.notna()
 
 
 def _columns(name: str, value: object) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from features import Features
 from numpy.typing import NDArray
 from pictures import Picture, PictureSet
@@ -125,6 +126,30 @@ def ssim(image: Array, other: Array) -> float:
     )
 
 
+class Lpips:
+    """LPIPS (Zhang et al. 2018) by its authors' package, with AlexNet.
+
+    Raises:
+        ValueError: if AlexNet's weights cannot be downloaded.
+    """
+
+    def __init__(self) -> None:
+        import lpips
+
+        try:
+            self.network = lpips.LPIPS(net="alex", verbose=False)
+        except OSError as error:
+            raise ValueError(
+                f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out"
+            ) from error
+
+    def __call__(self, image: Array, other: Array) -> float:
+        """The distance of two pictures `[H, W, 3]` in 0..255."""
+        pair = [torch.from_numpy(each).float().movedim(2, 0)[None] / 127.5 - 1 for each in (image, other)]
+        with torch.inference_mode():
+            return float(self.network(*pair))
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How near a set is to the unmerged pictures of the same seeds; `psnr_of_each` is `[n]`."""
@@ -132,6 +157,7 @@ class Fidelity:
     fid_change: Estimate
     psnr: Estimate
     ssim: Estimate
+    lpips: Estimate | None
     feature_distance: Estimate
     psnr_of_each: Array
 
@@ -157,9 +183,18 @@ class Scorer:
         reference: paths of the reference pictures.
         unmerged: the pictures of the unmerged model.
         bootstrap: number of bootstrap draws.
+        lpips: measures LPIPS; None: not measured.
     """
 
-    def __init__(self, features: Features, reference: Sequence[Path], unmerged: PictureSet, bootstrap: int) -> None:
+    def __init__(
+        self,
+        features: Features,
+        reference: Sequence[Path],
+        unmerged: PictureSet,
+        bootstrap: int,
+        lpips: Lpips | None = None,
+    ) -> None:
+        self.lpips = lpips
         self.features = features
         self.reference = features(reference)
         self.unmerged = unmerged
@@ -192,14 +227,15 @@ class Scorer:
             fid_change=self._estimate(fid - self.unmerged_fid),
             psnr=Estimate.of_mean(nearness[:, 0], self.draws),
             ssim=Estimate.of_mean(nearness[:, 1], self.draws),
+            lpips=Estimate.of_mean(nearness[:, 2], self.draws) if self.lpips else None,
             feature_distance=Estimate.of_mean(distances, self.draws),
             psnr_of_each=nearness[:, 0],
         )
 
-    def _nearness(self, pictures: PictureSet, picture: Picture) -> tuple[float, float]:
-        """PSNR and SSIM of one picture to the unmerged one."""
+    def _nearness(self, pictures: PictureSet, picture: Picture) -> tuple[float, float, float]:
+        """PSNR, SSIM and LPIPS (NaN if not measured) of one picture to the unmerged one."""
         pair = _array(pictures.load(picture)), _array(self.unmerged.load(picture))
-        return psnr(*pair), ssim(*pair)
+        return psnr(*pair), ssim(*pair), self.lpips(*pair) if self.lpips else float("nan")
 
 
 def _array(image: Image.Image) -> Array:

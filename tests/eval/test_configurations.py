@@ -1,89 +1,125 @@
 """From the command line to configurations and their names."""
 
 import argparse
-from dataclasses import fields
 from typing import Any
 
 import pytest
-from configurations import Configuration, add_merge_options, grid, merge_options, option_name
+from arguments import add_way_options, configurations, parse_options
+from configurations import Configuration, grid
+from rivals import Rival
 
 from atc_diffusion import ATCConfig, ToMeConfig
 
 
-def parse(line: str) -> dict[str, list[Any]]:
+def parse(line: str) -> list[Configuration]:
     parser = argparse.ArgumentParser()
-    add_merge_options(parser)
-    return merge_options(parser.parse_args(line.split()))
+    add_way_options(parser.add_argument_group())
+    return configurations(parser.parse_args(line.split()))
 
 
-def test_every_field_of_the_configuration_is_an_option_with_help() -> None:
-    parser = argparse.ArgumentParser()
-    add_merge_options(parser)
-    helps = {action.dest: action.help or "" for action in parser._actions}
-    for field in fields(ATCConfig):
-        if field.name != "r":
-            assert len(helps[option_name(field.name)].split("(default")[0]) > 20, field.name
-
-
-def test_values_have_the_type_of_the_field() -> None:
-    line = "--token-features keys --proportional-attention on off --max-downsample 2 none --modules mlp,cross_attention"
-    assert parse(line) == {
-        "features": ["keys"],
+def test_values_have_their_own_type() -> None:
+    texts = ["features=keys,values", "proportional_attention=on,false", "window=null,8", "linkage=ward"]
+    assert parse_options(texts) == {
+        "features": ["keys", "values"],
         "proportional_attention": [True, False],
-        "max_downsample": [2, None],
-        "modules": [("mlp", "cross_attention")],
+        "window": [None, 8],
+        "linkage": ["ward"],
     }
 
 
-def test_a_flag_is_on_or_off(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse("--proportional-attention perhaps")
-    assert "expected on or off, got 'perhaps'" in capsys.readouterr().err
+@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "max_downsample={1: 2}"])
+def test_an_option_of_another_form_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match="--set takes"):
+        parse_options([text])
 
 
 def test_the_default_is_the_papers_setting_after_the_unmerged_model() -> None:
-    assert grid(["atc"], [40, 100], {}) == [Configuration(), Configuration(ATCConfig.paper(0.4))]
+    assert parse("--keep 40 100") == [Configuration(), Configuration(ATCConfig.paper(0.4))]
 
 
 def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> None:
-    options = {"linkage": ["average", "single"], "merge": ["tokens", "keys_values"]}
-    labels = [each.label for each in grid(["atc", "tome", "none"], [50], options)]
-    assert labels == [
+    ways = parse("--method atc tome none --keep 50 --set linkage=average,single refresh_every=3,5")
+    assert [each.label for each in ways] == [
         "unmerged",
         "ATC average",
-        "ATC average, merge keys_values",
+        "ATC average, refresh every 5",
         "ATC single",
-        "ATC single, merge keys_values",
-        "ToMe",
-        "ToMe, merge keys_values",
+        "ATC single, refresh every 5",
+        "ToMe, refresh every 3",
+        "ToMe, refresh every 5",
     ]
 
 
+def test_queries_and_keys_have_shares_of_their_own() -> None:
+    ways = parse("--method atc tome --keep 100/10 50/10 100/25 50/25 50/100")
+    assert [(each.label, each.setting) for each in ways[1:]] == [
+        ("ATC average", "keys 10 %"),
+        ("ATC average", "50 %, keys 10 %"),
+        ("ATC average", "keys 25 %"),
+        ("ATC average", "50 %, keys 25 %"),
+        ("ATC average", "50 %, keys 100 %"),
+        ("ToMe", "keys 25 %"),
+        ("ToMe", "50 %, keys 25 %"),
+        ("ToMe", "50 %, keys 100 %"),
+    ]
+
+
+def test_rivals_stand_alone_and_together_with_every_merging() -> None:
+    ways = parse("--method atc --keep 50 25 --rival steps:14 todo:2 --with deepcache:3")
+    assert [(each.label, each.setting) for each in ways[3:]] == [
+        ("fewer steps", "14 steps"),
+        ("ToDo", "keys 25 %"),
+        ("ATC average + DeepCache", "50 %, every 3 steps"),
+        ("ATC average + DeepCache", "25 %, every 3 steps"),
+    ]
+
+
+def test_a_rival_that_does_not_fit_is_told_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--rival todo:1")
+    assert "argument --rival: todo takes a whole number from 2 to 64, got 1" in capsys.readouterr().err
+
+
 def test_tome_is_left_out_where_it_cannot_keep_so_few() -> None:
-    assert [each.keep for each in grid(["tome"], [25, 24, 10], {})] == [100, 25]
+    assert [each.setting for each in parse("--method tome --keep 25 24 100/10")] == ["", "25 %"]
 
 
-@pytest.mark.parametrize(("keep", "text"), [(0.6, r"0\.6; did you mean 60\?"), (0, "got 0"), (101, "got 101")])
-def test_keep_is_a_percentage(keep: float, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        grid(["atc"], [keep], {})
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [("0.6", "got 0.6; did you mean 60?"), ("0", "got 0"), ("50/101", "got 101"), ("half", "50 or 100/10, got 'half'")],
+)
+def test_shares_kept_are_percentages(keep: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--keep {keep}")
+    assert text in capsys.readouterr().err
 
 
 def test_the_configurations_own_checks_hold() -> None:
     with pytest.raises(ValueError, match="medium"):
-        grid(["atc"], [50], {"linkage": ["medium"]})
+        grid(["atc"], [(0.5, None)], {"linkage": ["medium"]})
 
 
 @pytest.mark.parametrize(
-    "merge",
-    [None, ATCConfig(r=0.55, modules=("mlp", "self_attention"), max_downsample=2), ToMeConfig(r=0.5, features="keys")],
+    "way",
+    [
+        Configuration(),
+        Configuration(ATCConfig(r=0.55, window=8, max_downsample=2)),
+        Configuration(ToMeConfig(r=0.5, features="keys"), Rival("deepcache", 3)),
+        Configuration(rival=Rival("todo", 2)),
+    ],
 )
-def test_a_configuration_survives_json(merge: ATCConfig | ToMeConfig | None) -> None:
-    assert Configuration.from_json(Configuration(merge).json) == Configuration(merge)
+def test_a_configuration_survives_json(way: Configuration) -> None:
+    assert Configuration.from_json(way.json) == way
+
+
+def test_labels_tell_what_differs_from_the_defaults_or_the_paper() -> None:
+    changed: dict[str, Any] = {"r": 0.5, "linkage": "ward", "proportional_attention": False}
+    assert Configuration(ATCConfig(**changed)).label == "ATC ward, no proportional attention"
+    assert Configuration(ATCConfig.paper(0.5)).label == "ATC average, the paper's"
 
 
 def test_different_configurations_have_different_folders() -> None:
-    line = "--linkage average ward --merge tokens keys_values --proportional-attention on off"
-    folders = [each.folder for each in grid(["atc", "tome"], [50, 25, 12.5], parse(line))]
-    assert len(set(folders)) == len(folders) == 1 + 8 * 3 + 4 * 2
-    assert "atc-average-proportional-attention_12.5" in folders
+    line = "--method atc paper tome --keep 50 25 12.5 --set linkage=average,ward proportional_attention=on,off"
+    folders = [each.folder for each in parse(f"{line} --rival steps:14 todo:2 todo:4 --with deepcache:2")]
+    assert len(set(folders)) == len(folders)
+    assert "atc-average-12.5" in folders

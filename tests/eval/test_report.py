@@ -5,49 +5,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from configurations import Configuration, grid
-from matplotlib.axes import Axes
 from pictures import PictureSet, plan
 from PIL import Image
-from plots import picture_grid
-from report import changes_of_one_choice, markdown, write_report
-from results import Result, Study
+from report import make_page, write_report
+from results import Result, Study, on_frontier
+from rivals import Rival
 from scores import Estimate, Fidelity, Scores, bootstrap_draws
 
+from atc_diffusion import ATCConfig
+
 PICTURES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
-RECORD: dict[str, Any] = {
-    "seconds_per_picture": 1.5,
-    "peak_memory_bytes": None,
-    "devices": ["cpu"],
-    "versions": {},
-    "summary": "",
-}
-PSNR = {"ToMe": 30.0, "ATC average": 31.0, "ATC average, proportional attention": 40.0}
+RECORD: dict[str, Any] = {"peak_memory_bytes": None, "devices": ["cpu"], "versions": {}}
+PSNR = {"ToMe": 30.0, "ATC average, the paper's": 31.0, "ATC average, the paper's, proportional attention": 40.0}
+ATC = "ATC average, the paper's, proportional attention"
 
 
-def make_result(configuration: Configuration, fid_margin: float = 0.5) -> Result:
+def make_result(configuration: Configuration, psnr: float, ratio: float, fid_margin: float = 0.5) -> Result:
     noise = np.array([-0.2, 0.1, 0.1, 0.0])
-    fidelity = None
-    if configuration.merge is not None:
-        fidelity = Fidelity(
-            fid_change=Estimate(1.0, fid_margin),
-            psnr=Estimate(PSNR[configuration.label], 0.1),
-            ssim=Estimate(0.9, 0.01),
-            feature_distance=Estimate(2.0, 0.1),
-            psnr_of_each=PSNR[configuration.label] + noise,
-        )
-    scores = Scores(4, Estimate(33.8, 1.0), 0.001, 0.0005, 0.5, 0.4, fidelity)
-    return Result(configuration, PictureSet(Path(), PICTURES, {}), scores, RECORD)
+    fidelity = Fidelity(
+        fid_change=Estimate(1.0, fid_margin),
+        psnr=Estimate(psnr, 0.1),
+        ssim=Estimate(0.9, 0.01),
+        lpips=None,
+        feature_distance=Estimate(2.0, 0.1),
+        psnr_of_each=psnr + noise,
+    )
+    scores = Scores(4, Estimate(33.8, 1.0), 0.001, 0.0005, 0.5, 0.4, None if configuration.is_unmerged else fidelity)
+    return Result(
+        configuration, PictureSet(Path(), PICTURES, {}), scores, RECORD, {"seconds": 2 * ratio, "ratio": ratio}
+    )
 
 
 @pytest.fixture
 def study() -> Study:
-    configurations = [
-        *grid(["tome"], [50, 40], {}),
-        *grid(["atc"], [50], {"proportional_attention": [False, True]})[1:],
+    tome = grid(["tome"], [(0.5, None), (0.4, None)], {})
+    atc = grid(["paper"], [(0.5, None)], {"proportional_attention": [False, True]})[1:]
+    results = [
+        make_result(way, PSNR.get(way.label, 0.0), 1.0 if way.is_unmerged else way.strength[0]) for way in [*tome, *atc]
     ]
-    results = [make_result(configuration) for configuration in configurations]
+    results.append(make_result(Configuration(rival=Rival("steps", 14)), 42.0, 0.7))
     return Study(
         results,
         features="some network",
@@ -59,75 +58,107 @@ def study() -> Study:
     )
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """Cells of the first table in `text` by the first cell of their row."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return {cells[0]: cells[1:] for line in lines if (cells := [cell.strip() for cell in line.split("|")[1:-1]])}
+def table(study: Study, title: str) -> pd.DataFrame:
+    [section] = [section for section in make_page(study).sections if section.title == title]
+    assert section.table is not None
+    return section.table
 
 
-def section(text: str, title: str) -> str:
-    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+def cells(table: pd.DataFrame, method: str) -> list[str]:
+    """The row of `method`, without it."""
+    [row] = table[table["method"] == method].to_numpy().tolist()
+    return row[1:]
 
 
-def test_the_table_has_a_row_for_each_way_and_a_column_for_each_share(study: Study) -> None:
-    table = rows(section(markdown(study), "FID"))
-    assert table["FID by some network"] == ["100 %", "50 %", "40 %"]
-    assert table["ToMe"] == ["33.80 ± 1.00", "33.80 ± 1.00*", "33.80 ± 1.00*"]
-    assert table["ATC average"] == ["33.80 ± 1.00", "33.80 ± 1.00*", ""]
+def test_every_way_has_its_time_and_the_frontier_a_star(study: Study) -> None:
+    ways = table(study, "Fidelity and time")
+    assert ways["s/picture"].tolist() == ["2.00", "1.00", "0.80", "1.00", "1.00", "1.40"]
+    assert ways["ratio"].tolist() == ["1.00", "0.50", "0.40", "0.50", "0.50", "0.70"]
+    stars = ["", "30.0 ± 0.1", "30.0 ± 0.1 *", "31.0 ± 0.1", "40.0 ± 0.1 *", "42.0 ± 0.1 *"]
+    assert ways["PSNR (dB)"].tolist() == stars
+    assert "LPIPS" not in ways
 
 
-def test_speed_at_equal_fidelity_is_that_of_the_fastest_share_that_is_near_enough(study: Study) -> None:
-    quicker = [replace(each, record=RECORD | {"seconds_per_picture": each.keep / 100}) for each in study.results]
-    text = section(markdown(replace(study, results=quicker)), "Speed at equal fidelity")
-    assert "The unmerged model takes 1.00 s." in text
-    assert rows(text)["seconds per picture"] == ["45 dB", "40 dB", "35 dB"]
-    assert rows(text)["ToMe"] == ["", "", ""]
-    assert rows(text)["ATC average, proportional attention"] == ["", "0.50 at 50 %", "0.50 at 50 %"]
+def test_nothing_slower_than_the_unmerged_model_is_on_the_frontier() -> None:
+    marked = on_frontier(pd.Series([1.0, 1.2, 0.5, 0.5]), pd.Series([float("nan"), 50.0, 40.0, 40.0]))
+    assert marked.tolist() == [False, False, True, False]
+
+
+def test_speed_at_equal_fidelity_is_that_of_the_fastest_setting_that_is_near_enough(study: Study) -> None:
+    speed = table(study, "Speed at equal fidelity")
+    assert speed.columns.tolist() == ["method", "45 dB", "40 dB", "35 dB"]
+    assert cells(speed, "ToMe") == ["", "", ""]
+    assert cells(speed, ATC) == ["", "0.50 (50 %)", "0.50 (50 %)"]
+    assert cells(speed, "fewer steps") == ["", "0.70 (14 steps)", "0.70 (14 steps)"]
+
+
+def test_fidelity_at_equal_time_is_that_of_the_nearest_setting_that_is_fast_enough(study: Study) -> None:
+    fidelity = table(study, "Fidelity at equal time")
+    assert fidelity.columns.tolist() == ["method", "0.8 of the time", "0.65 of the time", "0.5 of the time"]
+    assert cells(fidelity, "fewer steps") == ["42.0 (14 steps)", "", ""]
+    assert cells(fidelity, ATC) == ["40.0 (50 %)"] * 3
 
 
 def test_sets_without_times_are_not_set_against_time(study: Study, tmp_path: Path) -> None:
-    untimed = [replace(each, record=RECORD | {"seconds_per_picture": None}) for each in study.results]
-    write_report(replace(study, results=untimed, shown=[]), tmp_path)
-    assert "fidelity.png" not in (tmp_path / "report.md").read_text()
-    assert not (tmp_path / "fidelity.png").exists()
+    untimed = replace(study, results=[replace(each, timing={}) for each in study.results])
+    write_report(untimed, tmp_path)
+    titles = {section.title for section in make_page(untimed).sections}
+    assert not titles & {"Speed at equal fidelity", "Fidelity at equal time"}
+    assert not (tmp_path / "fidelity-and-time.svg").exists()
+    assert "ratio" not in table(untimed, "Fidelity and time")
+
+
+def test_fid_has_a_row_for_each_way_and_a_column_for_each_share(study: Study) -> None:
+    fid = table(study, "FID by some network")
+    assert fid.columns.tolist() == ["method", "100 %", "50 %", "40 %"]
+    assert cells(fid, "unmerged") == ["33.80 ± 1.00", "", ""]
+    assert cells(fid, "ToMe") == ["", "33.80 ± 1.00 *", "33.80 ± 1.00 *"]
+    assert "fewer steps" not in fid["method"].tolist()
 
 
 def test_a_difference_within_its_interval_has_no_star(study: Study) -> None:
-    unresolved = replace(study, results=[study.unmerged, make_result(study.merged[0].configuration, fid_margin=1.5)])
-    assert rows(section(markdown(unresolved), "FID"))["ToMe"] == ["33.80 ± 1.00", "33.80 ± 1.00"]
+    unresolved = make_result(study.others[0].configuration, 30.0, 0.5, fid_margin=1.5)
+    fid = table(replace(study, results=[study.unmerged, unresolved]), "FID by some network")
+    assert cells(fid, "ToMe") == ["", "33.80 ± 1.00"]
 
 
 def test_the_papers_figures_stand_beside_those_of_its_model_alone(study: Study) -> None:
-    assert "the paper" not in section(markdown(study), "FID")
-    table = rows(section(markdown(replace(study, is_papers_model=True)), "FID"))
-    assert table["ATC average, the paper"] == ["33.80", "33.36", "33.22"]
-    assert table["ATC single, the paper"] == ["33.80", "34.01", "36.95"]
+    assert not any("in the paper" in method for method in table(study, "FID by some network")["method"])
+    fid = table(replace(study, is_papers_model=True), "FID by some network")
+    assert fid.columns.tolist()[1:] == [f"{keep} %" for keep in (100, 90, 80, 70, 60, 50, 40)]
+    assert cells(fid, "ATC single, in the paper") == ["33.80", "33.63", "33.48", "33.53", "33.43", "34.01", "36.95"]
 
 
 def test_pairs_that_differ_in_one_choice_are_compared_picture_by_picture(study: Study) -> None:
     # Every picture gains the same, so the interval has no width though the pictures vary.
-    assert changes_of_one_choice(study) == {
-        "ATC average instead of ToMe": {50: "**+1.0 ± 0.0**"},
-        "ATC average, proportional attention, instead of no proportional attention": {50: "**+9.0 ± 0.0**"},
-    }
+    assert table(study, "One choice changed").to_numpy().tolist() == [
+        ["ATC average, the paper's, instead of ToMe", "50 %", "+1.0 ± 0.0 *"],
+        [f"{ATC}, instead of no proportional attention", "50 %", "+9.0 ± 0.0 *"],
+    ]
 
 
 def test_the_unmerged_model_alone_makes_a_report(study: Study) -> None:
-    text = markdown(replace(study, results=study.results[:1]))
-    assert rows(section(text, "FID"))["unmerged"] == ["33.80 ± 1.00"]
-    assert "Nearness" not in text
+    sections = make_page(replace(study, results=study.results[:1])).sections
+    assert [section.title for section in sections] == ["Distance to the reference pictures"]
 
 
-def test_a_grid_shows_the_pictures_of_each_set(study: Study, tmp_path: Path) -> None:
+def test_pictures_are_shown_as_each_way_draws_them(study: Study, tmp_path: Path) -> None:
     results = []
     for number, result in enumerate(study.results):
         pictures = PictureSet(tmp_path / str(number), PICTURES, {})
         pictures.save(PICTURES[2], Image.new("RGB", (4, 4), (50 * number, 0, 0)))
         results.append(replace(result, pictures=pictures))
-    figure = picture_grid(replace(study, results=results), PICTURES[2])
-    shown = [[reds(axes) for axes in figure.axes[start : start + 3]] for start in (0, 3, 6)]
-    assert shown == [[[0], [50], [100]], [[0], [150], []], [[0], [200], []]]
+    [section] = [
+        each for each in make_page(replace(study, results=results, shown=[PICTURES[2]])).sections if each.pictures
+    ]
+    assert [shown.image.getpixel((0, 0)) for shown in section.pictures] == [(50 * number, 0, 0) for number in range(6)]
+    assert section.pictures[0].caption == "unmerged"
+    assert section.pictures[4].caption == f"{ATC} 50 %: 40.1 dB"
 
 
-def reds(axes: Axes) -> list[int]:
-    return [int(np.asarray(image.get_array())[0, 0, 0]) for image in axes.images]
+def test_lpips_has_a_column_where_it_was_measured(study: Study) -> None:
+    way = make_result(Configuration(ATCConfig(r=0.5)), 40.0, 0.5)
+    fidelity = replace(way.fidelity, lpips=Estimate(0.123, 0.01))
+    measured = replace(way, scores=replace(way.scores, fidelity=fidelity))
+    ways = table(replace(study, results=[study.unmerged, measured]), "Fidelity and time")
+    assert ways["LPIPS"].tolist() == ["", "0.123 ± 0.010"]

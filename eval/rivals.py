@@ -1,0 +1,178 @@
+"""What a user could do instead of merging by clusters; each rival by its own package where there is one.
+
+A rival is a context manager over a pipeline. It yields what draws: a callable that takes the pipeline's arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from atc_diffusion import ATCConfig, patched, summary
+
+Draw = Callable[..., Any]
+Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+@contextmanager
+def fewer_steps(pipe: Any, steps: float) -> Iterator[Draw]:
+    """The unmerged model with this many denoising steps."""
+    yield lambda *args, **kwargs: pipe(*args, **kwargs | {"num_inference_steps": int(steps)})
+
+
+@contextmanager
+def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
+    """Self-attention's keys and values downsampled on their square grid, at the layers that ATC merges by default.
+
+    With nearest neighbours it is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
+    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
+    """
+    hook = partial(_downsample_input, int(factor), downsample)
+    projections = [projection for layer in _merged_layers(pipe) for projection in (layer.to_k, layer.to_v)]
+    handles = [projection.register_forward_pre_hook(hook) for projection in projections]
+    try:
+        yield pipe
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Module, args: tuple[Tensor]) -> Tensor:
+    """Tokens `[B, N, C]` of a square grid as `[B, N / factor^2, C]`."""
+    side = round(args[0].shape[1] ** 0.5)
+    grid = args[0].transpose(1, 2).unflatten(2, (side, side))
+    return downsample(grid, (side // factor, side // factor)).flatten(2).transpose(1, 2)
+
+
+def _merged_layers(pipe: Any) -> list[Any]:
+    with patched(pipe, ATCConfig()):
+        layers = summary(pipe).layers
+    return [getattr(pipe, layer.network).get_submodule(layer.name) for layer in layers]
+
+
+@contextmanager
+def tomesd(pipe: Any, keep: float) -> Iterator[Draw]:
+    """Token merging by its authors' package, with `keep` percent of the tokens kept."""
+    import tomesd
+
+    with torch.random.fork_rng():  # its draw of tokens goes on from the global state
+        torch.manual_seed(0)
+        tomesd.apply_patch(pipe, ratio=1 - keep / 100)
+        try:
+            yield pipe
+        finally:
+            tomesd.remove_patch(pipe)
+
+
+@contextmanager
+def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
+    """DeepCache (Ma et al. 2024) by its authors' package: the deep part of the UNet runs every `interval` steps."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=int(interval), cache_branch_id=0)
+    helper.enable()
+    try:
+        yield pipe
+    finally:
+        helper.disable()
+
+
+@contextmanager
+def ca_tome(pipe: Any, threshold: float) -> Iterator[Draw]:
+    """CA-ToMe (Saghatchian et al. 2025) by its authors' package, with new matches every third step.
+
+    Tokens merge if their cosine similarity is above `threshold`. The package replaces the UNet's forward, and draws
+    through an attribute `call` that it gives to the pipeline; it takes neither back.
+    """
+    from ca_tome import apply_CA_ToMe
+    from ca_tome.patch import remove_patch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        apply_CA_ToMe(pipe, list(range(0, 1000, 3)), threshold)
+        try:
+            yield pipe.call
+        finally:
+            remove_patch(pipe)
+            del pipe.unet.forward, pipe.call
+
+
+@dataclass(frozen=True)
+class _Kind:
+    label: str
+    setting: Callable[[float], str]
+    apply: Callable[[Any, float], AbstractContextManager[Draw]]
+    strengths: tuple[float, float]
+    package: str = "diffusers"
+    whole: bool = True  # whether the strength is a whole number
+
+
+def _share_of_keys(factor: float) -> str:
+    return f"keys {100 / factor**2:.3g} %"
+
+
+KINDS = {
+    "steps": _Kind("fewer steps", "{:g} steps".format, fewer_steps, (1, 1000)),
+    "todo": _Kind("ToDo", _share_of_keys, partial(downsampled_keys, downsample=interpolate), (2, 64)),
+    "pooled": _Kind("pooled keys", _share_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
+    "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False),
+    "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache"),
+    "ca-tome": _Kind("CA-ToMe", "similarity {:g}".format, ca_tome, (-1, 1), "ca_tome", whole=False),
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One rival at one strength.
+
+    Attributes:
+        name: a key of `KINDS`.
+        strength: denoising steps ("steps"); side of the cells of keys that become one ("todo", "pooled"); percent of
+            the tokens kept ("tomesd"); steps that one run of the deep layers serves ("deepcache"); least similarity
+            ("ca-tome").
+
+    Raises:
+        ValueError: for another name or strength, or if the rival's package is not installed.
+    """
+
+    name: str
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.name not in KINDS:
+            raise ValueError(f"a rival is one of {', '.join(KINDS)}, got {self.name!r}")
+        least, most = self.kind.strengths
+        if not least <= self.strength <= most or (self.kind.whole and self.strength != int(self.strength)):
+            kind = "a whole number" if self.kind.whole else "a number"
+            raise ValueError(f"{self.name} takes {kind} from {least:g} to {most:g}, got {self.strength:g}")
+        if find_spec(self.kind.package) is None:
+            raise ValueError(f"{self.name} needs a package: pip install --no-deps {self.kind.package}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Rival":
+        """The rival that `text` names, such as "steps:14"."""
+        name, _, strength = text.partition(":")
+        try:
+            number = float(strength)
+        except ValueError:
+            raise ValueError(f"a rival is written with its strength, such as steps:14, got {text!r}") from None
+        return cls(name, number)
+
+    @property
+    def kind(self) -> _Kind:
+        return KINDS[self.name]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
+        """`pipe` with this rival at work, for the length of a `with` block; yields what draws."""
+        return self.kind.apply(pipe, self.strength)

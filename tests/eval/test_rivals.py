@@ -1,0 +1,113 @@
+"""Other ways to draw faster: what each does to a real pipeline, and that it leaves no trace."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from configurations import Configuration
+from diffusers import StableDiffusionPipeline
+from rivals import Rival
+from torch import Tensor
+
+from atc_diffusion import ATCConfig
+
+RIVALS = ["steps:2", "todo:2", "pooled:2", "tomesd:50", "deepcache:2"]
+
+
+@pytest.fixture
+def pipe(model: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Callable[..., Any], steps: int = 4) -> np.ndarray[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("ant", num_inference_steps=steps, generator=generator, output_type="np").images
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *RIVALS,
+        pytest.param(
+            "ca-tome:0.5",
+            marks=pytest.mark.skipif(
+                find_spec("ca_tome") is None, reason="ca-tome is not installed: its requirements exclude this torch"
+            ),
+        ),
+    ],
+)
+def test_a_rival_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPipeline, text: str) -> None:
+    before = draw(pipe)
+    with Rival.parse(text).applied(pipe) as rival:
+        first = draw(rival)
+    with Rival.parse(text).applied(pipe) as rival:
+        assert np.array_equal(draw(rival), first)
+    assert not np.array_equal(first, before)
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_fewer_steps_is_the_pipeline_with_fewer_steps(pipe: StableDiffusionPipeline) -> None:
+    with Rival("steps", 2).applied(pipe) as rival:
+        assert np.array_equal(draw(rival), draw(pipe, steps=2))
+
+
+def first_keys(pipe: Callable[..., Any], projection: torch.nn.Module) -> Tensor:
+    """What the first call of `projection` gives while a picture is drawn, as `[B, C, side, side]`."""
+    seen: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
+    draw(pipe, steps=1)
+    handle.remove()
+    side = round(seen[0].shape[1] ** 0.5)
+    return seen[0].transpose(1, 2).unflatten(2, (side, side))
+
+
+def test_todo_keeps_one_key_of_each_cell_and_pooling_their_mean(pipe: StableDiffusionPipeline) -> None:
+    to_k = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_k
+    keys = first_keys(pipe, to_k)
+    cells = keys.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+    with Rival("todo", 2).applied(pipe) as rival:
+        torch.testing.assert_close(first_keys(rival, to_k), cells[:, :, :, 0, :, 0])
+    with Rival("pooled", 2).applied(pipe) as rival:
+        torch.testing.assert_close(first_keys(rival, to_k), cells.mean(dim=(3, 5)))
+
+
+def test_tomesd_does_not_depend_on_the_global_random_state_or_change_it(pipe: StableDiffusionPipeline) -> None:
+    pictures = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        with Rival("tomesd", 50).applied(pipe) as rival:
+            pictures.append(draw(rival))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(pictures[0], pictures[1])
+
+
+def test_merging_works_together_with_a_rival(pipe: StableDiffusionPipeline) -> None:
+    merge, rival = ATCConfig(r=0.5), Rival("deepcache", 2)
+    pictures = []
+    for way in (Configuration(merge), Configuration(rival=rival), Configuration(merge, rival)):
+        with way.applied(pipe) as drawing:
+            pictures.append(draw(drawing))
+    assert not np.array_equal(pictures[2], pictures[0])
+    assert not np.array_equal(pictures[2], pictures[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps", "written with its strength, such as steps:14, got 'steps'"),
+        ("cache:2", "one of steps, todo, .* got 'cache'"),
+        ("todo:1", "todo takes a whole number from 2 to 64, got 1"),
+        ("deepcache:2.5", "deepcache takes a whole number .* got 2.5"),
+        ("tomesd:10", "tomesd takes a number from 25 to 99, got 10"),
+    ],
+)
+def test_a_rival_that_does_not_fit_is_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rival.parse(text)
