@@ -38,12 +38,12 @@ def reference_kmedoids(tokens: Tensor, num_clusters: int, weights: list[float] |
         first = sorted(everyone, key=lambda i: sum(distance[i][j] / total[j] for j in everyone))
     else:
         first = sorted(everyone, key=lambda i: -weights[i])
-    weights = weights or [1.0] * len(tokens)
+    weight = weights or [1.0] * len(tokens)
     medoids = first[:num_clusters]
     for _ in range(iterations):
         joined = [nearest(distance, i, medoids) for i in everyone]
         members = [[i for i in everyone if joined[i] == medoid] for medoid in medoids]
-        medoids = [min(own, key=lambda i: sum(weights[j] * distance[i][j] for j in own)) for own in members]
+        medoids = [min(own, key=lambda i: sum(weight[j] * distance[i][j] for j in own)) for own in members]
     return canonical([nearest(distance, i, medoids) for i in everyone])
 
 

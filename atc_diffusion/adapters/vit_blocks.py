@@ -65,7 +65,9 @@ class BlockHooks:
 
     def _enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError("attn_mask and is_causal are about all tokens, but merging leaves fewer; call remove_patch")
+            raise ValueError(
+                "attn_mask and is_causal are about all tokens, but merging leaves fewer; call remove_patch"
+            )
         x, merged = args[0], getattr(args[0], _MERGED, None)
         num_clusters = self._num_clusters(x.shape[1] - self.num_prefix_tokens)
         if merged is not None:
@@ -91,7 +93,8 @@ class BlockHooks:
         call = _thread.call
         if call is None or call.num_clusters is None:
             return None
-        attention = Attention(*call.queries_keys, call.merged, self.num_prefix_tokens)
+        queries, keys = call.queries_keys
+        attention = Attention(queries, keys, call.merged, self.num_prefix_tokens)
         merge = prune if self.config.method in PRUNING else cluster
         call.merged, x = merge(call.tokens + output, attention, self.config, call.num_clusters)
         return x

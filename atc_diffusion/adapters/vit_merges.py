@@ -50,7 +50,7 @@ class Attention:
         return self.keys[:, :, self.num_prefix_tokens :].mean(dim=1)
 
     def received(self, queries: slice) -> Tensor:
-        """Attention `[B, N - P]` that patches receive from some of the `queries`, mean over heads, summed over these."""
+        """Attention `[B, N - P]` that patches receive from some `queries` together, mean over heads."""
         logits = self.queries[:, :, queries] @ self.keys.mT * self.keys.shape[-1] ** -0.5
         if self.merged is not None and self.merged.bias is not None:
             logits = logits + self.merged.bias.to(logits.dtype)
@@ -84,24 +84,26 @@ def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tenso
 def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
     """Keep the tokens of `x` `[B, N, C]` that the class token attends to; the rest is fused into one, or hidden.
 
-    Top-K's hidden token is computed but never attended to, so that the kept ones are those of true pruning.
+    Top-K's hidden token is computed, but nothing attends to it: all others are as if it were gone.
     """
     prefix, merged = attention.num_prefix_tokens, attention.merged
     scores = attention.received(slice(0, 1))
     labels, is_rest = prune_labels(scores, num_clusters - 1)
-    if config.method == "evit":  # a sum weighted by attention (Liang et al. 2022, Eq. 4), of which MergeMap makes a mean
-        num_rest = scores.shape[1] - num_clusters + 1
+    if config.method == "evit":
+        num_rest = scores.shape[1] - num_clusters + 1  # EViT's weighted sum is the mean of weighted tokens, times this
         weights = torch.where(is_rest.gather(1, labels), scores * num_rest, 1)
         x = x * F.pad(weights, (prefix, 0), value=1)[:, :, None].to(x.dtype)
     labels = _behind_prefix(labels, prefix)
-    step = MergeMap(labels, prefix + num_clusters)
-    x = step.merge(x)
-    bias = None
-    if config.method == "topk":
-        bias = torch.zeros_like(x[:, None, None, :, 0]).masked_fill(F.pad(is_rest, (prefix, 0))[:, None, None], -torch.inf)
-    if merged is not None:
-        step = MergeMap(labels.gather(1, merged.merge_map.labels), prefix + num_clusters)
-    return Merged(step, bias), x
+    x = MergeMap(labels, prefix + num_clusters).merge(x)
+    labels = labels if merged is None else labels.gather(1, merged.merge_map.labels)
+    return Merged(
+        MergeMap(labels, prefix + num_clusters), _hide(is_rest, prefix) if config.method == "topk" else None
+    ), x
+
+
+def _hide(is_rest: Tensor, num_prefix_tokens: int) -> Tensor:
+    bias = torch.zeros(is_rest.shape, device=is_rest.device).masked_fill(is_rest, -torch.inf)
+    return F.pad(bias, (num_prefix_tokens, 0))[:, None, None]
 
 
 def _behind_prefix(labels: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -7,7 +7,7 @@ from atc_diffusion.clustering._centers import join_nearest, number_clusters
 
 
 def dpc_knn_labels(tokens: Tensor, num_clusters: int, neighbors: int = 5) -> Tensor:
-    """Label every token with its cluster by DPC-KNN (Du et al. 2016), in the form of TCFormer (Zeng et al. 2022, Eqs. 1-3).
+    """Label every token with its cluster by DPC-KNN (Du et al. 2016), as TCFormer does (Zeng et al. 2022, Eqs. 1-3).
 
     Centres are dense tokens that are far from any denser one; all others join the nearest centre (Euclidean distance).
     TCFormer breaks ties of density with random noise; here the earlier token counts as the denser.
