@@ -67,7 +67,7 @@ def attach(model: nn.Module, config: ViTConfig) -> ViTPatch:
 
 
 def _check(model: Any, config: ViTConfig) -> None:
-    from timm.layers.attention import Attention
+    from timm.layers import Attention
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if not isinstance(model, VisionTransformer):
@@ -79,9 +79,7 @@ def _check(model: Any, config: ViTConfig) -> None:
                 f" {type(getattr(block, 'attn', None)).__name__}; build the model with block_fn=Block"
             )
     if config.r is not None and max(config.blocks) > len(model.blocks):
-        raise ValueError(
-            f"blocks={config.blocks}, but this model has blocks 1 to {len(model.blocks)}; use some of them"
-        )
+        raise ValueError(f"blocks={config.blocks}, but the model has blocks 1 to {len(model.blocks)}; use some of them")
     if config.method in PRUNING and not (model.has_class_token and model.global_pool == "token"):
         raise ValueError(
             f"method={config.method!r} ranks tokens by a class token that makes the output, but this model has"

@@ -65,9 +65,7 @@ class BlockHooks:
 
     def _enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError(
-                "attn_mask and is_causal are about all tokens, but merging leaves fewer; call remove_patch"
-            )
+            raise ValueError("attn_mask and is_causal are for all tokens, but merging leaves fewer; call remove_patch")
         x, merged = args[0], getattr(args[0], _MERGED, None)
         num_clusters = self._num_clusters(x.shape[1] - self.num_prefix_tokens)
         if merged is not None:

@@ -96,9 +96,8 @@ def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int)
     labels = _behind_prefix(labels, prefix)
     x = MergeMap(labels, prefix + num_clusters).merge(x)
     labels = labels if merged is None else labels.gather(1, merged.merge_map.labels)
-    return Merged(
-        MergeMap(labels, prefix + num_clusters), _hide(is_rest, prefix) if config.method == "topk" else None
-    ), x
+    bias = _hide(is_rest, prefix) if config.method == "topk" else None
+    return Merged(MergeMap(labels, prefix + num_clusters), bias), x
 
 
 def _hide(is_rest: Tensor, num_prefix_tokens: int) -> Tensor:
