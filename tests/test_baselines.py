@@ -54,7 +54,7 @@ def reference_dpc_knn(tokens: Tensor, num_clusters: int, neighbors: int) -> list
     density = [math.exp(-sum(d * d for d in row) / len(row)) for row in near]
     farthest = max(max(row) for row in distance)
     separation = [
-        min((distance[i][j] for j in everyone if density[j] > density[i]), default=farthest) for i in everyone
+        min((distance[i][j] for j in everyone if (density[j], i) > (density[i], j)), default=farthest) for i in everyone
     ]
     centers = sorted(everyone, key=lambda i: -density[i] * separation[i])[:num_clusters]
     return canonical([nearest(distance, i, centers) for i in everyone])
@@ -72,7 +72,7 @@ def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, itera
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(*SIZES, st.integers(3, 6))  # with two neighbors, nearest pairs have equal density
+@given(*SIZES, st.integers(1, 6))
 def test_dpc_knn_equals_its_definition(seed, num_tokens, share, neighbors):
     tokens, num_clusters = draw(seed, num_tokens, share)
     labels = dpc_knn_labels(tokens, num_clusters, neighbors)

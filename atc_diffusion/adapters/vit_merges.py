@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.clustering import agglomerate
+from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.pruning import prune_labels
-from atc_diffusion.tome import bipartite_labels
 
 
 @dataclass(frozen=True, eq=False)

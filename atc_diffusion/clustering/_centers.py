@@ -1,8 +1,17 @@
 """What clusterings by centres have in common: every token joins the nearest centre."""
 
+import torch
 from torch import Tensor
 
-from atc_diffusion.tome import _canonical
+from atc_diffusion.clustering.bipartite import _canonical
+
+
+def euclidean_distances(tokens: Tensor) -> Tensor:
+    """Distances `[B, N, N]` between tokens `[B, N, C]`, symmetric to the bit, so that rounding breaks no tie."""
+    distances = torch.cdist(tokens, tokens)
+    distances = (distances + distances.mT) / 2
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    return distances
 
 
 def join_nearest(distances: Tensor, centers: Tensor) -> Tensor:

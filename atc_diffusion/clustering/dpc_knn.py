@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._centers import join_nearest, number_clusters
+from atc_diffusion.clustering._centers import euclidean_distances, join_nearest, number_clusters
 
 
 def dpc_knn_labels(tokens: Tensor, num_clusters: int, neighbors: int = 5) -> Tensor:
@@ -24,8 +24,7 @@ def dpc_knn_labels(tokens: Tensor, num_clusters: int, neighbors: int = 5) -> Ten
         >>> dpc_knn_labels(torch.tensor([[[0.0], [5.0], [1.0], [6.0]]]), num_clusters=2, neighbors=2)
         tensor([[0, 1, 0, 1]])
     """
-    tokens = tokens.detach().float()
-    distances = torch.cdist(tokens, tokens) / tokens.shape[2] ** 0.5
+    distances = euclidean_distances(tokens.detach().float()) / tokens.shape[2] ** 0.5
     density = _density(distances, min(neighbors, tokens.shape[1]))
     scores = density * _separation(distances, density)
     centers = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._centers import join_nearest, number_clusters
+from atc_diffusion.clustering._centers import euclidean_distances, join_nearest, number_clusters
 
 
 def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = None, iterations: int = 5) -> Tensor:
@@ -26,8 +26,7 @@ def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = 
         >>> kmedoids_labels(torch.tensor([[[0.0], [5.0], [1.0], [6.0]]]), num_clusters=2)
         tensor([[0, 1, 0, 1]])
     """
-    tokens = tokens.detach().float()
-    distances = torch.cdist(tokens, tokens)
+    distances = euclidean_distances(tokens.detach().float())
     importance = -_centrality(distances) if weights is None else weights.detach().float()
     costs = distances if weights is None else distances * importance[:, None]
     medoids = importance.sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]
