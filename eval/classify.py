@@ -109,7 +109,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default=DEIT, help="a VisionTransformer of timm's (default: %(default)s)")
     add("--weights", type=Path, metavar="FILE", help="of the model (default: downloaded)")
     add("--demo", action="store_true", help="a small model trained on emoji, instead of ImageNet")
-    add("--emoji-pictures", type=Path, default=Path("emoji"), metavar="DIR", help="for --demo (default: emoji)")
+    add(
+        "--emoji-pictures",
+        type=Path,
+        default=Path("out/emoji"),
+        metavar="DIR",
+        help="for --demo (default: %(default)s)",
+    )
     add("--epochs", type=int, default=16, help="for --demo: of training (default: %(default)s)")
     add(
         "--finetune",
