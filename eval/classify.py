@@ -55,7 +55,8 @@ def all_ways(args: argparse.Namespace) -> list[Way]:
     chosen = list(ways(args.method, args.linkage, args.keep, args.remove, args.schedule))
     if args.finetune and not args.demo:
         raise ValueError("--finetune is for --demo; fine-tune an ImageNet model elsewhere and give it by --weights")
-    return [*chosen, *(replace(way, finetuned=True) for way in chosen if way.keep in args.finetune)]
+    further = [way for way in chosen if way.keep in args.finetune]
+    return [*chosen, *(replace(way, finetuned=True) for way in chosen[: bool(further)] + further)]
 
 
 def make_task(args: argparse.Namespace) -> Task:

@@ -15,8 +15,6 @@ from skimage.segmentation import mark_boundaries
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atc_diffusion.adapters.vit import ViTConfig, attach
-
 STAGES = (4, 7, 10)
 PIXELS = 288  # a side, as shown
 
@@ -40,18 +38,17 @@ def _figure(task: Task, ways: Sequence[Way], number: int) -> Figure:
     for row, way in zip(grid, ways, strict=True):
         row[0].set_ylabel(f"{way.label}\n{way.column}", fontsize="small")
         _show(row[0], shown)
-        for axes, labels in zip(row[1:], cluster_labels(task.model, way.config, image), strict=True):
+        for axes, labels in zip(row[1:], cluster_labels(task.model, way, image), strict=True):
             _show(axes, paint(shown, labels))
     return figure
 
 
 @torch.no_grad()
-def cluster_labels(model: VisionTransformer, config: ViTConfig, image: Tensor) -> list[NDArray[np.int64]]:
+def cluster_labels(model: VisionTransformer, way: Way, image: Tensor) -> list[NDArray[np.int64]]:
     """Which cluster each patch is in after every stage, `[h, w]`: patches of one cluster have the same features."""
     image, indices = image[None].to(next(model.parameters()).device), [stage - 1 for stage in STAGES]
-    patch = attach(model, config)
-    maps = model.forward_intermediates(image, indices=indices, intermediates_only=True)
-    patch.remove()
+    with way.applied(model):
+        maps = model.forward_intermediates(image, indices=indices, intermediates_only=True)
     labels = (each[0].flatten(1).unique(dim=1, return_inverse=True)[1].view(each.shape[2:]) for each in maps)
     return [each.cpu().numpy() for each in labels]
 

@@ -20,8 +20,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from atc_diffusion.adapters.vit import attach
-
 SIZE = 48  # pixels
 SHIFT = 4
 VENDORS = {  # package, its folder of pictures, their suffix
@@ -29,7 +27,7 @@ VENDORS = {  # package, its folder of pictures, their suffix
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64", "png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets", "webp"),
 }
-FINETUNE_EPOCHS = 2
+FINETUNE_EPOCHS = 1
 FINETUNE_RATE = 5e-4
 
 
@@ -157,7 +155,6 @@ def train(model: nn.Module, pictures: Pictures, epochs: int, learning_rate: floa
 def finetuned(model: VisionTransformer, pictures: Pictures, way: Way) -> VisionTransformer:
     """A copy of `model`, trained further with its tokens reduced."""
     twin = copy.deepcopy(model)
-    patch = attach(twin, way.config)
-    train(twin, pictures, FINETUNE_EPOCHS, FINETUNE_RATE)
-    patch.remove()
+    with way.applied(twin):
+        train(twin, pictures, FINETUNE_EPOCHS, FINETUNE_RATE)
     return twin

@@ -54,14 +54,15 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     sections = [
         "# Classification with fewer tokens",
-        f"- {task.name}\n- device: {device}; {versions}\n- {NONE}: {_written(table.iloc[0])} %",
+        f"- {task.name}\n- device: {device}; {versions}",
         f"```\n{command}\n```",
         TEXT,
         *_accuracy_sections(evaluations, table, task),
         *_paper_section(table),
         *_speed_section(table),
         "## Accuracy by share kept\n\n![Top-1 by share of tokens kept](accuracy.png)",
-        *(f"## Clusters after each stage\n\n![Clusters of every method at every stage]({file})" for file in clusters),
+        *(["## Clusters after each stage"] if clusters else []),
+        *(f"![Clusters of every method at every stage]({file})" for file in clusters),
     ]
     write_atomically(folder / "report.md", ("\n\n".join(sections) + "\n").encode())
 
@@ -85,12 +86,12 @@ def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
 
 
 def _accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[str]:
-    for finetuned, title in ((False, "Off the shelf"), (True, "Fine-tuned with the reduction in place")):
-        rows = table[(table.label != NONE) & (table.finetuned == finetuned)]
+    for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
+        rows = table[table.finetuned == finetuned]
         if len(rows):
             own = [each for each in evaluations if each.way.finetuned == finetuned]
-            yield f"## {title}"
-            yield _pivot(rows, [_written(row) for _, row in rows.iterrows()])
+            yield f"## {title}\n\n{NONE.capitalize()}: {_written(rows.iloc[0])} %."
+            yield _pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()])
             yield _to_markdown(leads(own, task))
 
 

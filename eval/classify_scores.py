@@ -20,8 +20,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from atc_diffusion.adapters.vit import attach
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -76,10 +74,8 @@ def evaluate(task: Task, way: Way, out: Path, batch_size: int, state: PartialSta
 def _classify(model: nn.Module, task: Task, way: Way, batch_size: int, state: PartialState) -> tuple[list[int], float]:
     numbers = range(state.process_index, len(task.subjects), state.num_processes)
     model = model.to(state.device).eval()
-    patch = None if way.method is None else attach(model, way.config)
-    seconds, correct = zip(*_batches(model, task.pictures, numbers, batch_size, state), strict=True)
-    if patch is not None:
-        patch.remove()
+    with way.applied(model):
+        seconds, correct = zip(*_batches(model, task.pictures, numbers, batch_size, state), strict=True)
     own = dict(zip(numbers, (entry for batch in correct for entry in batch), strict=True))
     everyone = dict(gather_object(list(own.items())))
     typical = float(np.median(np.array(seconds) / [len(batch) for batch in correct]))

@@ -1,10 +1,13 @@
 """Ways of reducing a vision transformer's tokens, as the experiment names them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from atc_diffusion.adapters.vit import ViTConfig
+from timm.models.vision_transformer import VisionTransformer
+
+from atc_diffusion.adapters.vit import ViTConfig, attach
 
 METHODS = {"atc": "ATC", "tome": "ToMe", "kmedoids": "K-Medoids", "dpc_knn": "DPC-KNN", "topk": "Top-K", "evit": "EViT"}
 TOME_KEEPS = 50  # percent at least
@@ -46,11 +49,17 @@ class Way:
         words = f"{self.label} {self.column} {'finetuned' * self.finetuned}".split()
         return "-".join(words).replace("-%", "").replace(",", "") + ".json"
 
-    @property
-    def config(self) -> ViTConfig:
-        """What reduces the model's tokens; `method` must not be None."""
+    @contextmanager
+    def applied(self, model: VisionTransformer) -> Iterator[None]:
+        """Reduces the tokens of `model` for the length of a `with` block."""
+        if self.method is None:
+            yield
+            return
         options: dict[str, Any] = {"method": self.method, "linkage": self.linkage, "schedule": self.schedule}
-        return ViTConfig(r=None if self.keep is None else self.keep / 100, t=self.remove, **options)
+        config = ViTConfig(r=None if self.keep is None else self.keep / 100, t=self.remove, **options)
+        patch = attach(model, config)
+        yield
+        patch.remove()
 
 
 def ways(

@@ -60,7 +60,7 @@ def test_demo_trains_evaluates_fine_tunes_and_reports(emoji, tmp_path):
     arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50", "--finetune", "50"]
     classify.main(arguments)
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## Fine-tuned with the reduction in place" in report
+    assert "## Trained further with the reduction in place" in report
     assert "| ATC average over the best merging |" in report
     files = [file.name for file in (tmp_path / "out").iterdir()]
     assert {"accuracy.png", "clusters_0.png", "results.csv", "model.pt"} <= set(files)
@@ -137,7 +137,7 @@ def test_intervals_count_pictures_of_one_subject_as_one():
 
 def test_clusters_are_read_from_the_features_and_painted_in_their_mean_colours():
     torch.manual_seed(0)
-    labels = cluster_labels(vit_of_this_test().eval(), Way("atc", keep=50).config, torch.randn(3, 16, 16))
+    labels = cluster_labels(vit_of_this_test().eval(), Way("atc", keep=50), torch.randn(3, 16, 16))
     assert [(each.shape, len(np.unique(each))) for each in labels] == [((4, 4), count) for count in (8, 4, 2)]
     for finer, coarser in pairwise(labels):
         assert all(len(np.unique(coarser[finer == label])) == 1 for label in np.unique(finer))
