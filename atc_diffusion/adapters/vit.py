@@ -1,0 +1,87 @@
+"""timm's VisionTransformer: where its blocks are, and what a patch of them does."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from atc_diffusion.adapters.vit_blocks import BlockHooks
+from atc_diffusion.adapters.vit_config import PRUNING, ViTConfig
+
+__all__ = ["BlockSummary", "ViTConfig", "ViTPatch", "ViTSummary", "attach"]
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """Patches that come into one block and that are kept behind its self-attention."""
+
+    name: str
+    tokens: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class ViTSummary:
+    """What a patch does to pictures of the model's own size; prints as a table."""
+
+    config: ViTConfig
+    blocks: tuple[BlockSummary, ...]
+
+    def __str__(self) -> str:
+        width = max(len(block.name) for block in self.blocks)
+        rows = (f"{block.name:{width}}  {block.tokens:>6}  {block.kept:>6}" for block in self.blocks)
+        return "\n".join([str(self.config), f"{'block':{width}}  tokens    kept", *rows])
+
+
+class ViTPatch:
+    """The hooks on one VisionTransformer. They are PyTorch's own, so a deep copy of the model has its own patch."""
+
+    def __init__(self, model: Any, config: ViTConfig) -> None:
+        self.config = config
+        self.depth = len(model.blocks)
+        self.num_patches: int = model.patch_embed.num_patches
+        self.handles: list[RemovableHandle] = []
+        for index, block in enumerate(model.blocks):
+            self.handles += BlockHooks(config, index, self.depth, model.num_prefix_tokens).attach(block)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def summary(self) -> ViTSummary:
+        kept = self.config.kept(self.num_patches, self.depth)
+        numbers = zip((self.num_patches, *kept), kept, strict=False)
+        return ViTSummary(self.config, tuple(BlockSummary(f"blocks.{i}", *each) for i, each in enumerate(numbers)))
+
+
+def attach(model: nn.Module, config: ViTConfig) -> ViTPatch:
+    """Merge tokens in every forward call of `model` from now on.
+
+    Raises:
+        ValueError: for a model or a block that is not timm's, a block that is not there, or a pruning method where
+            no class token decides the output. The model is then as it was.
+    """
+    _check(model, config)
+    return ViTPatch(model, config)
+
+
+def _check(model: Any, config: ViTConfig) -> None:
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"ViTConfig is for timm's VisionTransformer (DeiT, MAE, ViT), got {type(model).__name__}")
+    for block in model.blocks:
+        if not isinstance(block, Block) or not isinstance(block.attn, Attention):
+            raise ValueError(
+                f"ViTConfig is for timm's Block with Attention, got {type(block).__name__} with"
+                f" {type(getattr(block, 'attn', None)).__name__}; build the model with block_fn=Block"
+            )
+    if config.r is not None and max(config.blocks) > len(model.blocks):
+        raise ValueError(f"blocks={config.blocks}, but the model has blocks 1 to {len(model.blocks)}; use some of them")
+    if config.method in PRUNING and not (model.has_class_token and model.global_pool == "token"):
+        raise ValueError(
+            f"method={config.method!r} ranks tokens by a class token that makes the output, but this model has"
+            f" global_pool={model.global_pool!r}; use a merging method, such as 'atc'"
+        )

@@ -1,0 +1,111 @@
+"""How the tokens of one block are merged: what is compared, what clusters, and what clusters weigh from then on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from atc_diffusion.adapters.vit_config import ViTConfig
+from atc_diffusion.clustering import agglomerate
+from atc_diffusion.clustering.bipartite import bipartite_labels
+from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
+from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.pruning import prune_labels
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """All merges of one call so far.
+
+    Attributes:
+        merge_map: from the whole sequence, prefix tokens included, to what is left of it.
+        bias: `[B, 1, 1, K]`, added to the attention's logits; None: nothing.
+    """
+
+    merge_map: MergeMap
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What a block's self-attention has compared.
+
+    Attributes:
+        queries: `[B, H, N, D]`, prefix tokens included.
+        keys: the same.
+        merged: the merges that came before.
+        num_prefix_tokens: `P`, tokens at the beginning that never merge.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    merged: Merged | None
+    num_prefix_tokens: int
+
+    @property
+    def features(self) -> Tensor:
+        """Keys of the patches `[B, N - P, D]`, mean over heads, as in the authors' code and in ToMe's."""
+        return self.keys[:, :, self.num_prefix_tokens :].mean(dim=1)
+
+    def received(self, queries: slice) -> Tensor:
+        """Attention `[B, N - P]` that patches receive from some `queries` together, mean over heads."""
+        logits = self.queries[:, :, queries] @ self.keys.mT * self.keys.shape[-1] ** -0.5
+        if self.merged is not None and self.merged.bias is not None:
+            logits = logits + self.merged.bias.to(logits.dtype)
+        return logits.float().softmax(dim=-1).mean(dim=1).sum(dim=1)[:, self.num_prefix_tokens :]
+
+
+def cluster(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
+    """Merge tokens `x` `[B, N, C]` to means of clusters, over all the patches that these have absorbed so far."""
+    labels = _behind_prefix(_labels(attention, config, num_clusters), attention.num_prefix_tokens)
+    if attention.merged is not None:
+        labels = labels.gather(1, attention.merged.merge_map.labels)
+        x = attention.merged.merge_map.unmerge(x)
+    merge_map = MergeMap(labels, attention.num_prefix_tokens + num_clusters)
+    bias = merge_map.sizes.log()[:, None, None] if config.proportional_attention else None
+    return Merged(merge_map, bias), merge_map.merge(x)
+
+
+def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tensor:
+    features, prefix = attention.features, attention.num_prefix_tokens
+    if config.method == "tome":
+        # Tokens at odd places of the whole sequence, as in ToMe's code for vision transformers.
+        destinations = torch.arange((1 - prefix) % 2, features.shape[1], 2, device=features.device)
+        return bipartite_labels(features, destinations, num_clusters)
+    if config.method == "kmedoids":
+        return kmedoids_labels(features, num_clusters, weights=attention.received(slice(None)))
+    if config.method == "dpc_knn":
+        return dpc_knn_labels(features, num_clusters)
+    return agglomerate(features, num_clusters, config.linkage)
+
+
+def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
+    """Keep the tokens of `x` `[B, N, C]` that the class token attends to; the rest is fused into one, or hidden.
+
+    Top-K's hidden token is computed, but nothing attends to it: all others are as if it were gone.
+    """
+    prefix, merged = attention.num_prefix_tokens, attention.merged
+    scores = attention.received(slice(0, 1))
+    labels, is_rest = prune_labels(scores, num_clusters - 1)
+    if config.method == "evit":
+        num_rest = scores.shape[1] - num_clusters + 1  # EViT's weighted sum is the mean of weighted tokens, times this
+        weights = torch.where(is_rest.gather(1, labels), scores * num_rest, 1)
+        x = x * F.pad(weights, (prefix, 0), value=1)[:, :, None].to(x.dtype)
+    labels = _behind_prefix(labels, prefix)
+    x = MergeMap(labels, prefix + num_clusters).merge(x)
+    labels = labels if merged is None else labels.gather(1, merged.merge_map.labels)
+    bias = _hide(is_rest, prefix) if config.method == "topk" else None
+    return Merged(MergeMap(labels, prefix + num_clusters), bias), x
+
+
+def _hide(is_rest: Tensor, num_prefix_tokens: int) -> Tensor:
+    bias = torch.zeros(is_rest.shape, device=is_rest.device).masked_fill(is_rest, -torch.inf)
+    return F.pad(bias, (num_prefix_tokens, 0))[:, None, None]
+
+
+def _behind_prefix(labels: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Labels of the whole sequence, in which every prefix token is a cluster of its own."""
+    prefix = torch.arange(num_prefix_tokens, device=labels.device).expand(len(labels), -1)
+    return torch.cat([prefix, labels + num_prefix_tokens], dim=1)

@@ -1,0 +1,31 @@
+"""What clusterings by centres have in common: every token joins the nearest centre."""
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.clustering.bipartite import _canonical
+
+
+def euclidean_distances(tokens: Tensor) -> Tensor:
+    """Distances `[B, N, N]` between tokens `[B, N, C]`, symmetric to the bit, so that rounding breaks no tie."""
+    distances = torch.cdist(tokens, tokens)
+    distances = (distances + distances.mT) / 2
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    return distances
+
+
+def join_nearest(distances: Tensor, centers: Tensor) -> Tensor:
+    """The centre `[B, N]` that every token joins; a centre always joins itself, so that no cluster is empty.
+
+    Args:
+        distances: `[B, N, N]` between tokens.
+        centers: `[B, K]` int64, distinct tokens.
+    """
+    to_centers = distances.gather(2, centers[:, None].expand(-1, distances.shape[1], -1))
+    nearest = centers.gather(1, to_centers.argmin(dim=2))
+    return nearest.scatter(1, centers, centers)
+
+
+def number_clusters(roots: Tensor) -> Tensor:
+    """Labels `[B, N]`, numbered by first token, of tokens that name a common token of `roots` `[B, N]`."""
+    return _canonical(roots)

@@ -1,0 +1,145 @@
+"""The classification experiment, end to end on a few drawn pictures."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import classify
+import classify_demo
+import numpy as np
+import pytest
+import torch
+from classify_clusters import cluster_labels, paint
+from classify_scores import mean_by_subject
+from classify_ways import Way, ways
+from PIL import Image
+from scores import bootstrap_draws
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+
+GROUPS = ("Animals & Nature", "Food & Drink")
+
+
+@register_model
+def vit_of_this_test(**options: object) -> VisionTransformer:
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=8, depth=10, num_heads=2, num_classes=2)
+    model.pretrained_cfg = {"input_size": (3, 16, 16)}
+    return model
+
+
+@pytest.fixture
+def emoji(tmp_path: Path) -> Path:
+    """The three packages' folders, each with 40 emoji: red animals and green food."""
+    folder = tmp_path / "emoji"
+    listed = [{"unified": f"{n:x}", "image": f"{n:x}.png", "category": GROUPS[n % 2]} for n in range(40)]
+    for vendor, (_, images, suffix) in classify_demo.VENDORS.items():
+        (folder / vendor / images).mkdir(parents=True)
+        (folder / vendor / "emoji.json").write_text(json.dumps(listed))
+        for n in range(40):
+            color = (220, 30, 30, 255) if n % 2 == 0 else (30, 200, 30, 255)
+            picture = Image.new("RGBA", (16, 16))
+            picture.paste(color, (n % 7, n % 5, 12, 14))
+            picture.save(folder / vendor / images / f"{n:x}.{suffix}", lossless=True)
+    return folder
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """Two classes of three pictures, and a model's weights beside them."""
+    for name in ("n01", "n02"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "val" / name / f"{i}.png")
+    torch.save(vit_of_this_test().state_dict(), tmp_path / "weights.pt")
+    return tmp_path
+
+
+def test_demo_trains_evaluates_fine_tunes_and_reports(emoji, tmp_path):
+    arguments = ["--demo", "--emoji-pictures", str(emoji), "--epochs", "1", "--out", str(tmp_path / "out")]
+    arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50", "--finetune", "50"]
+    classify.main(arguments)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Trained further with the reduction in place" in report
+    assert "| ATC average over the best merging |" in report
+    files = [file.name for file in (tmp_path / "out").iterdir()]
+    assert {"accuracy.png", "clusters_0.png", "results.csv", "model.pt"} <= set(files)
+
+
+def test_a_rerun_reads_what_is_there(imagenet):
+    out = imagenet / "out"
+    arguments = ["--imagenet-val", str(imagenet / "val"), "--weights", str(imagenet / "weights.pt"), "--out", str(out)]
+    arguments += ["--model", "vit_of_this_test", "--method", "topk", "--keep", "25", "--remove", "1", "--device", "cpu"]
+    classify.main(arguments)
+    file = out / "ways" / Way("topk", keep=25).file
+    record = json.loads(file.read_text())
+    assert len(record["correct"]) == 6
+    file.write_text(json.dumps(record | {"correct": [1, 1, 1, 0, 0, 0]}))
+    classify.main(arguments)
+    assert "| Top-K | 50.0 ±" in (out / "report.md").read_text()
+    assert "linear, t = 1" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"--imagenet-val DIR is needed: .* or use --demo"),
+        (
+            ["--demo", "--emoji-pictures", "nowhere"],
+            "lacks noto, twemoji, fluent; for noto: npm pack emoji-datasource-g",
+        ),
+        (["--finetune", "25"], "--finetune is for --demo"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        classify.main([*arguments, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--weights", "nowhere.pt"],
+            "no weights for vit_of_this_test .* fetch timm/vit_of_this_test from the Hugging",
+        ),
+        (["--model", "vit_of_nobody"], "--model vit_of_nobody is not one of timm's"),
+    ],
+)
+def test_models_that_are_not_there(imagenet, arguments, message):
+    common = ["--imagenet-val", str(imagenet / "val"), "--model", "vit_of_this_test", "--out", str(imagenet / "out")]
+    with pytest.raises(SystemExit, match=message):
+        classify.main([*common, *arguments])
+
+
+def test_every_method_at_every_reduction_that_it_can_do():
+    chosen = list(ways(["atc", "tome"], ["average", "single"], [25, 50], [8], ["linear"]))
+    assert [(way.label, way.column) for way in chosen] == [
+        ("no reduction", ""),
+        *(
+            (f"ATC {linkage}", column)
+            for linkage in ("average", "single")
+            for column in ("25 %", "50 %", "linear, t = 8")
+        ),
+        *(("ToMe", column) for column in ("50 %", "linear, t = 8")),
+    ]
+    assert len({way.file for way in chosen}) == len(chosen)
+
+
+def test_intervals_count_pictures_of_one_subject_as_one():
+    values = np.random.default_rng(0).random(50)
+    thrice, subjects = np.repeat(values, 3), np.repeat(np.arange(50), 3)
+    draws = bootstrap_draws(50, 300)
+    single, triple = mean_by_subject(values, np.arange(50), draws), mean_by_subject(thrice, subjects, draws)
+    assert triple.margin == pytest.approx(single.margin)
+    assert single.margin == pytest.approx(1.96 * values.std() / 50**0.5, rel=0.15)
+
+
+def test_clusters_are_read_from_the_features_and_painted_in_their_mean_colours():
+    torch.manual_seed(0)
+    labels = cluster_labels(vit_of_this_test().eval(), Way("atc", keep=50), torch.randn(3, 16, 16))
+    assert [(each.shape, len(np.unique(each))) for each in labels] == [((4, 4), count) for count in (8, 4, 2)]
+    for finer, coarser in pairwise(labels):
+        assert all(len(np.unique(coarser[finer == label])) == 1 for label in np.unique(finer))
+    painted = paint(np.random.default_rng(0).random((16, 16, 3)), np.zeros((4, 4), np.int64))
+    assert len(np.unique(painted.reshape(-1, 3), axis=0)) == 1

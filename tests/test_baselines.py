@@ -1,0 +1,97 @@
+"""The baselines' clusterings, against plain references."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
+from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.pruning import prune_labels
+
+SIZES = (st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
+
+
+def draw(seed: int, num_tokens: int, share: float) -> tuple[Tensor, int]:
+    tokens = torch.randn(2, num_tokens, 6, generator=torch.Generator().manual_seed(seed))
+    return tokens, 1 + round(share * (num_tokens - 1))
+
+
+def canonical(names: list[int]) -> list[int]:
+    """Number names in the order in which they first appear."""
+    seen = list(dict.fromkeys(names))
+    return [seen.index(name) for name in names]
+
+
+def nearest(distance: list[list[float]], token: int, centers: list[int]) -> int:
+    return token if token in centers else min(centers, key=lambda center: distance[token][center])
+
+
+def reference_kmedoids(tokens: Tensor, num_clusters: int, weights: list[float] | None, iterations: int) -> list[int]:
+    everyone = range(len(tokens))
+    distance = [[math.dist(a, b) for b in tokens.tolist()] for a in tokens.tolist()]
+    if weights is None:
+        total = [sum(row) or 1.0 for row in distance]
+        first = sorted(everyone, key=lambda i: sum(distance[i][j] / total[j] for j in everyone))
+    else:
+        first = sorted(everyone, key=lambda i: -weights[i])
+    weight = weights or [1.0] * len(tokens)
+    medoids = first[:num_clusters]
+    for _ in range(iterations):
+        joined = [nearest(distance, i, medoids) for i in everyone]
+        members = [[i for i in everyone if joined[i] == medoid] for medoid in medoids]
+        medoids = [min(own, key=lambda i: sum(weight[j] * distance[i][j] for j in own)) for own in members]
+    return canonical([nearest(distance, i, medoids) for i in everyone])
+
+
+def reference_dpc_knn(tokens: Tensor, num_clusters: int, neighbors: int) -> list[int]:
+    everyone = range(len(tokens))
+    distance = [[math.dist(a, b) / math.sqrt(tokens.shape[1]) for b in tokens.tolist()] for a in tokens.tolist()]
+    near = [sorted(row)[:neighbors] for row in distance]
+    density = [math.exp(-sum(d * d for d in row) / len(row)) for row in near]
+    farthest = max(max(row) for row in distance)
+    separation = [
+        min((distance[i][j] for j in everyone if (density[j], i) > (density[i], j)), default=farthest) for i in everyone
+    ]
+    centers = sorted(everyone, key=lambda i: -density[i] * separation[i])[:num_clusters]
+    return canonical([nearest(distance, i, centers) for i in everyone])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(*SIZES, st.booleans(), st.integers(0, 4))
+def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, iterations):
+    tokens, num_clusters = draw(seed, num_tokens, share)
+    weights = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(seed)) + 0.1 if weighted else None
+    labels = kmedoids_labels(tokens, num_clusters, weights, iterations)
+    for i in range(2):
+        own = None if weights is None else weights[i].tolist()
+        assert labels[i].tolist() == reference_kmedoids(tokens[i].double(), num_clusters, own, iterations)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(*SIZES, st.integers(1, 6))
+def test_dpc_knn_equals_its_definition(seed, num_tokens, share, neighbors):
+    tokens, num_clusters = draw(seed, num_tokens, share)
+    labels = dpc_knn_labels(tokens, num_clusters, neighbors)
+    for i in range(2):
+        assert labels[i].tolist() == reference_dpc_knn(tokens[i].double(), num_clusters, neighbors)
+
+
+@pytest.mark.parametrize("cluster", [kmedoids_labels, dpc_knn_labels])
+@pytest.mark.parametrize("num_clusters", [1, 3, 8])
+def test_equal_tokens_still_give_every_cluster(cluster, num_clusters):
+    labels = cluster(torch.ones(2, 8, 3), num_clusters)
+    assert [row.unique().tolist() for row in labels] == [list(range(num_clusters))] * 2
+
+
+@pytest.mark.parametrize("num_kept", [1, 4, 6])
+def test_pruning_keeps_the_highest_scores(num_kept):
+    scores = torch.rand(3, 7)
+    labels, is_rest = prune_labels(scores, num_kept)
+    for row, rest, score in zip(labels, is_rest, scores, strict=True):
+        kept = set(score.argsort(descending=True)[:num_kept].tolist())
+        assert row.tolist() == canonical([i if i in kept else -1 for i in range(7)])
+        assert {i for i in range(7) if not rest[row[i]]} == kept
