@@ -7,19 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from atc_diffusion.adapters import Family, Layer
-from atc_diffusion.adapters.sd3 import SD3Family
-from atc_diffusion.adapters.unet import UNetFamily
 from atc_diffusion.config import ATCConfig, MergeConfig
+from atc_diffusion.find import find_networks, make_patches
 from atc_diffusion.network import NetworkPatch
 from atc_diffusion.report import RecordedMerge, Summary
 
 Model = TypeVar("Model")
 
 _PATCH = "_atc_diffusion"
-_FAMILIES: tuple[Family, ...] = (UNetFamily(), SD3Family())
-_DENOISERS = ("unet", "transformer")
-_SUPPORTED = "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, and ControlNets of these"
 
 
 def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any) -> Model:
@@ -41,8 +36,8 @@ def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any)
             be merged, or an attention processor that is not known to work. The model is then as it was.
     """
     config = _config(config, options)
-    networks = _networks(model)
-    patches = _patches(networks, config)
+    networks = find_networks(model)
+    patches = make_patches(networks, config)
     remove_patch(model)
     for name, patch in patches.items():
         patch.attach()
@@ -53,7 +48,7 @@ def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any)
 
 def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`: outputs are again those of the model as it was, to the bit. Returns `model`."""
-    for network in _networks(model).values():
+    for network in find_networks(model).values():
         if (patch := _patch_of(network)) is not None:
             patch.detach()
             delattr(network, _PATCH)
@@ -105,89 +100,12 @@ def _config(config: MergeConfig | None, options: dict[str, Any]) -> MergeConfig:
     return config or ATCConfig(**options)
 
 
-def _networks(model: object) -> dict[str, nn.Module]:
-    """The denoising networks of a model, by their names in reports; first the one that denoises."""
-    if isinstance(model, nn.Module):
-        return dict(_unwrapped("", model))
-    named = {name: getattr(model, name, None) for name in (*_DENOISERS, "controlnet")}
-    networks = {
-        path: network
-        for name, part in named.items()
-        if isinstance(part, nn.Module)
-        for path, network in _unwrapped(name, part)
-    }
-    if not networks.keys() & set(_DENOISERS):
-        raise ValueError(
-            f"{type(model).__name__} has no {' or '.join(_DENOISERS)}; pass a pipeline that has one, or the network"
-        )
-    return networks
-
-
-def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The diffusers models within torch.compile's, PEFT's and parallel wrappers, and within MultiControlNets."""
-    for wrapper in ("_orig_mod", "module"):
-        network = getattr(network, wrapper, network)
-    if hasattr(network, "get_base_model"):
-        network = network.get_base_model()
-    if isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
-        for i, net in enumerate(nets):
-            yield from _unwrapped(f"{name}.nets.{i}".lstrip("."), net)
-    else:
-        yield name, network
-
-
-def _patches(networks: dict[str, nn.Module], config: MergeConfig) -> dict[str, NetworkPatch]:
-    """A patch for every network that has self-attention; of a pipeline the first must."""
-    patches = {}
-    for name, network in networks.items():
-        _refuse_tomesd(network)
-        family, layers = _layers(network)
-        if layers:
-            patches[name] = NetworkPatch(name, network, family, _select(layers, config), config)
-        elif not patches:
-            raise ValueError(
-                f"{type(network).__name__} has no self-attention that can be merged; supported are {_SUPPORTED}"
-            )
-    return patches
-
-
-def _layers(network: nn.Module) -> tuple[Family, list[Layer]]:
-    for family in _FAMILIES:
-        if layers := family.layers(network):
-            return family, layers
-    return _FAMILIES[0], []
-
-
-def _refuse_tomesd(network: nn.Module) -> None:
-    if hasattr(network, "_tome_info"):
-        raise ValueError(f"{type(network).__name__} is patched by tomesd; call tomesd.remove_patch first")
-
-
-def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:
-    """Those at the levels that `config` asks for."""
-    wanted = _levels(config, sorted({layer.level for layer in layers}))
-    return [layer for layer in layers if layer.level in wanted]
-
-
-def _levels(config: MergeConfig, levels: list[int]) -> list[int]:
-    """Those of the `levels` that have self-attention, from the finest on, that `config` asks for."""
-    there_are = f"the levels that have self-attention are {', '.join(map(str, levels))}"
-    if config.levels is not None:
-        if missing := config.levels - set(levels):
-            raise ValueError(f"a share is given for level {min(missing)}, but {there_are}; use some of them")
-        return list(config.levels)
-    coarsest = config.max_downsample or levels[0]
-    if coarsest < levels[0]:
-        raise ValueError(f"max_downsample={coarsest}, but {there_are}; use one of them, or None for the finest")
-    return [level for level in levels if level <= coarsest]
-
-
 def _patch_of(network: nn.Module) -> NetworkPatch | None:
     return getattr(network, _PATCH, None)
 
 
 def _patches_of(model: object) -> dict[str, NetworkPatch]:
-    return {name: patch for name, network in _networks(model).items() if (patch := _patch_of(network))}
+    return {name: patch for name, network in find_networks(model).items() if (patch := _patch_of(network))}
 
 
 def _patches_of_patched(model: object) -> list[NetworkPatch]:

@@ -128,6 +128,7 @@ def test_hidden_states_are_the_blocks_input_before_its_norm(unet):
     run(apply_patch(unet, replace(ATCConfig.paper(0.5), record=True)), (7, 9))
     first = merge_maps(unet)[0]
     assert first.grid == (7, 9)
+    assert first.queries is not None
     assert torch.equal(first.queries.labels, agglomerate(inputs[0], 32))
 
 
@@ -137,7 +138,7 @@ def test_the_clusters_of_a_run_are_recorded_on_request(unet):
     assert [(m.network, m.layer, m.step, m.grid) for m in merges] == [
         ("", layer.name, 0, (7, 9)) for layer in summary(unet).layers
     ]
-    assert {(m.queries.num_clusters, m.keys.num_clusters) for m in merges} == {(32, 16)}
+    assert {(m.queries and m.queries.num_clusters, m.keys and m.keys.num_clusters) for m in merges} == {(32, 16)}
     run(apply_patch(unet, r=0.5))
     with pytest.raises(ValueError, match="were not kept; patch with record=True"):
         merge_maps(unet)

@@ -29,6 +29,11 @@ def counts(model: Any) -> list[int]:
     return [layer.clusterings for layer in summary(model).layers]
 
 
+def labels(unet: Any) -> list[Tensor]:
+    """Of the queries, by step and layer."""
+    return [merge.queries.labels for merge in merge_maps(unet) if merge.queries is not None]
+
+
 def embedding(items: int = 1) -> Tensor:
     return torch.randn(items, 5, 12, generator=torch.Generator().manual_seed(1))
 
@@ -197,7 +202,7 @@ def test_guidance_parts_share_from_the_second_step(unet, parts, pictures):
     apply_patch(unet, share_guidance=True, refresh_every=1, record=True)
     run(unet, steps[:1], prompt, sample().repeat(parts * pictures, 1, 1, 1))
     run(unet, steps[1:], prompt, sample(pictures).repeat(parts, 1, 1, 1))
-    first, last = (merge_maps(unet)[i].queries.labels for i in (LAYERS - 1, 2 * LAYERS - 1))
+    first, last = (labels(unet)[i] for i in (LAYERS - 1, 2 * LAYERS - 1))
     assert not torch.equal(first[:pictures], first[-pictures:])
     assert all(torch.equal(part, last[:pictures]) for part in last.split(pictures))
 
@@ -239,13 +244,13 @@ def test_the_share_asked_for_at_a_step_is_the_share_kept(unet, config):
 
 def test_a_cached_tree_cut_anew_is_clustering_anew_of_the_same_features(unet):
     """In the first layer, whose features do not depend on what is merged."""
-    labels = []
+    runs = []
     for refresh_every in (1, 3):
         apply_patch(unet, r=lambda p: 0.25 + 0.5 * p, refresh_every=refresh_every, record=True)
         for t in timesteps(900, 900, 900):
             unet(sample(), t, embedding())
-        labels.append([merge.queries.labels for merge in merge_maps(unet)[::LAYERS]])
-    assert all(torch.equal(anew, cached) for anew, cached in zip(*labels, strict=True))
+        runs.append(labels(unet)[::LAYERS])
+    assert all(torch.equal(anew, cached) for anew, cached in zip(*runs, strict=True))
 
 
 def test_progress_without_a_schedule_is_by_the_timestep(unet):
