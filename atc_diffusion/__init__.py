@@ -3,7 +3,7 @@
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
-from atc_diffusion.config import ATCConfig, MergeConfig, ToMeConfig
+from atc_diffusion.config import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
 from atc_diffusion.report import LayerSummary, RecordedMerge, Summary
@@ -11,6 +11,8 @@ from atc_diffusion.report import LayerSummary, RecordedMerge, Summary
 __all__ = [
     "ATCConfig",
     "ClusterTree",
+    "DPCKNNConfig",
+    "KMedoidsConfig",
     "LayerSummary",
     "MergeConfig",
     "MergeMap",

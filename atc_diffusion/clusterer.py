@@ -1,15 +1,19 @@
 """Tokens -> tree, in the way that the configuration says."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from atc_diffusion.clustering import cluster_tree
 from atc_diffusion.clustering.bipartite import draw_destinations, match
+from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
+from atc_diffusion.clustering.kmedoids import kmedoids_labels
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.clustering.windows import cluster_windows
-from atc_diffusion.config import ATCConfig, MergeConfig, ToMeConfig
+from atc_diffusion.config import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
 
 Grid = tuple[int, int]
 
@@ -37,7 +41,28 @@ def _tome(config: ToMeConfig, features: Tensor, grid: Grid, step: Tensor, num_cl
     return match(features, draw_destinations(*grid, config.stride, config.seed, step.to(features.device)))
 
 
+@dataclass(frozen=True, eq=False)
+class _Partitions:
+    """Clusterings that do not nest: each number of clusters is found anew, by `labels`."""
+
+    labels: Callable[..., Tensor]
+    num_clusters: int = 1
+
+    def cut(self, num_clusters: int) -> Tensor:
+        return self.labels(num_clusters=num_clusters)
+
+
+def _kmedoids(config: KMedoidsConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
+    return _Partitions(partial(kmedoids_labels, features, iterations=config.iterations))
+
+
+def _dpc_knn(config: DPCKNNConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
+    return _Partitions(partial(dpc_knn_labels, features, neighbors=config.neighbors))
+
+
 _BUILDERS: dict[type[MergeConfig], Callable[[Any, Tensor, Grid, Tensor, int], Cuttable]] = {
     ATCConfig: _atc,
     ToMeConfig: _tome,
+    KMedoidsConfig: _kmedoids,
+    DPCKNNConfig: _dpc_knn,
 }

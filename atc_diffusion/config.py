@@ -12,7 +12,7 @@ Features = Literal["keys", "values", "keys_values", "hidden_states"]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """The choices that every way of merging has; use `ATCConfig` or `ToMeConfig`.
+    """The choices that every way of merging has; use `ATCConfig`, `ToMeConfig` or another baseline.
 
     Attributes:
         r: share of the tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`. Or a function that gives
@@ -193,6 +193,36 @@ class ToMeConfig(MergeConfig):
                 f"{number}; use a larger {name} or stride, or ATCConfig"
             )
         return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMedoidsConfig(MergeConfig):
+    """A baseline: K-Medoids (Haurum et al. 2023), which clusters anew for every number of clusters.
+
+    Attributes:
+        iterations: how often the medoids move.
+    """
+
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("iterations", self.iterations, "a whole number from 1 up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPCKNNConfig(MergeConfig):
+    """A baseline: density peaks by nearest neighbours (Du et al. 2016; Zeng et al. 2022, Eqs. 1-3).
+
+    Attributes:
+        neighbors: how many nearest tokens tell a token's density.
+    """
+
+    neighbors: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("neighbors", self.neighbors, "a whole number from 1 up")
 
 
 def _is_count(value: object) -> bool:

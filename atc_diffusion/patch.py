@@ -25,7 +25,7 @@ def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any)
 
     Args:
         model: a pipeline, or a UNet, transformer or ControlNet of one.
-        config: an `ATCConfig` or `ToMeConfig`.
+        config: an `ATCConfig`, or the configuration of a baseline, such as `ToMeConfig`.
         options: fields of `ATCConfig`, in place of `config`: `apply_patch(pipe, r=0.6, linkage="average")`.
 
     Returns:
@@ -93,7 +93,7 @@ def _config(config: MergeConfig | None, options: dict[str, Any]) -> MergeConfig:
     if config is not None and options:
         raise ValueError(f"give either config or options, got both: {config!r} and {options!r}")
     if not isinstance(config, MergeConfig | None):
-        raise ValueError(f"config must be an ATCConfig or ToMeConfig, got {config!r}")
+        raise ValueError(f"config must be a MergeConfig, such as an ATCConfig, got {config!r}")
     unknown = options.keys() - ATCConfig.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown option {min(unknown)!r}; ATCConfig has {', '.join(ATCConfig.__dataclass_fields__)}")

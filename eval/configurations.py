@@ -9,15 +9,18 @@ from typing import Any, cast
 
 from rivals import Draw, Rival
 
-from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
+from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched
 
 METHODS: dict[str, Callable[[float], MergeConfig]] = {
     "atc": lambda r: ATCConfig(r=r),
     "paper": ATCConfig.paper,
     "tome": lambda r: ToMeConfig(r=r),
+    "kmedoids": lambda r: KMedoidsConfig(r=r),
+    "dpc-knn": lambda r: DPCKNNConfig(r=r),
 }
+_BASELINES: dict[type[MergeConfig], str] = {ToMeConfig: "ToMe", KMedoidsConfig: "K-Medoids", DPCKNNConfig: "DPC-KNN"}
 Shares = tuple[float, float | None]  # kept of queries and of keys; None: the same
-_KINDS: dict[str, type[MergeConfig]] = {kind.__name__: kind for kind in (ATCConfig, ToMeConfig)}
+_KINDS: dict[str, type[MergeConfig]] = {"ATCConfig": ATCConfig} | {kind.__name__: kind for kind in _BASELINES}
 # Fields that are no choice of a method: the strength, and what changes no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
@@ -105,15 +108,15 @@ def describe(field: str, value: object) -> str:
 def _choices(merge: MergeConfig) -> dict[str, Any]:
     choices = {field: value for field, value in asdict(merge).items() if field not in _OTHER_FIELDS}
     if "linkage" not in choices:
-        return {"method": "ToMe"} | choices
+        return {"method": _BASELINES[type(merge)]} | choices
     return {"method": f"ATC {choices.pop('linkage')}"} | choices
 
 
 def _merge_label(merge: MergeConfig) -> str:
     """The method and what differs from its defaults, or from the paper's setting if that is less."""
     choices = _choices(merge)
-    if isinstance(merge, ToMeConfig):
-        return ", ".join([choices["method"], *_differences(choices, ToMeConfig())])
+    if type(merge) in _BASELINES:
+        return ", ".join([choices["method"], *_differences(choices, type(merge)())])
     from_default, from_paper = _differences(choices, ATCConfig()), _differences(choices, ATCConfig.paper(1.0))
     if len(from_default) <= len(from_paper) + 1:
         return ", ".join([choices["method"], *from_default])

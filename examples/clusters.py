@@ -25,12 +25,14 @@ from overlay import Partition, at_step, paint, partitions, path
 from PIL import Image
 from pipeline import EMOJI, load
 
-from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched, summary
+from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
     **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage) for linkage in LINKAGES},
     "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
+    "kmedoids": KMedoidsConfig,
+    "dpc-knn": DPCKNNConfig,
 }
 
 
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--prompt", default="sunflower")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="ATC's linkages, or ToMe")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     parser.add_argument("--keep", nargs="+", type=float, default=[25, 10, 3], help="percent of the tokens kept")
     parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names (default: first and last)")
     parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0 (default: the middle and the last)")

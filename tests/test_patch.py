@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import atc_diffusion
 from atc_diffusion import (
     ATCConfig,
+    DPCKNNConfig,
+    KMedoidsConfig,
     MergeMap,
     ToMeConfig,
     agglomerate,
@@ -33,6 +35,8 @@ CONFIGS = [
     ATCConfig(r={1: 0.4, 2: 0.5}, window=3),
     ToMeConfig(r=0.5),
     ToMeConfig(r=1, r_keys=0.5),
+    KMedoidsConfig(r=0.5, r_keys=0.2),
+    DPCKNNConfig(r=0.5, refresh_every=2),
 ]
 SIZES = [(8, 8), (7, 9), (16, 4)]
 
@@ -300,8 +304,8 @@ def test_models_that_do_not_fit_are_named(model, options, message):
         ({"r": 60}, "did you mean 0.6"),
         ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, r_keys, features"),
         ({"config": ATCConfig(), "r": 0.5}, "either config or options, got both"),
-        ({"config": {"r": 0.5}}, "config must be an ATCConfig or ToMeConfig, got {'r': 0.5}"),
-        ({"config": 0.6}, "config must be an ATCConfig or ToMeConfig, got 0.6"),
+        ({"config": {"r": 0.5}}, "config must be a MergeConfig, such as an ATCConfig, got {'r': 0.5}"),
+        ({"config": 0.6}, "config must be a MergeConfig, such as an ATCConfig, got 0.6"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(unet, options, message):
