@@ -27,6 +27,7 @@ VENDORS = {  # package, its folder of pictures, their suffix
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64", "png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets", "webp"),
 }
+SHOWN = ("1F98A", "1F354", "1F69C")  # fox, hamburger and tractor: test pictures, shown as the last vendor drew them
 FINETUNE_EPOCHS = 1
 FINETUNE_RATE = 5e-4
 
@@ -38,15 +39,15 @@ class Pictures:
     Attributes:
         images: `[n, 3, H, W]` uint8.
         classes: `[n]` int64.
-        emoji: `[n]` int64, which emoji each shows, whoever drew it.
+        subjects: `[n]` int64, which emoji each shows, whoever drew it.
     """
 
     images: Tensor
     classes: Tensor
-    emoji: Tensor
+    subjects: Tensor
 
     def __getitem__(self, chosen: Tensor) -> "Pictures":
-        return Pictures(self.images[chosen], self.classes[chosen], self.emoji[chosen])
+        return Pictures(self.images[chosen], self.classes[chosen], self.subjects[chosen])
 
 
 def demo_task(folder: Path, weights: Path, epochs: int) -> Task:
@@ -57,14 +58,14 @@ def demo_task(folder: Path, weights: Path, epochs: int) -> Task:
         train(model, training, epochs, learning_rate=2e-3)
         torch.save(model.state_dict(), weights)
     model.load_state_dict(torch.load(weights))
-
+    last_drawn = {number: index for index, number in enumerate(test.subjects.tolist())}
     return Task(
         name=f"ViT of 12 blocks, 64 channels and 8 x 8 patches, {len(training.images)} emoji to train and "
         f"{len(test.images)} to test, nine classes",
         model=model,
         pictures=TensorDataset(normalize(test.images), test.classes),
-        subjects=test.emoji.numpy(),
-        shown=[len(test.images) * part // 6 for part in (1, 3, 5)],
+        subjects=test.subjects.numpy(),
+        shown=[last_drawn[subject(name)] for name in SHOWN if subject(name) in last_drawn],
         visible=lambda image: (image.permute(1, 2, 0).numpy() + 1) / 2,
         finetune=lambda way: finetuned(model, training, way),
     )
@@ -75,16 +76,21 @@ def load_emoji(folder: Path) -> tuple[Pictures, Pictures]:
     listed = _listed(folder)
     groups = sorted({emoji["category"] for emoji in listed})
     found = [
-        (file, groups.index(emoji["category"]), number)
-        for number, emoji in enumerate(listed)
+        (file, groups.index(emoji["category"]), subject(emoji["unified"]))
+        for emoji in listed
         for vendor, (_, images, suffix) in VENDORS.items()
         if (file := folder / vendor / images / Path(emoji["image"]).with_suffix(f".{suffix}")).is_file()
     ]
-    files, classes, numbers = zip(*found, strict=True)
+    files, classes, subjects = zip(*found, strict=True)
     images = torch.stack([draw_on_white(file) for file in tqdm(files, desc="reading", unit="picture")])
-    pictures = Pictures(images, torch.tensor(classes), torch.tensor(numbers))
-    is_test = torch.tensor([zlib.crc32(listed[number]["unified"].encode()) % 4 == 0 for number in numbers])
+    pictures = Pictures(images, torch.tensor(classes), torch.tensor(subjects))
+    is_test = pictures.subjects % 4 == 0
     return pictures[~is_test], pictures[is_test]
+
+
+def subject(code_points: str) -> int:
+    """The number of an emoji, which does not depend on what others there are."""
+    return zlib.crc32(code_points.encode())
 
 
 def _listed(folder: Path) -> list[dict[str, str]]:

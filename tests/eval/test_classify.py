@@ -31,7 +31,10 @@ def vit_of_this_test(**options: object) -> VisionTransformer:
 def emoji(tmp_path: Path) -> Path:
     """The three packages' folders, each with 40 emoji: red animals and green food."""
     folder = tmp_path / "emoji"
-    listed = [{"unified": f"{n:x}", "image": f"{n:x}.png", "category": GROUPS[n % 2]} for n in range(40)]
+    listed = [
+        {"unified": "1F98A" if n == 0 else f"{n:x}", "image": f"{n:x}.png", "category": GROUPS[n % 2]}
+        for n in range(40)
+    ]
     for vendor, (_, images, suffix) in classify_demo.VENDORS.items():
         (folder / vendor / images).mkdir(parents=True)
         (folder / vendor / "emoji.json").write_text(json.dumps(listed))
