@@ -12,8 +12,8 @@ from classify_clusters import plot_clusters
 from classify_scores import Evaluation, Task, mean_by_subject
 from classify_ways import METHODS
 from matplotlib.figure import Figure
+from page import Page, Section
 from pictures import write_atomically
-from plots import save_figure
 from scores import Estimate, bootstrap_draws
 
 DRAWS = 1000
@@ -32,39 +32,34 @@ PAPER_TABLE_1 = {
     "constant, t = 7": [86.9, 86.0, 86.4, 86.4, 86.4],
     "linear, t = 7": [86.9, 85.0, 85.6, 85.6, 85.8],
 }
-TEXT = """\
+ACCURACY_TEXT = """\
 Top-1 in percent, ± half the 95 % interval by bootstrap over what the pictures show. Columns are shares of tokens kept
-at the 4th, 7th and 10th block, or tokens removed in every block.
-
-ATC's lead is in percentage points over the best other method of the column, paired picture by picture; **bold** where
-its 95 % interval excludes zero. The best other is chosen on these same pictures, which favours it. Each interval holds
-on its own, not all of them at once."""
-SPEED_TEXT = "Median over the batches, on one device, clustering included; rough where other processes ran beside it."
+at the 4th, 7th and 10th block, or tokens removed in every block."""
+LEAD_TEXT = """\
+In percentage points over the best other method of the column, paired picture by picture; a star marks 95 % intervals
+that exclude zero. The best other is chosen on these same pictures, which favours it. Each interval holds on its own,
+not all at once."""
+SPEED_TEXT = "Median over the batches, on one device, clustering included. No reduction: {:.0f}."
 
 
 def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, device: str, folder: Path) -> None:
-    """Write `report.md`, `results.csv` and the pictures to `folder`."""
+    """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     table = frame(evaluations, task)
     write_atomically(folder / "results.csv", table.to_csv(index=False, float_format="%.2f").encode())
-    save_figure(plot_accuracy(table), folder / "accuracy.png")
-    clusters = {f"clusters_{number}.png": figure for number, figure in enumerate(plot_clusters(evaluations, task))}
-    for file, figure in clusters.items():
-        save_figure(figure, folder / file)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     sections = [
-        "# Classification with fewer tokens",
-        f"- {task.name}\n- device: {device}; {versions}",
-        f"```\n{command}\n```",
-        TEXT,
-        *_accuracy_sections(evaluations, table, task),
-        *_paper_section(table),
-        *_speed_section(table),
-        "## Accuracy by share kept\n\n![Top-1 by share of tokens kept](accuracy.png)",
-        *(["## Clusters after each stage"] if clusters else []),
-        *(f"![Clusters of every method at every stage]({file})" for file in clusters),
+        *accuracy_sections(evaluations, table, task),
+        *paper_section(table),
+        speed_section(table),
+        Section("Accuracy by share kept", figure=plot_accuracy(table)),
+        *(
+            Section(f"Clusters, picture {i}", figure=figure)
+            for i, figure in enumerate(plot_clusters(evaluations, task))
+        ),
     ]
-    write_atomically(folder / "report.md", ("\n\n".join(sections) + "\n").encode())
+    conditions = {"task": task.name, "device": device, "versions": versions}
+    Page("Classification with fewer tokens", conditions, [command], sections).write(folder)
 
 
 def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
@@ -85,27 +80,28 @@ def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[str]:
+def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
+    """Top-1 of every way, and ATC's lead; off the shelf, then trained further."""
     for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
         rows = table[table.finetuned == finetuned]
         if len(rows):
+            text = f"{ACCURACY_TEXT} {NONE.capitalize()}: {_written(rows.iloc[0])}."
+            yield Section(title, text, table=_pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()]))
             own = [each for each in evaluations if each.way.finetuned == finetuned]
-            yield f"## {title}\n\n{NONE.capitalize()}: {_written(rows.iloc[0])} %."
-            yield _pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()])
-            yield _to_markdown(leads(own, task))
+            yield Section(f"ATC's lead, {title[0].lower()}{title[1:]}", LEAD_TEXT, table=leads(own, task))
 
 
-def _paper_section(table: pd.DataFrame) -> Iterator[str]:
+def paper_section(table: pd.DataFrame) -> Iterator[Section]:
     columns = [column for column in PAPER_TABLE_1 if column in set(table.column)]
     if columns:
-        yield "## The paper's Table 1, off the shelf"
-        yield _to_markdown(pd.DataFrame(PAPER_TABLE_1, index=PAPER_ROWS)[columns])
+        published = pd.DataFrame(PAPER_TABLE_1, index=PAPER_ROWS)[columns].map("{:.1f}".format)
+        yield Section("The paper's Table 1, off the shelf", table=_named(published))
 
 
-def _speed_section(table: pd.DataFrame) -> Iterator[str]:
+def speed_section(table: pd.DataFrame) -> Section:
     rows = table[(table.label != NONE) & ~table.finetuned]
-    yield f"## Images per second\n\n{SPEED_TEXT} {NONE.capitalize()}: {table.images_per_second.iloc[0]:.0f}."
-    yield _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
+    speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
+    return Section("Images per second", SPEED_TEXT.format(table.images_per_second.iloc[0]), table=speeds)
 
 
 def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
@@ -120,7 +116,7 @@ def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
                 gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
                 row = cells.setdefault(f"{own.way.label} over the best {kind}", {})
                 row[own.way.column] = f"{_signed(gain)} ({best.way.label})"
-    return pd.DataFrame(cells).T.fillna("")
+    return _named(pd.DataFrame(cells).T.fillna(""))
 
 
 def plot_accuracy(table: pd.DataFrame) -> Figure:
@@ -146,17 +142,15 @@ def _written(row: Any) -> str:
 
 
 def _signed(estimate: Estimate) -> str:
-    text = f"{estimate.value:+.1f} ± {estimate.margin:.1f}"
-    return f"**{text}**" if estimate.differs else text
+    return f"{estimate.value:+.1f} ± {estimate.margin:.1f}{'*' * estimate.differs}"
 
 
-def _pivot(rows: pd.DataFrame, cells: list[str]) -> str:
+def _pivot(rows: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
     """Methods by columns, in the order in which they come."""
     table = rows.assign(cell=cells).pivot(index="label", columns="column", values="cell")
-    return _to_markdown(table.reindex(index=rows.label.unique(), columns=rows.column.unique()).fillna(""))
+    return _named(table.reindex(index=rows.label.unique(), columns=rows.column.unique()).fillna(""))
 
 
-def _to_markdown(table: pd.DataFrame) -> str:
-    rows = [[str(cell) for cell in row] for row in table.itertuples()]
-    lines = [["", *map(str, table.columns)], ["---"] * (len(table.columns) + 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its row names as first column."""
+    return table.rename_axis(index=None, columns=None).reset_index(names="")
