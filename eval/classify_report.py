@@ -54,8 +54,8 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
         speed_section(table),
         Section("Accuracy by share kept", figure=plot_accuracy(table)),
         *(
-            Section(f"Clusters, picture {i}", figure=figure)
-            for i, figure in enumerate(plot_clusters(evaluations, task))
+            Section(f"Clusters {number}", figure=figure)
+            for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
         ),
     ]
     conditions = {"task": task.name, "device": device, "versions": versions}
