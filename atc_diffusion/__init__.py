@@ -1,5 +1,6 @@
 """Faster Stable Diffusion by merging similar tokens: Agglomerative Token Clustering (ATC, ECCV 2024) for diffusers."""
 
+from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
@@ -19,6 +20,7 @@ __all__ = [
     "RecordedMerge",
     "Summary",
     "ToMeConfig",
+    "ViTConfig",
     "agglomerate",
     "apply_patch",
     "bipartite_labels",

@@ -1,31 +1,35 @@
 """The public calls: find the networks of a model, attach merging to them, report it, and take it off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from atc_diffusion.adapters.vit import ViTPatch
+from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.config import ATCConfig, MergeConfig
 from atc_diffusion.find import find_networks, make_patches
 from atc_diffusion.network import NetworkPatch
 from atc_diffusion.report import RecordedMerge, Summary
 
 Model = TypeVar("Model")
+Patch = NetworkPatch | ViTPatch
 
 _PATCH = "_atc_diffusion"
 
 
-def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any) -> Model:
-    """Merge similar tokens in the self-attention of a diffusers pipeline or network, from now on.
+def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Model:
+    """Merge similar tokens in the self-attention of a diffusers pipeline, network or vision transformer, from now on.
 
     A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Whatever
     was compiled with `torch.compile` is compiled again at its next call.
 
     Args:
-        model: a pipeline, or a UNet, transformer or ControlNet of one.
-        config: an `ATCConfig`, or the configuration of a baseline, such as `ToMeConfig`.
+        model: a pipeline, or a UNet, transformer or ControlNet of one; or timm's `VisionTransformer`.
+        config: an `ATCConfig`, or the configuration of a baseline, such as `ToMeConfig`; for a vision transformer a
+            `ViTConfig`.
         options: fields of `ATCConfig`, in place of `config`: `apply_patch(pipe, r=0.6, linkage="average")`.
 
     Returns:
@@ -37,7 +41,7 @@ def apply_patch(model: Model, config: MergeConfig | None = None, **options: Any)
     """
     config = _config(config, options)
     networks = find_networks(model)
-    patches = make_patches(networks, config)
+    patches = _patches(networks, config)
     remove_patch(model)
     for name, patch in patches.items():
         patch.attach()
@@ -57,7 +61,7 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, config: MergeConfig | None = None, **options: Any) -> Iterator[Model]:
+def patched(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Iterator[Model]:
     """`apply_patch` for the length of a `with` block; what was there before is restored, after an exception too."""
     before = next(iter(_patches_of(model).values()), None)
     apply_patch(model, config, **options)
@@ -67,14 +71,17 @@ def patched(model: Model, config: MergeConfig | None = None, **options: Any) -> 
         remove_patch(model) if before is None else apply_patch(model, before.config)
 
 
-def summary(model: object) -> Summary:
-    """What is patched in `model`, and what happened there in its last run.
+def summary(model: object) -> Any:
+    """What is patched in `model`, and what happened there in its last run: a `Summary`, or a `ViTSummary`.
 
     Raises:
         ValueError: if the model is not patched.
     """
     patches = _patches_of_patched(model)
-    return Summary(patches[0].config, tuple(layer for patch in patches for layer in patch.summaries()))
+    if isinstance(patches[0], ViTPatch):
+        return patches[0].summary()
+    networks = [patch for patch in patches if isinstance(patch, NetworkPatch)]
+    return Summary(networks[0].config, tuple(layer for patch in networks for layer in patch.summaries()))
 
 
 def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
@@ -83,32 +90,39 @@ def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
     Raises:
         ValueError: if the model is not patched with `record=True`.
     """
-    patches = _patches_of_patched(model)
-    if not patches[0].config.record:
+    patches = [patch for patch in _patches_of_patched(model) if isinstance(patch, NetworkPatch)]
+    if not patches or not patches[0].config.record:
         raise ValueError("the clusters of the last run were not kept; patch with record=True")
     return tuple(merge for patch in patches for merge in patch.merges())
 
 
-def _config(config: MergeConfig | None, options: dict[str, Any]) -> MergeConfig:
+def _config(config: MergeConfig | ViTConfig | None, options: dict[str, Any]) -> MergeConfig | ViTConfig:
     if config is not None and options:
         raise ValueError(f"give either config or options, got both: {config!r} and {options!r}")
-    if not isinstance(config, MergeConfig | None):
-        raise ValueError(f"config must be a MergeConfig, such as an ATCConfig, got {config!r}")
+    if not isinstance(config, MergeConfig | ViTConfig | None):
+        raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}")
     unknown = options.keys() - ATCConfig.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown option {min(unknown)!r}; ATCConfig has {', '.join(ATCConfig.__dataclass_fields__)}")
     return config or ATCConfig(**options)
 
 
-def _patch_of(network: nn.Module) -> NetworkPatch | None:
+def _patches(networks: dict[str, nn.Module], config: MergeConfig | ViTConfig) -> Mapping[str, Patch]:
+    """A patch for every network that can be merged, not attached yet."""
+    if isinstance(config, ViTConfig):
+        return {name: ViTPatch(network, config) for name, network in networks.items()}
+    return make_patches(networks, config)
+
+
+def _patch_of(network: nn.Module) -> Patch | None:
     return getattr(network, _PATCH, None)
 
 
-def _patches_of(model: object) -> dict[str, NetworkPatch]:
+def _patches_of(model: object) -> dict[str, Patch]:
     return {name: patch for name, network in find_networks(model).items() if (patch := _patch_of(network))}
 
 
-def _patches_of_patched(model: object) -> list[NetworkPatch]:
+def _patches_of_patched(model: object) -> list[Patch]:
     patches = list(_patches_of(model).values())
     if not patches:
         raise ValueError(f"this {type(model).__name__} is not patched; call apply_patch first")

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from atc_diffusion.adapters.vit import ViTConfig, attach
+from atc_diffusion import ViTConfig, patched
 
 METHODS = {"atc": "ATC", "tome": "ToMe", "kmedoids": "K-Medoids", "dpc_knn": "DPC-KNN", "topk": "Top-K", "evit": "EViT"}
 TOME_KEEPS = 50  # percent at least
@@ -57,9 +57,8 @@ class Way:
             return
         options: dict[str, Any] = {"method": self.method, "linkage": self.linkage, "schedule": self.schedule}
         config = ViTConfig(r=None if self.keep is None else self.keep / 100, t=self.remove, **options)
-        patch = attach(model, config)
-        yield
-        patch.remove()
+        with patched(model, config):
+            yield
 
 
 def ways(

@@ -304,8 +304,8 @@ def test_models_that_do_not_fit_are_named(model, options, message):
         ({"r": 60}, "did you mean 0.6"),
         ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, r_keys, features"),
         ({"config": ATCConfig(), "r": 0.5}, "either config or options, got both"),
-        ({"config": {"r": 0.5}}, "config must be a MergeConfig, such as an ATCConfig, got {'r': 0.5}"),
-        ({"config": 0.6}, "config must be a MergeConfig, such as an ATCConfig, got 0.6"),
+        ({"config": {"r": 0.5}}, "config must be a configuration, such as an ATCConfig, got {'r': 0.5}"),
+        ({"config": 0.6}, "config must be a configuration, such as an ATCConfig, got 0.6"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(unet, options, message):

@@ -13,8 +13,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion import agglomerate
-from atc_diffusion.adapters.vit import ViTConfig, attach
+from atc_diffusion import ViTConfig, agglomerate, apply_patch, remove_patch, summary
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
 
@@ -125,7 +124,7 @@ def reference_pruning(model: Any, picture: Tensor, method: str, kept: tuple[int,
 def test_merging_equals_the_forward_written_out(name, method, choice):
     model, config = make(name).double(), ViTConfig(method=method, **choice)
     before = model(pictures().double())
-    kept = [block.kept for block in attach(model, config).summary().blocks]
+    kept = [block.kept for block in summary(apply_patch(model, config)).blocks]
     logits, features = model(pictures().double()), model.forward_features(pictures().double())
     for i, picture in enumerate(pictures().double()):
         detached = copy.deepcopy(MODELS[name]()).double().eval()
@@ -141,7 +140,7 @@ def test_merging_equals_the_forward_written_out(name, method, choice):
 def test_pruning_equals_the_forward_written_out(method):
     model, original = make().double(), make().double()
     original.load_state_dict(model.state_dict())
-    kept = [block.kept for block in attach(model, ViTConfig(method=method, **TWICE)).summary().blocks]
+    kept = [block.kept for block in summary(apply_patch(model, ViTConfig(method=method, **TWICE))).blocks]
     logits = model(pictures().double())
     for i, picture in enumerate(pictures().double()):
         assert close(logits[i], reference_pruning(original, picture, method, tuple(kept)))
@@ -152,13 +151,13 @@ def test_pruning_equals_the_forward_written_out(method):
 def test_keeping_all_and_removal_change_no_bit(name):
     model = make(name)
     before, state = model(pictures()), list(model.state_dict())
-    patch = attach(model, ViTConfig(r=1, blocks=(1, 4)))
+    apply_patch(model, ViTConfig(r=1, blocks=(1, 4)))
     assert torch.equal(model(pictures()), before)
-    patch.remove()
-    patch = attach(model, ViTConfig(**TWICE))
+    remove_patch(model)
+    apply_patch(model, ViTConfig(**TWICE))
     assert not torch.equal(model(pictures()), before)
     assert list(model.state_dict()) == state
-    patch.remove()
+    remove_patch(model)
     assert torch.equal(model(pictures()), before)
 
 
@@ -177,7 +176,7 @@ def test_schedules_leave_what_they_do_not_remove():
     model = make()
     for schedule in ("constant", "linear"):
         config = ViTConfig(t=5, schedule=schedule)
-        blocks = attach(model, config).summary().blocks
+        blocks = summary(apply_patch(model, config)).blocks
         assert [block.tokens - block.kept for block in blocks] == list(config.removed(4))
         assert blocks[-1].kept == 25 - sum(config.removed(4))
 
@@ -185,7 +184,7 @@ def test_schedules_leave_what_they_do_not_remove():
 @pytest.mark.parametrize(("r", "counts"), [(0.25, (49, 12, 3)), (0.5, (98, 49, 24)), (0.7, (137, 96, 67))])
 def test_kept_tokens_are_those_of_the_papers_stages(r, counts):
     model = timm.create_model("deit_tiny_patch16_224", embed_dim=12, depth=12)
-    blocks = attach(model, ViTConfig(r=r)).summary().blocks
+    blocks = summary(apply_patch(model, ViTConfig(r=r))).blocks
     assert [blocks[i].kept for i in (2, 3, 6, 9, 11)] == [196, *counts, counts[-1]]
 
 
@@ -194,7 +193,7 @@ def test_kept_tokens_are_those_of_the_papers_stages(r, counts):
 @pytest.mark.parametrize("normed", [True, False])
 def test_intermediate_feature_maps_have_all_patches(method, normed):
     model = make()
-    attach(model, ViTConfig(method=method, **TWICE))
+    apply_patch(model, ViTConfig(method=method, **TWICE))
     maps = model.forward_intermediates(pictures(), norm=normed, intermediates_only=True)
     assert [tuple(each.shape) for each in maps] == [(2, 16, 5, 5)] * 4
     extra = method in ("topk", "evit")
@@ -205,7 +204,7 @@ def test_intermediate_feature_maps_have_all_patches(method, normed):
 @torch.no_grad()
 def test_intermediate_features_are_those_of_the_forward():
     model = make()
-    attach(model, ViTConfig(**TWICE))
+    apply_patch(model, ViTConfig(**TWICE))
     final, maps = model.forward_intermediates(pictures(), output_fmt="NLC", norm=True)
     assert torch.equal(final, model.forward_features(pictures()))
     assert torch.equal(maps[-1], final[:, 1:])
@@ -214,7 +213,7 @@ def test_intermediate_features_are_those_of_the_forward():
 @pytest.mark.parametrize("method", METHODS)
 def test_training_reaches_every_weight_and_checkpoints_give_the_same_gradients(method):
     model = make()
-    attach(model.train(), ViTConfig(method=method, **TWICE))
+    apply_patch(model.train(), ViTConfig(method=method, **TWICE))
     gradients = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -230,7 +229,7 @@ def test_training_reaches_every_weight_and_checkpoints_give_the_same_gradients(m
 def test_gradients_are_those_of_the_forward_written_out():
     model = make("mae").double()
     original = copy.deepcopy(model)
-    kept = [block.kept for block in attach(model, ViTConfig(**TWICE)).summary().blocks]
+    kept = [block.kept for block in summary(apply_patch(model, ViTConfig(**TWICE))).blocks]
     model(pictures(1).double()).square().sum().backward()
     reference_merging(original, pictures(1)[0].double(), "atc", tuple(kept))[0].square().sum().backward()
     for gradient, expected in zip(model.parameters(), original.parameters(), strict=True):
@@ -241,9 +240,9 @@ def test_gradients_are_those_of_the_forward_written_out():
 def test_a_deep_copy_has_its_own_patch():
     model = make()
     before = model(pictures())
-    patch = attach(model, ViTConfig(**TWICE))
+    apply_patch(model, ViTConfig(**TWICE))
     merged, twin = model(pictures()), copy.deepcopy(model)
-    patch.remove()
+    remove_patch(model)
     assert torch.equal(model(pictures()), before)
     assert torch.equal(twin(pictures()), merged)
 
@@ -251,7 +250,7 @@ def test_a_deep_copy_has_its_own_patch():
 @torch.no_grad()
 def test_threads_share_a_model():
     model = make()
-    attach(model, ViTConfig(**TWICE))
+    apply_patch(model, ViTConfig(**TWICE))
     batches = [torch.randn(1 + i % 3, 3, 20, 20) for i in range(24)]
     expected = [model(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -271,7 +270,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_model_compiles_and_threads_share_it(method):
     model = make()
-    attach(model, ViTConfig(method=method, **TWICE))
+    apply_patch(model, ViTConfig(method=method, **TWICE))
     batches = [torch.randn(2, 3, 20, 20) for _ in range(4)]
     expected = [model(batch) for batch in batches]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -284,7 +283,7 @@ def test_the_whole_model_compiles_and_threads_share_it(method):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_trains():
     model = make()
-    attach(model, ViTConfig(**TWICE))
+    apply_patch(model, ViTConfig(**TWICE))
     gradients = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -296,7 +295,7 @@ def test_a_compiled_model_trains():
 @torch.no_grad()
 def test_half_precision_and_autocast_stay_near():
     model = VisionTransformer(**SIZES).eval()  # timm's own small weights
-    attach(model, ViTConfig(t=2))
+    apply_patch(model, ViTConfig(t=2))
     expected = model(pictures())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(model(pictures()).float(), expected, atol=0.05)
@@ -335,17 +334,17 @@ def test_bad_choices_are_refused_in_one_sentence(options, message):
 )
 def test_models_that_do_not_fit_are_refused_before_anything_changes(model, options, message):
     with pytest.raises(ValueError, match=message):
-        attach(model(), ViTConfig(**options))
+        apply_patch(model(), ViTConfig(**options))
 
 
 def test_masks_over_all_tokens_are_refused():
     model = make()
-    attach(model, ViTConfig(t=2))
+    apply_patch(model, ViTConfig(t=2))
     with pytest.raises(ValueError, match="attn_mask and is_causal are for all tokens"):
         model(pictures(), attn_mask=torch.zeros(26, 26))
 
 
 def test_the_summary_prints_a_row_for_every_block():
-    lines = str(attach(make(), ViTConfig(**TWICE)).summary()).splitlines()
+    lines = str(summary(apply_patch(make(), ViTConfig(**TWICE)))).splitlines()
     assert lines[0].startswith("ViTConfig(method='atc', r=0.6, blocks=(2, 3)")
     assert [line.split() for line in lines[2:4]] == [["blocks.0", "25", "25"], ["blocks.1", "25", "15"]]

@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters.vit_blocks import BlockHooks
 from atc_diffusion.adapters.vit_config import PRUNING, ViTConfig
-
-__all__ = ["BlockSummary", "ViTConfig", "ViTPatch", "ViTSummary", "attach"]
 
 
 @dataclass(frozen=True)
@@ -35,35 +32,34 @@ class ViTSummary:
 
 
 class ViTPatch:
-    """The hooks on one VisionTransformer. They are PyTorch's own, so a deep copy of the model has its own patch."""
-
-    def __init__(self, model: Any, config: ViTConfig) -> None:
-        self.config = config
-        self.depth = len(model.blocks)
-        self.num_patches: int = model.patch_embed.num_patches
-        self.handles: list[RemovableHandle] = []
-        for index, block in enumerate(model.blocks):
-            self.handles += BlockHooks(config, index, self.depth, model.num_prefix_tokens).attach(block)
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def summary(self) -> ViTSummary:
-        kept = self.config.kept(self.num_patches, self.depth)
-        numbers = zip((self.num_patches, *kept), kept, strict=False)
-        return ViTSummary(self.config, tuple(BlockSummary(f"blocks.{i}", *each) for i, each in enumerate(numbers)))
-
-
-def attach(model: nn.Module, config: ViTConfig) -> ViTPatch:
-    """Merge tokens in every forward call of `model` from now on.
+    """Merging in one VisionTransformer. The hooks are PyTorch's own, so a deep copy of it has its own patch.
 
     Raises:
         ValueError: for a model or a block that is not timm's, a block that is not there, or a pruning method where
-            no class token decides the output. The model is then as it was.
+            no class token decides the output.
     """
-    _check(model, config)
-    return ViTPatch(model, config)
+
+    def __init__(self, model: Any, config: ViTConfig) -> None:
+        _check(model, config)
+        self.config = config
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        blocks = self._model.blocks
+        for index, block in enumerate(blocks):
+            hooks = BlockHooks(self.config, index, len(blocks), self._model.num_prefix_tokens)
+            self._handles += hooks.attach(block)
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def summary(self) -> ViTSummary:
+        patches: int = self._model.patch_embed.num_patches
+        kept = self.config.kept(patches, len(self._model.blocks))
+        numbers = zip((patches, *kept), kept, strict=False)
+        return ViTSummary(self.config, tuple(BlockSummary(f"blocks.{i}", *each) for i, each in enumerate(numbers)))
 
 
 def _check(model: Any, config: ViTConfig) -> None:
