@@ -16,6 +16,14 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
+VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +40,9 @@ def unet() -> UNet2DConditionModel:
 @pytest.fixture
 def components(unet: UNet2DConditionModel) -> dict[str, Any]:
     """What a Stable Diffusion pipeline needs beside a prompt's embedding."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
     return {
         "unet": unet,
-        "vae": vae.eval(),
+        "vae": AutoencoderKL(**VAE).eval(),
         "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         "text_encoder": None,
         "tokenizer": None,

@@ -42,8 +42,7 @@ PIXART: dict[str, Any] = {
 }
 SD3: dict[str, Any] = {
     "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
+    "in_channels": 16,
     "num_layers": 3,
     "attention_head_dim": 8,
     "num_attention_heads": 2,
@@ -53,14 +52,10 @@ SD3: dict[str, Any] = {
     "pos_embed_max_size": 16,
 }
 SD35: dict[str, Any] = SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
-SD3_CONTROLNET: dict[str, Any] = {k: v for k, v in SD3.items() if k != "out_channels"} | {
-    "num_layers": 2,
-    "extra_conditioning_channels": 1,
-}
+SD3_CONTROLNET: dict[str, Any] = SD3 | {"num_layers": 2}
 SD35_LARGE_CONTROLNET: dict[str, Any] = SD3_CONTROLNET | {
     "joint_attention_dim": None,
     "use_pos_embed": False,
-    "extra_conditioning_channels": 0,
 }
 CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 
@@ -153,15 +148,14 @@ def pixart_inputs(height: int, width: int) -> dict[str, Any]:
 
 def sd3_inputs(height: int, width: int) -> dict[str, Any]:
     return {
-        "hidden_states": draw(2, 4, height, width),
+        "hidden_states": draw(2, 16, height, width),
         "encoder_hidden_states": draw(2, 5, 12),
         "pooled_projections": draw(2, 10),
     }
 
 
 def sd3_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
-    """Latents of the condition and a mask."""
-    return sd3_inputs(height, width) | {"controlnet_cond": draw(2, 5, height, width)}
+    return sd3_inputs(height, width) | {"controlnet_cond": draw(2, 16, height, width)}
 
 
 def sd35_large_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
@@ -169,7 +163,7 @@ def sd35_large_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
     return {
         "hidden_states": draw(2, height * width // 4, 16),
         "pooled_projections": draw(2, 10),
-        "controlnet_cond": draw(2, 4, height, width),
+        "controlnet_cond": draw(2, 16, height, width),
     }
 
 
