@@ -20,8 +20,8 @@ expect.set_options(timeout=SECONDS)
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Where the page is served, by the command of the README with fewer steps."""
-    command = [sys.executable, str(APP), "--steps", "3", "--prompts", "fox", "penguin"]
+    """Where the page is served, by the command of the README with fewer steps and pixels."""
+    command = [sys.executable, str(APP), "--steps", "3", "--size", "64", "--prompts", "fox", "penguin"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
