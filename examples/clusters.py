@@ -33,8 +33,6 @@ METHODS: dict[str, Callable[..., MergeConfig]] = {
     "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
     "k-medoids": KMedoidsConfig,
     "dpc-knn": DPCKNNConfig,
-    "kmedoids": KMedoidsConfig,
-    "dpc-knn": DPCKNNConfig,
 }
 
 
