@@ -31,7 +31,7 @@ from atc_diffusion.clustering import LINKAGES
 METHODS: dict[str, Callable[..., MergeConfig]] = {
     **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage) for linkage in LINKAGES},
     "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
-    "k-medoids": KMedoidsConfig,
+    "kmedoids": KMedoidsConfig,
     "dpc-knn": DPCKNNConfig,
 }
 
