@@ -90,14 +90,14 @@ def _report(progress: gr.Progress, cancelled: threading.Event, steps: int, name:
     progress((done, steps), desc=f"{name} picture", unit="steps")
 
 
-def build(runs: Runs, prompts: list[str], steps: int) -> gr.Blocks:
+def build(runs: Runs, prompts: list[str], steps: int, size: int) -> gr.Blocks:
     """The page; a visitor's runs are kept for as long as the tab is open."""
     with gr.Blocks(title="Token merging", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         history, index = gr.State([]), gr.State(0)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                inputs = fields(prompts[0], steps, runs.studio.size)
+                inputs = fields(prompts[0], steps, size)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
                     stop = gr.Button("Cancel", min_width=100, elem_id="cancel")
@@ -153,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help="to begin with and to offer")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with")
+    parser.add_argument("--size", type=int, help="side in pixels to begin with (default: the model's)")
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
@@ -162,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     studio = Studio(load(args.model), guidance_scale=args.guidance)
-    page = build(Runs(studio), args.prompts, args.steps)
+    page = build(Runs(studio), args.prompts, args.steps, args.size or studio.size)
     page.launch(
         server_name=args.host,
         server_port=args.port,

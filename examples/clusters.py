@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0 (default: the middle and the last)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the pictures")
     args = parser.parse_args()
@@ -93,6 +94,8 @@ def draw(pipe: Any, args: argparse.Namespace, method: str, keep: float) -> Run |
     with patched(pipe, config):
         picture = pipe(
             args.prompt,
+            height=args.size,
+            width=args.size,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             generator=torch.Generator().manual_seed(args.seed),

@@ -14,22 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
+from pipeline import EMOJI, load
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
 from atc_diffusion.clustering import LINKAGES
 
 UNMERGED = (1.0, 1.0)
 
-EMOJI = Path(__file__).parent / "emoji_diffusion"
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(EMOJI), help="hub id or folder of a diffusers pipeline")
+    parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin"])
     keep = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 100/10 50/10)"
     parser.add_argument("--keep", nargs="+", type=shares, default=[(1.0, 0.1), (0.5, 0.1)], help=keep)
@@ -79,20 +75,6 @@ def describe(queries: float, keys: float) -> str:
     if (queries, keys) == UNMERGED:
         return "unmerged"
     return f"{queries:.0%} of tokens" if queries == keys else f"{queries:.0%} of queries, {keys:.0%} of keys"
-
-
-def load(model: str) -> Any:
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model)
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot load {model!r}; give a folder with a pipeline, or go online ({reason})") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, dtype)
 
 
 def draw(pipe: Any, args: argparse.Namespace, steps: int) -> tuple[list[Image.Image], float]:

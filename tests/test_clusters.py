@@ -40,19 +40,23 @@ def test_the_partition_of_a_step_is_the_newest_until_then():
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "count"),
+    ("config", "tokens", "kept"),
     [
-        (ATCConfig(r=0.25), "all tokens", 256),
-        (ATCConfig(r=1, r_keys=0.1), "keys and values", 102),
-        (ToMeConfig(r=0.5), "all tokens", 512),
+        (ATCConfig(r=0.25), "all tokens", 0.25),
+        (ATCConfig(r=1, r_keys=0.1), "keys and values", 0.1),
+        (ToMeConfig(r=0.5), "all tokens", 0.5),
     ],
 )
-def test_every_merged_layer_has_its_partition(studio, config, tokens, count):
+def test_every_merged_layer_has_its_partition(studio, config, tokens, kept):
     with patched(studio.pipe, replace(config, record=True)):
-        studio.pipe("fox", num_inference_steps=1)
+        studio.pipe("fox", height=64, width=64, num_inference_steps=1)
         found, layers = partitions(studio.pipe), [f"unet.{layer.name}" for layer in summary(studio.pipe).layers]
     assert [(each.layer, each.tokens, each.step) for each in found] == [(layer, tokens, 0) for layer in layers]
-    assert all(each.labels.shape == (32, 32) and len(each.sizes) == count and each.sizes.min() > 0 for each in found)
+    for labels, sizes in ((each.labels, each.sizes) for each in found):
+        height, width = labels.shape
+        assert height == width
+        assert len(sizes) == round(kept * labels.size)
+        assert sizes.min() > 0
 
 
 def test_a_comparison_draws_both_and_names_every_step(studio):
@@ -93,7 +97,7 @@ def test_the_line_of_code_makes_the_configuration(preset, shares):
 
 
 def test_clusters_writes_a_picture_and_a_histogram_for_each_layer_and_step(tmp_path, monkeypatch):
-    options = "--method atc-average tome --keep 25 10 --steps 2 --at 1 --layers down_blocks.0.attentions.1"
+    options = "--method atc-average tome --keep 25 10 --steps 2 --size 64 --at 1 --layers down_blocks.0.attentions.1"
     run_clusters(monkeypatch, *options.split(), "--out", str(tmp_path))
     layer = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1"
     written = sorted(path.name for path in tmp_path.iterdir())
