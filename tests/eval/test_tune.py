@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import DeepCache
 import pandas as pd
 import pytest
+from configurations import Configuration
 from diffusers import StableDiffusionPipeline
 from generate import Sampler
+from rivals import Rival
+from trials import promising
 from tune import advice, main
 
 import atc_diffusion
@@ -44,9 +48,9 @@ def test_it_compares_says_what_to_use_and_writes_both_files(
     assert [row["ratio"] for row in rows if row["method"] == "unmerged"] == [1.0]
     assert all(row["psnr"] > 10 for row in rows if row["method"] != "unmerged")
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    for line in filter(None, (row["code"] for row in rows)):
-        exec(line, {"atc_diffusion": atc_diffusion, "pipe": pipe})
-    assert (tmp_path / "t.html").read_text().count("<img ") == 2 * len(rows)
+    for lines in filter(None, (row["code"] for row in rows)):
+        exec(lines, {"atc_diffusion": atc_diffusion, "DeepCache": DeepCache, "pipe": pipe})
+    assert (tmp_path / "t.html").read_text().count("<img ") == sum(row["pictures"] for row in rows) > len(rows)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -78,6 +82,15 @@ def test_stopped_too_early_it_says_so(options: list[str], monkeypatch: pytest.Mo
     interrupt(monkeypatch, after=1)
     with pytest.raises(SystemExit, match="stopped before anything could be compared"):
         main(options)
+
+
+def test_the_next_prompts_leave_out_what_is_slow_or_far() -> None:
+    ways = [Configuration(rival=Rival("steps", steps)) for steps in (14, 10, 7, 5)]
+    figures = {"psnr": [float("nan"), 36.0, 34.0, 50.0], "ratio": [1.0, 0.7, 0.5, 1.1]}
+    names = {"method": [each.label for each in ways], "setting": [each.setting for each in ways]}
+    results = pd.DataFrame(names | figures)
+    assert promising(results, ways, within=40) == [Configuration(), ways[1]]
+    assert promising(results, ways, within=45) == []
 
 
 def test_the_fastest_merging_that_is_near_enough_is_advised() -> None:
