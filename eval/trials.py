@@ -49,8 +49,7 @@ def measure(
         for picture in pictures:
             for configuration in configurations:
                 bar.set_description(f"{configuration.label} {configuration.setting}"[:40].strip())
-                trials.append(draw(sampler, configuration, picture))
-                bar.update()
+                trials += try_to_draw(sampler, configuration, picture, bar)
             configurations = promising(compare(trials), configurations, within)
             bar.total = bar.n + len(configurations) * (len(pictures) - 1 - pictures.index(picture))
     except KeyboardInterrupt:
@@ -68,6 +67,19 @@ def promising(results: pd.DataFrame, configurations: Sequence[Configuration], wi
     names = set(zip(good["method"], good["setting"], strict=True))
     left = [each for each in configurations if (each.label, each.setting) in names]
     return [Configuration(), *left] if left else []
+
+
+def try_to_draw(sampler: Sampler, configuration: Configuration, picture: Picture, bar: tqdm) -> list[Trial]:
+    """The trial, or none if this way of drawing fails on this model or device; the unmerged model must not."""
+    try:
+        return [draw(sampler, configuration, picture)]
+    except (RuntimeError, AttributeError, KeyError, ValueError) as error:
+        if configuration.is_unmerged:
+            raise
+        bar.write(f"left out {configuration.label} ({configuration.setting}), which fails here: {error}")
+        return []
+    finally:
+        bar.update()
 
 
 def draw(sampler: Sampler, configuration: Configuration, picture: Picture) -> Trial:

@@ -8,13 +8,14 @@ import DeepCache
 import pandas as pd
 import pytest
 from configurations import Configuration
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from generate import Sampler
 from rivals import Rival
 from trials import promising
 from tune import advice, main
 
 import atc_diffusion
+from tests.conftest import UNET
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ def test_it_compares_says_what_to_use_and_writes_both_files(
     for lines in filter(None, (row["code"] for row in rows)):
         exec(lines, {"atc_diffusion": atc_diffusion, "DeepCache": DeepCache, "pipe": pipe})
     assert (tmp_path / "t.html").read_text().count("<img ") == sum(row["pictures"] for row in rows) > len(rows)
+
+
+def test_a_rival_that_fails_on_the_model_is_left_out(
+    options: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepCache needs a middle block."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.unet = UNet2DConditionModel(**UNET, mid_block_type=None)
+    pipe.save_pretrained(model)
+    main([*options, "--prompt", "ant", "--steps", "2"])
+    said = capsys.readouterr()
+    assert "left out DeepCache (every 2 steps), which fails here: " in said.out + said.err
+    assert "ATC average" in said.out
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
