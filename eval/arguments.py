@@ -64,13 +64,13 @@ def add_way_options(group: argparse._ArgumentGroup) -> None:
     default = [(keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)]
     add("--keep", type=_argument(parse_shares), nargs="+", default=default, metavar="PERCENT", help=percent)
     methods = (
-        "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; none: only the "
-        "unmerged model, which is always drawn (default: paper)"
+        "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; kmedoids and "
+        "dpc-knn: the paper's other baselines; none: only the unmerged model, which is always drawn (default: paper)"
     )
     add("--method", nargs="+", choices=[*METHODS, "none"], default=["paper"], help=methods)
     sets = (
         "fields of ATCConfig with the values to try, such as linkage=average,ward refresh_every=3,5; all combinations "
-        "are drawn; ToMe takes the fields that it has"
+        "are drawn; other methods take the fields that they have"
     )
     add("--set", nargs="+", default=[], metavar="FIELD=VALUES", help=sets)
     rivals = (

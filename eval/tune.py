@@ -4,36 +4,30 @@
     python eval/tune.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 1024 --within 40
 
 Draws a few prompts unmerged, with merging of several strengths, with fewer steps, and with DeepCache if it is
-installed, one picture of each in turn, and compares time and pictures. Ctrl-C stops early and reports what was
-measured.
+installed, one picture of each in turn, and compares time and pictures. What is slow or far from the unmerged picture is
+drawn for the first prompt only. Ctrl-C stops early and reports what was measured.
 """
 
 import argparse
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from accelerate import PartialState
 from arguments import DEMO, add_device, positive
 from configurations import Configuration
 from generate import Sampler, device_name, load_pipeline, make_sampling, versions
-from interleaved import warm_up
 from page import Page, Section, Shown
 from pictures import Picture, write_atomically
-from PIL import Image
 from plots import plot_fidelity
-from results import on_frontier
 from rivals import Rival
-from scores import psnr, ssim
-from tqdm import tqdm
+from trials import Trial, compare, figures, measure
 
 from atc_diffusion import ATCConfig, patched
 
@@ -42,17 +36,8 @@ DEMO_PROMPTS = ["red apple", "penguin"]
 FASTER = 0.97  # of the unmerged time; anything nearer to 1 may be noise
 TEXT = """\
 Median seconds per picture, and the median ratio to the unmerged picture of the same prompt; PSNR and SSIM to that
-picture, means over the prompts. A star marks the frontier: nothing else tried is both as fast and closer."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One picture, and the seconds it took."""
-
-    configuration: Configuration
-    picture: Picture
-    image: Image.Image
-    seconds: float
+picture, means over the prompts. What was slower than the unmerged model or far from it was drawn for the first prompt
+only. A star marks the frontier: nothing else tried is both as fast and closer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,11 +77,10 @@ def run(args: argparse.Namespace) -> None:
     pictures = [Picture(number, 0, prompt, args.seed + number) for number, prompt in enumerate(prompts)]
     with patched(sampler.pipe, ATCConfig.fast()):
         pass  # a model that cannot be merged is refused before anything is drawn
-    trials = measure(sampler, ladder(args.steps, is_unet=hasattr(sampler.pipe, "unet")), pictures)
+    trials = measure(sampler, ladder(args.steps, is_unet=hasattr(sampler.pipe, "unet")), pictures, args.within)
     results = compare(trials)
     print(written(results).to_string(index=False))
-    words, line = advice(results, args.within)
-    print(f"\n{words}", *([f"\n    {line}"] if line else []), sep="\n")
+    print("", *advice(results, args.within), sep="\n")
     report(args, trials, results, device_name(state.device))
 
 
@@ -118,74 +102,8 @@ def ladder(steps: int, is_unet: bool) -> list[Configuration]:
     return list(dict.fromkeys(ways))
 
 
-def measure(sampler: Sampler, configurations: Sequence[Configuration], pictures: Sequence[Picture]) -> list[Trial]:
-    """Draw every picture with every configuration in turn, until Ctrl-C.
-
-    Raises:
-        KeyboardInterrupt: if it comes before there is anything to compare.
-    """
-    trials: list[Trial] = []
-    bar = tqdm(total=len(pictures) * len(configurations), unit="picture")
-    try:
-        bar.set_description("warming up")
-        warm_up(sampler, configurations, pictures[:1])
-        for picture in pictures:
-            for configuration in configurations:
-                bar.set_description(f"{configuration.label} {configuration.setting}"[:40].strip())
-                trials.append(draw(sampler, configuration, picture))
-                bar.update()
-    except KeyboardInterrupt:
-        if len(trials) < 2:
-            raise
-        bar.write("stopped; what follows is what was measured so far")
-    finally:
-        bar.close()
-    return trials
-
-
-def draw(sampler: Sampler, configuration: Configuration, picture: Picture) -> Trial:
-    start = time.perf_counter()
-    [image] = sampler.draw(configuration, [picture])
-    return Trial(configuration, picture, image, time.perf_counter() - start)
-
-
-def compare(trials: Sequence[Trial]) -> pd.DataFrame:
-    """A row for every configuration, the fastest first: method, setting, seconds, ratio, psnr, ssim, code, frontier.
-
-    `psnr` and `ssim` are to the unmerged picture, means over the prompts; seconds and ratio are medians.
-    """
-    unmerged = {trial.picture: trial for trial in trials if trial.configuration.is_unmerged}
-    rows = pd.DataFrame([_figures(trial, unmerged[trial.picture]) for trial in trials])
-    how = {"seconds": "median", "ratio": "median", "psnr": "mean", "ssim": "mean", "code": "first"}
-    results = rows.groupby(["method", "setting"], sort=False).agg(how).reset_index().sort_values("ratio")
-    return results.assign(frontier=on_frontier(results["ratio"], results["psnr"]))
-
-
-def _figures(trial: Trial, unmerged: Trial) -> dict[str, object]:
-    images = [np.asarray(each.image.convert("RGB"), np.float64) for each in (trial, unmerged)]
-    return {
-        "method": trial.configuration.label,
-        "setting": trial.configuration.setting,
-        "seconds": trial.seconds,
-        "ratio": trial.seconds / unmerged.seconds,
-        "psnr": float("nan") if trial is unmerged else psnr(*images),
-        "ssim": float("nan") if trial is unmerged else ssim(*images),
-        "code": code(trial.configuration),
-    }
-
-
-def code(configuration: Configuration) -> str:
-    """The line that merges so; "" for a rival alone."""
-    merge = configuration.merge
-    if merge is None:
-        return ""
-    default = type(merge)()
-    changed = [field.name for field in fields(merge) if getattr(merge, field.name) != getattr(default, field.name)]
-    return f"atc_diffusion.apply_patch(pipe, {', '.join(f'{name}={getattr(merge, name)!r}' for name in changed)})"
-
-
 def advice(results: pd.DataFrame, within: float) -> tuple[str, str]:
-    """What to do, in words, and the line of code to paste ("" where merging does not pay)."""
+    """What to do, in words, and the lines of code to paste ("" where merging does not pay)."""
     good = results[(results["psnr"] >= within) & (results["ratio"] < FASTER)].sort_values("ratio")
     merging, rivals = good[good["code"] != ""], good[good["code"] == ""]
     rival = f" {_sentence(rivals.iloc[0])}." if len(rivals) else ""
@@ -206,7 +124,7 @@ def _sentence(row: pd.Series) -> str:
 def written(results: pd.DataFrame) -> pd.DataFrame:
     """`results` as a table of texts."""
     columns = {"seconds": ("s/picture", 2), "ratio": ("ratio", 2), "psnr": ("PSNR (dB)", 1), "ssim": ("SSIM", 3)}
-    table = results[["method", "setting"]].copy()
+    table = results[["method", "setting", "pictures"]].copy()
     for column, (name, digits) in columns.items():
         table[name] = results[column].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna("")
     return table.assign(frontier=results["frontier"].map({True: "*", False: ""}))
@@ -230,10 +148,10 @@ def report(args: argparse.Namespace, trials: Sequence[Trial], results: pd.DataFr
 
 
 def make_page(trials: Sequence[Trial], results: pd.DataFrame, conditions: dict[str, str], within: float) -> Page:
-    words, line = advice(results, within)
+    words, lines = advice(results, within)
     plot = plot_fidelity(results[results["psnr"].notna()])
     sections = [
-        Section("What to use", words, code=line),
+        Section("What to use", words, code=lines),
         Section("Time and fidelity", TEXT, table=written(results), figure=plot),
     ]
     for picture in dict.fromkeys(trial.picture for trial in trials):
@@ -244,10 +162,10 @@ def make_page(trials: Sequence[Trial], results: pd.DataFrame, conditions: dict[s
 
 
 def _caption(trial: Trial, unmerged: Trial) -> str:
-    figures = _figures(trial, unmerged)
+    row = figures(trial, unmerged)
     if trial is unmerged:
         return f"unmerged: {trial.seconds:.2f} s"
-    return f"{figures['method']} {figures['setting']}: {figures['ratio']:.2f} of the time, {figures['psnr']:.1f} dB"
+    return f"{row['method']} {row['setting']}: {row['ratio']:.2f} of the time, {row['psnr']:.1f} dB"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import DeepCache
 import pandas as pd
 import pytest
-from diffusers import StableDiffusionPipeline
+from configurations import Configuration
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from generate import Sampler
+from rivals import Rival
+from trials import promising
 from tune import advice, main
 
 import atc_diffusion
+from tests.conftest import UNET
 
 
 @pytest.fixture
@@ -44,9 +49,22 @@ def test_it_compares_says_what_to_use_and_writes_both_files(
     assert [row["ratio"] for row in rows if row["method"] == "unmerged"] == [1.0]
     assert all(row["psnr"] > 10 for row in rows if row["method"] != "unmerged")
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    for line in filter(None, (row["code"] for row in rows)):
-        exec(line, {"atc_diffusion": atc_diffusion, "pipe": pipe})
-    assert (tmp_path / "t.html").read_text().count("<img ") == 2 * len(rows)
+    for lines in filter(None, (row["code"] for row in rows)):
+        exec(lines, {"atc_diffusion": atc_diffusion, "DeepCache": DeepCache, "pipe": pipe})
+    assert (tmp_path / "t.html").read_text().count("<img ") == sum(row["pictures"] for row in rows) > len(rows)
+
+
+def test_a_rival_that_fails_on_the_model_is_left_out(
+    options: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepCache needs a middle block."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.unet = UNet2DConditionModel(**UNET, mid_block_type=None)
+    pipe.save_pretrained(model)
+    main([*options, "--prompt", "ant", "--steps", "2"])
+    said = capsys.readouterr()
+    assert "left out DeepCache (every 2 steps), which fails here: " in said.out + said.err
+    assert "ATC average" in said.out
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -78,6 +96,15 @@ def test_stopped_too_early_it_says_so(options: list[str], monkeypatch: pytest.Mo
     interrupt(monkeypatch, after=1)
     with pytest.raises(SystemExit, match="stopped before anything could be compared"):
         main(options)
+
+
+def test_the_next_prompts_leave_out_what_is_slow_or_far() -> None:
+    ways = [Configuration(rival=Rival("steps", steps)) for steps in (14, 10, 7, 5)]
+    figures = {"psnr": [float("nan"), 36.0, 34.0, 50.0], "ratio": [1.0, 0.7, 0.5, 1.1]}
+    names = {"method": [each.label for each in ways], "setting": [each.setting for each in ways]}
+    results = pd.DataFrame(names | figures)
+    assert promising(results, ways, within=40) == [Configuration(), ways[1]]
+    assert promising(results, ways, within=45) == []
 
 
 def test_the_fastest_merging_that_is_near_enough_is_advised() -> None:
