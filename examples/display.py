@@ -1,5 +1,6 @@
 """What the page shows of a run, and of all runs of a visitor."""
 
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ def show(history: list[Comparison], index: int = 0) -> Any:
         (enlarge(run.unmerged), enlarge(run.merged)),
         numbers(run),
         run.settings.code,
-        f"### Absolute difference, {run.gain} times as strong",
+        "### No difference" if run.psnr == inf else f"### Absolute difference, {run.gain} times as strong",
         enlarge(run.difference, Image.Resampling.NEAREST),
         gr.Dropdown(names, value=name),
         gr.Slider(maximum=max(1, last), value=last),
@@ -80,7 +81,7 @@ def numbers(run: Comparison) -> str:
 
 
 def nearness(run: Comparison) -> str:
-    return "equal" if run.psnr == float("inf") else f"{run.psnr:.1f} dB"
+    return "equal" if run.psnr == inf else f"{run.psnr:.1f} dB"
 
 
 def enlarge(picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:

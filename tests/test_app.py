@@ -108,7 +108,7 @@ def test_a_visitor_draws_changes_the_share_and_looks_back(visitors):
     assert number(tiles["of the time"]) == pytest.approx(
         100 * number(tiles["merged"]) / number(tiles["unmerged"]), rel=0.1
     )
-    assert 60 > number(tiles["PSNR"]) > 20  # an unrelated picture is at about 10 dB
+    assert number(tiles["PSNR"]) > 15  # an unrelated picture is at about 10 dB
     assert 1 >= number(tiles["SSIM"]) > 0.8
     expect(code(page)).to_have_text("apply_patch(pipe, ATCConfig(r=0.6))")
     assert share_of_clusters(page) == pytest.approx(0.6, abs=0.01)
