@@ -96,7 +96,7 @@ def equal_fidelity_section(study: Study) -> Section | None:
         return None
     columns = {f"{psnr} dB": study.frame[1:].query("psnr >= @psnr") for psnr in NEARNESS}
     best = {name: rows.loc[rows.groupby("method")["ratio"].idxmin()] for name, rows in columns.items()}
-    text = EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)
+    text = f"{EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)} {_first(best, 'ratio', least=True)}"
     return Section("Speed at equal fidelity", text, table=_by_method(study, best, "ratio", 2))
 
 
@@ -106,7 +106,15 @@ def equal_seconds_section(study: Study) -> Section | None:
         return None
     columns = {f"{ratio:g} of the time": study.frame[1:].query("ratio <= @ratio") for ratio in RATIOS}
     best = {name: rows.loc[rows.groupby("method")["psnr"].idxmax()] for name, rows in columns.items()}
-    return Section("Fidelity at equal time", EQUAL_SECONDS_TEXT, table=_by_method(study, best, "psnr", 1))
+    text = f"{EQUAL_SECONDS_TEXT} {_first(best, 'psnr', least=False)}"
+    return Section("Fidelity at equal time", text, table=_by_method(study, best, "psnr", 1))
+
+
+def _first(columns: dict[str, pd.DataFrame], value: str, least: bool) -> str:
+    """Who is first in each column: the method whose `value` is the least, or the greatest."""
+    ordered = {name: rows.sort_values(value, ascending=least) for name, rows in columns.items() if len(rows)}
+    first = [f"{rows['method'].iloc[0]} ({name})" for name, rows in ordered.items()]
+    return f"First: {'; '.join(first) or 'none'}."
 
 
 def _by_method(study: Study, columns: dict[str, pd.DataFrame], value: str, digits: int) -> pd.DataFrame:

@@ -92,10 +92,9 @@ def ladder(steps: int, is_unet: bool) -> list[Configuration]:
         ATCConfig.fast(0.25),
         ATCConfig(r=0.5, r_keys=0.1),
         ATCConfig.fast(0.05),
-        ATCConfig(r=0.25, r_keys=0.1),
         *([replace(fast, max_downsample=8)] if is_unet else []),
     ]
-    rivals = [Rival("steps", max(1, round(share * steps))) for share in (0.7, 0.5, 0.85)]
+    rivals = [Rival("steps", max(1, round(share * steps))) for share in (0.7, 0.5)]
     ways = [Configuration(), *map(Configuration, merges), *(Configuration(rival=rival) for rival in rivals)]
     if is_unet and find_spec("DeepCache"):
         ways += [Configuration(rival=Rival("deepcache", 2)), Configuration(fast, Rival("deepcache", 2))]

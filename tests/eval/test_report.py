@@ -99,6 +99,14 @@ def test_fidelity_at_equal_time_is_that_of_the_nearest_setting_that_is_fast_enou
     assert cells(fidelity, ATC) == ["40.0 (50 %)"] * 3
 
 
+def test_the_text_says_which_method_is_first(study: Study) -> None:
+    texts = {section.title: section.text for section in make_page(study).sections}
+    assert texts["Speed at equal fidelity"].endswith(f"First: {ATC} (40 dB); {ATC} (35 dB).")
+    assert texts["Fidelity at equal time"].endswith(
+        f"First: fewer steps (0.8 of the time); {ATC} (0.65 of the time); {ATC} (0.5 of the time)."
+    )
+
+
 def test_sets_without_times_are_not_set_against_time(study: Study, tmp_path: Path) -> None:
     untimed = replace(study, results=[replace(each, timing={}) for each in study.results])
     write_report(untimed, tmp_path)
