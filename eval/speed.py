@@ -1,6 +1,6 @@
-"""Time the clustering and the UNets' steps beside their peers: python eval/speed.py [--device cuda]
+"""Time the clustering and the networks' steps beside their peers: python eval/speed.py [--device cuda]
 
-Prints Markdown tables, each with what it measured. The UNets have their full size and random weights, which do for
+Prints Markdown tables, each with what it measured. The networks have their full size and random weights, which do for
 timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
 medians from one run in which the candidates took turns.
 
@@ -19,10 +19,11 @@ from typing import TextIO
 
 import torch
 from speed_arithmetic import arithmetic_table
-from speed_attention import attention_table
+from speed_attention import HEADS, attention_table
 from speed_clustering import floor_table, growth_table, peers_table
+from speed_models import MODELS
+from speed_step import CANDIDATES, Setting, compiled_table, step_table
 from speed_tables import NOT_MEASURED, Table, write
-from speed_unet import CANDIDATES, UNET, compiled_table, step_table
 
 PARTS = ("arithmetic", "clustering", "growth", "attention", "step", "compile")
 DEFAULTS = {
@@ -30,9 +31,10 @@ DEFAULTS = {
     "cuda": {"parts": PARTS, "model": ["sd15", "sdxl"], "keep": [60, 40, 25], "tokens": [1024, 4096, 16384]},
 }
 SIZES = {
-    "cpu": {"sd15": [512], "sdxl": [1024]},
-    "cuda": {"sd15": [512, 1024, 2048], "sdxl": [1024]},
+    "cpu": {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024]},
+    "cuda": {"sd15": [512, 1024, 2048], "sdxl": [1024], "pixart-sigma": [1024, 2048], "sd3-medium": [1024]},
 }
+DTYPES = {"cpu": "float32", "cuda": "float16"}
 GROWTH = [1024, 2048, 4096, 8192, 16384]
 
 
@@ -62,13 +64,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=list(DEFAULTS), default="cpu", help="(default: cpu)")
     parts = f"of {', '.join(PARTS)} (default: all; CPU: no compile)"
     add("--parts", nargs="+", choices=PARTS, metavar="PART", help=parts)
-    models = f"of {', '.join(UNET)} (default: sd15; GPU: both)"
-    add("--model", nargs="+", choices=list(UNET), metavar="MODEL", help=models)
-    sizes = "pixels a side (default: 512, for SDXL 1024; GPU: sd15 at 512, 1024 and 2048)"
+    models = f"of {', '.join(MODELS)} (default: sd15; GPU: sd15 sdxl)"
+    add("--model", nargs="+", choices=list(MODELS), metavar="MODEL", help=models)
+    blocks = "time so many of a transformer's blocks, which are all alike (default: all)"
+    add("--blocks", type=_positive, metavar="N", help=blocks)
+    dtypes = "of the steps: float32, float16 or bfloat16 (default: float32; GPU: float16)"
+    add("--dtype", choices=["float32", "float16", "bfloat16"], metavar="DTYPE", help=dtypes)
+    sizes = "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)"
     add("--size", nargs="+", type=_pixels, metavar="PIXELS", help=sizes)
     keeps = "percentages of the tokens kept; all but step and attention take the first (default: 60 40; GPU: 60 40 25)"
     add("--keep", nargs="+", type=_percent, metavar="PERCENT", help=keeps)
-    candidates = f"of {', '.join(CANDIDATES)}, beside the unpatched UNet (default: all)"
+    candidates = f"of {', '.join(CANDIDATES)}, beside the unpatched network (default: all that fit it)"
     add("--candidates", nargs="*", choices=CANDIDATES, default=CANDIDATES, metavar="NAME", help=candidates)
     tokens = "sizes of the clustering problems (default: 4096; GPU: 1024 4096 16384)"
     add("--tokens", nargs="+", type=_positive, metavar="N", help=tokens)
@@ -85,6 +91,8 @@ def tables(args: argparse.Namespace) -> Iterator[Table]:
     first, repeats, device = args.keep[0], args.repeats, args.device
     models = [(model, size) for model in args.model for size in args.size or SIZES[device][model]]
     models.sort(key=lambda each: each[1])
+    dtype = getattr(torch, args.dtype or DTYPES[device])
+    settings = [Setting(*each, device, dtype, MODELS[each[0]].blocks and args.blocks) for each in models]
     if "arithmetic" in args.parts:
         yield arithmetic_table(models)
     if "clustering" in args.parts and device == "cuda":
@@ -94,11 +102,12 @@ def tables(args: argparse.Namespace) -> Iterator[Table]:
     if "growth" in args.parts:
         yield growth_table(sorted(set(args.growth_tokens)), first, repeats, device)
     if "attention" in args.parts:
-        yield from (attention_table(model, size, args.keep, repeats, device) for model, size in models)
+        unets = [each for each in models if each[0] in HEADS]
+        yield from (attention_table(model, size, args.keep, repeats, device) for model, size in unets)
     if "step" in args.parts:
-        yield from (step_table(model, size, args.keep, args.candidates, repeats, device) for model, size in models)
+        yield from (step_table(setting, args.keep, args.candidates, repeats) for setting in settings)
     if "compile" in args.parts:
-        yield compiled_table(*models[0], first, repeats, device)
+        yield compiled_table(settings[0], first, repeats)
 
 
 def conditions(device: str) -> str:

@@ -50,7 +50,7 @@ def attention_table(model: str, size: int, keeps: Sequence[int], repeats: int, d
                     _time_attention,
                     heads,
                     num_queries,
-                    ATCConfig(r=keep / 100).num_clusters(num_queries),
+                    ATCConfig(r=keep / 100).num_kept(num_queries, 1, None)[1],
                     repeats,
                     device,
                 ),

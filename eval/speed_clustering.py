@@ -162,7 +162,7 @@ def _time_one(num_tokens: int, keep: int, linkage: str, repeats: int, device: st
 
 
 def clusters(num_tokens: int, keep: int) -> int:
-    return ATCConfig(r=keep / 100).num_clusters(num_tokens)
+    return ATCConfig(r=keep / 100).num_kept(num_tokens, 1, None)[1]
 
 
 def gaussian(batch: int, num_tokens: int) -> Tensor:

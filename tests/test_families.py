@@ -126,7 +126,7 @@ def test_clusters_serve_steps_and_both_parts_of_guidance(family, network):
     for timestep in TIMESTEPS:
         family.run(network, timestep, **first)
     assert {layer.clusterings for layer in summary(network).layers} == {2}
-    shared = [merge.queries.labels for merge in merge_maps(network) if merge.step >= 3]
+    shared = labels_of(network, steps={3, 4, 5})
     assert all(torch.equal(*labels.chunk(2)) for labels in shared)
 
 
@@ -135,8 +135,11 @@ def test_different_pictures_are_never_clustered_as_one(family, network):
     _, second = half_and_half(family)
     for timestep in TIMESTEPS[:2]:
         family.run(network, timestep, **second)
-    labels = [merge.queries.labels for merge in merge_maps(network) if merge.step == 1]
-    assert not any(torch.equal(*each.chunk(2)) for each in labels)
+    assert not any(torch.equal(*labels.chunk(2)) for labels in labels_of(network, steps={1}))
+
+
+def labels_of(network: nn.Module, steps: set[int]) -> list[Tensor]:
+    return [merge.queries.labels for merge in merge_maps(network) if merge.queries and merge.step in steps]
 
 
 def half_and_half(family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -267,7 +270,7 @@ def test_controlnet_xs_is_merged_in_both_of_its_networks():
 
 def test_fused_projections_of_sd3_are_refused_and_work_again_unfused():
     family = FAMILIES["sd3"]
-    network = family.make()
+    network: Any = family.make()
     expected = family.run(apply_patch(network, r=0.5))
     remove_patch(network)
     network.fuse_qkv_projections()
@@ -284,7 +287,7 @@ def test_transformers_compile_whole(name):
     family = FAMILIES[name]
     network = apply_patch(family.make(), r=0.5, r_keys=0.25, refresh_every=2)
     expected = [family.run(network, timestep) for timestep in TIMESTEPS[:3]]
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    compiled: Any = torch.compile(network, fullgraph=True, backend="eager")
     steps = TIMESTEPS.clone()
     for timestep, output in zip(steps, expected, strict=False):
         assert torch.allclose(family.run(compiled, timestep), output, atol=1e-5)

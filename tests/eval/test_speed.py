@@ -2,35 +2,27 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import speed
 import torch
-from diffusers import UNet2DConditionModel
 from speed_arithmetic import self_attention
 from speed_attention import ways
 from speed_clustering import engines, floor, gaussian, same_partition
 from speed_memory import peak_bytes
+from speed_models import MODELS, load, make_inputs
+from speed_step import Candidate, Denoising, Setting, select, share_weights
 from speed_tables import NOT_MEASURED, Rows, Table
 from speed_timing import take_turns
-from speed_unet import UNET as FULL_SIZE
-from speed_unet import Candidate, Denoising, load, make_inputs, select, share_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from atc_diffusion import ATCConfig
 from tests.conftest import UNET
+from tests.families import PIXART, SD3, SDXL
 
-SDXL: dict[str, Any] = UNET | {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 6 * 4 + 12,
-}
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
 
 Run = Callable[[str], list[list[str]]]
@@ -39,8 +31,8 @@ Run = Callable[[str], list[list[str]]]
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     load.cache_clear()
-    monkeypatch.setitem(FULL_SIZE, "sd15", UNET)
-    monkeypatch.setitem(FULL_SIZE, "sdxl", SDXL)
+    for name, config in {"sd15": UNET, "sdxl": SDXL, "pixart-sigma": PIXART, "sd3-medium": SD3}.items():
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=config))
 
 
 @pytest.fixture
@@ -70,22 +62,22 @@ def test_everyone_warms_up_before_anyone_is_timed_and_then_they_alternate() -> N
 
 def test_self_attention_is_a_larger_part_of_larger_pictures(run: Run) -> None:
     small, large = run("--parts arithmetic --model sd15 --size 64 128")
-    assert small[:2] == ["Stable Diffusion v1.5", "64 x 64"]
+    assert small[:2] == ["Stable Diffusion v1.5's UNet", "64 x 64"]
     assert 0 < float(small[3].rstrip("%")) < float(large[3].rstrip("%")) < 100
 
 
 @pytest.mark.usefixtures("_tiny")
-@pytest.mark.parametrize(("model", "finest"), [("sd15", 1), ("sdxl", 2)])
-def test_self_attention_is_counted_as_pytorch_counts_it(model: str, finest: int) -> None:
-    unet = load(model, "cpu")
-    sample, inputs = make_inputs(unet, 64)
+@pytest.mark.parametrize(("model", "levels"), [("sd15", (1, 2)), ("sdxl", (2, 4)), ("pixart-sigma", (2,))])
+def test_self_attention_is_counted_as_pytorch_counts_it(model: str, levels: tuple[int, ...]) -> None:
+    network = load(model, "meta", torch.float32)
+    latents, inputs = make_inputs(model, network, 64)
     with FlopCounterMode(display=False) as counter:
-        unet(sample, 999, **inputs)
+        network(latents, timestep=torch.ones(2, device="meta"), **inputs)
     counted = 0
     for name, operations in counter.get_flop_counts().items():
         if name.endswith(".attn1"):
-            counted += sum(flops for operation, flops in operations.items() if "mm" not in str(operation))
-    assert counted == sum(self_attention(unet, 64, downsample) for downsample in (finest, 2 * finest))
+            counted += sum(flops for operation, flops in operations.items() if str(operation) == "aten.bmm")
+    assert counted == sum(self_attention(network, 64, level) for level in levels)
 
 
 def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
@@ -158,31 +150,51 @@ def test_compiled_steps_have_rows_too(run: Run) -> None:
 
 
 def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> None:
-    assert [str(each) for each in select([60, 20], ["tomesd", "todo"])] == [
+    assert [str(each) for each in select([60, 20], ["tomesd", "todo"], "sd15")] == [
         "unpatched 100 %",
         "tomesd 60 %",
         "todo 25 %",
     ]
 
 
+def test_transformers_have_candidates_of_their_own(run: Run) -> None:
+    table = run("--parts step --model pixart-sigma sd3-medium --blocks 4 --dtype bfloat16")
+    names = ["unpatched", "tome", "atc-paper", "atc", "atc-free", "atc-share-2", "atc-share-4", "atc-fast"]
+    assert [row[1] for row in table] == names * 2
+    assert [row[4] for row in table[:8]] == ["", "4", "4", "1.33", "0", "0.667", "0.333", "1.33"]
+
+
+def denoising(model: str, candidate: Candidate) -> Denoising:
+    return Denoising(setting := Setting(model, 64, "cpu", torch.float32), share_weights(setting.load()), candidate)
+
+
+UNETS = ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"]
+TRANSFORMERS = ["tome", "atc", "atc-share-2", "atc-fast"]
+
+
 @pytest.mark.usefixtures("_tiny")
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-@pytest.mark.parametrize("name", ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("sdxl", name) for name in UNETS),
+        *((model, name) for model in ("pixart-sigma", "sd3-medium") for name in TRANSFORMERS),
+    ],
+)
 def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
-    unet, candidate = load(model, "cpu"), Candidate(name, 25)
-    plain, changed = (Denoising(share_weights(unet), each, 64) for each in (Candidate("unpatched", 100), candidate))
-    changed.sample, changed.inputs = plain.sample, plain.inputs
+    plain, changed = (denoising(model, each) for each in (Candidate("unpatched", 100), Candidate(name, 25)))
+    changed.latents, changed.inputs = plain.latents, plain.inputs
     changed.turn()
     plain.turn()
-    assert torch.equal(plain.output, unet(plain.sample, 999, **plain.inputs).sample)
+    network = plain.setting.load()
+    assert torch.equal(plain.output, network(plain.latents, timestep=torch.tensor([999, 999]), **plain.inputs).sample)
     assert not torch.allclose(changed.output, plain.output, atol=1e-3)
-    assert all(a is b for a, b in zip(unet.parameters(), changed.unet.parameters(), strict=True))
+    assert all(a is b for a, b in zip(network.parameters(), changed.network.parameters(), strict=True))
 
 
 @pytest.mark.usefixtures("_tiny")
 def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speed_unet.ATC", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
-    run = Denoising(share_weights(load("sd15", "cpu")), Candidate("every third", 50), 64)
+    monkeypatch.setattr("speed_step.OURS", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
+    run = denoising("sd15", Candidate("every third", 50))
     for turns in (1, 2, 3):
         run.turn()
         assert next(run.timesteps) == 1000 - 4 * turns  # three steps, and the one that this looks at
@@ -191,18 +203,21 @@ def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("_tiny")
 def test_an_output_that_is_not_finite_is_refused() -> None:
-    run = Denoising(share_weights(load("sd15", "cpu")), Candidate("unpatched", 100), 64)
-    run.sample = run.sample * torch.inf
+    run = denoising("sd15", Candidate("unpatched", 100))
+    run.latents = run.latents * torch.inf
     run.turn()
     with pytest.raises(ValueError, match="the output of unpatched 100 % is not finite"):
         run.check_output()
 
 
-@pytest.mark.parametrize(("model", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
-def test_the_unets_have_full_size(model: str, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("sd15", 859_520_964), ("sdxl", 2_567_463_684), ("pixart-sigma", 610_856_096), ("sd3-medium", 2_028_328_000)],
+)
+def test_the_networks_have_full_size(model: str, parameters: int) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**FULL_SIZE[model])
-    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+        network = MODELS[model].build()
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""The networks that are timed: full size, random weights, and inputs of one picture under guidance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+BATCH = 2  # a picture under guidance
+Draw = Callable[..., Tensor]
+Inputs = dict[str, Any]
+
+UNET: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+PIXART_SIGMA: dict[str, Any] = {
+    "sample_size": 128,
+    "interpolation_scale": 2,
+    "caption_channels": 4096,
+    "use_additional_conditions": False,
+}
+SD3_MEDIUM: dict[str, Any] = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to be timed.
+
+    Attributes:
+        title: its name in tables.
+        kind: its class.
+        config: arguments of the class.
+        text: what it is given beside latents and the timestep, `text(network, draw, pixels)`.
+        channels: of the latents.
+        blocks: how many it has, where all are alike; None: they are not.
+    """
+
+    title: str
+    kind: type[nn.Module]
+    config: dict[str, Any]
+    text: Callable[[Any, Draw, int], Inputs]
+    channels: int = 4
+    blocks: int | None = None
+
+    def build(self, blocks: int | None = None) -> Any:
+        """The network, of its first `blocks` if not None."""
+        depth = {} if blocks is None else {"num_layers": blocks}
+        return self.kind(**self.config | depth)
+
+
+def _unet_text(unet: Any, draw: Draw, pixels: int) -> Inputs:
+    inputs: Inputs = {"encoder_hidden_states": draw(BATCH, 77, unet.config.cross_attention_dim)}
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        times = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * BATCH, device=unet.device)
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(BATCH, pooled), "time_ids": times}
+    return inputs
+
+
+def _pixart_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
+    sizes = {"resolution": None, "aspect_ratio": None}
+    text = draw(BATCH, 300, transformer.config.caption_channels)
+    return {"encoder_hidden_states": text, "added_cond_kwargs": sizes}
+
+
+def _sd3_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
+    """77 tokens of CLIP and 256 of T5."""
+    text = draw(BATCH, 333, transformer.config.joint_attention_dim)
+    return {"encoder_hidden_states": text, "pooled_projections": draw(BATCH, transformer.config.pooled_projection_dim)}
+
+
+MODELS = {
+    "sd15": Model("Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text),
+    "sdxl": Model("SDXL's UNet", UNet2DConditionModel, UNET["sdxl"], _unet_text),
+    "pixart-sigma": Model("PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, blocks=28),
+    "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, SD3_MEDIUM, _sd3_text, channels=16, blocks=24),
+}
+
+
+@lru_cache(maxsize=1)
+def load(model: str, device: str, dtype: torch.dtype, blocks: int | None = None) -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = MODELS[model].build(blocks)
+    return network.eval().requires_grad_(False).to(dtype)
+
+
+def make_inputs(model: str, network: Any, pixels: int) -> tuple[Tensor, Inputs]:
+    """A picture's latents, the same for both halves of its guidance, and their text."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=network.device, dtype=network.dtype)
+
+    latents = draw(1, MODELS[model].channels, pixels // 8, pixels // 8).repeat(BATCH, 1, 1, 1)
+    return latents, MODELS[model].text(network, draw, pixels)
