@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
 
 LINKAGES = ("average", "complete", "single", "ward")
 METRICS = ("cosine", "euclidean", "precomputed")
-BACKENDS = ("torch", "scipy", "triton")
+BACKENDS = ("torch", "numba", "scipy", "triton")
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+MATRIX_FREE = (("average", "cosine"), ("ward", "euclidean"))  # what "torch" does without an N x N matrix
+LARGEST_MATRIX = 4096  # tokens up to which these are quicker with the matrix
+
+HAS_NUMBA, HAS_TRITON = (importlib.util.find_spec(name) is not None for name in ("numba", "triton"))
 
 
 def agglomerate(
@@ -31,9 +35,9 @@ def agglomerate(
         linkage: distance between clusters: "single" (Eq. 1), "complete" (Eq. 2), "average" (Eq. 3) or "ward".
         metric: distance between tokens: "cosine", "euclidean" or "precomputed". None: "euclidean" for Ward's
             linkage, which is defined for it alone, and "cosine" for the others.
-        backend: "triton" (CUDA kernels, float32, no host synchronisation), "torch" (batched, any device), "scipy" (the
-            reference, on the CPU), or None: "triton" for CUDA tokens where Triton is installed, "torch" for all else,
-            float64 included.
+        backend: "numba" (compiled for the CPU), "triton" (CUDA kernels, float32, no host synchronisation), "torch"
+            (batched, any device, least memory) or "scipy" (the reference, on the CPU). None: the fastest that is
+            installed for these tokens.
 
     Returns:
         Labels `[B, N]` int64 in `0..num_clusters - 1`, on the tokens' device; clusters are numbered by their first
@@ -70,7 +74,6 @@ def cluster_tree(
     metric = check_choices(linkage, metric, backend)
     check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
-    backend = backend or fastest_backend(tokens)
     parents, heights, order = _cluster_tree(tokens.detach(), num_clusters, linkage, metric, backend)
     return ClusterTree(parents, heights, order, num_clusters)
 
@@ -86,6 +89,8 @@ def check_choices(linkage: str, metric: str | None = None, backend: str | None =
         check_member("backend", backend, BACKENDS)
     if backend == "scipy" and importlib.util.find_spec("scipy") is None:
         raise ValueError("backend='scipy' needs SciPy; run `pip install scipy` or use backend='torch'")
+    if backend == "numba" and not HAS_NUMBA:
+        raise ValueError("backend='numba' needs Numba; run `pip install numba` or use backend='torch'")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton' needs Triton; run `pip install triton` or use backend='torch'")
     return metric
@@ -107,24 +112,40 @@ def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> Non
         raise ValueError(f"backend='triton' needs tokens on a CUDA device, got {tokens.device}; use backend='torch'")
 
 
-def fastest_backend(tokens: Tensor) -> str:
-    """What None means: it depends on the tokens' device and dtype alone, and on what is installed."""
-    return "triton" if HAS_TRITON and tokens.is_cuda and tokens.dtype != torch.float64 else "torch"
+def fastest_backend(tokens: Tensor, linkage: str, metric: str) -> str:
+    """What None means; a matter of speed and memory alone."""
+    if tokens.is_cuda:
+        return "triton" if HAS_TRITON and tokens.dtype != torch.float64 else "torch"
+    matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
+    return "numba" if tokens.device.type == "cpu" and not matrix_free and _numba_works() else "torch"
+
+
+@cache
+def _numba_works() -> bool:
+    """Numba refuses to be imported beside a NumPy that is newer than it knows."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @torch.library.custom_op("atc_diffusion::cluster_tree", mutates_args=())
 def _cluster_tree(
-    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parents, heights and order of a `ClusterTree`: one opaque operator to torch.compile."""
     with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot rank distances
-        tree = _backend(backend)(_prepare(tokens, metric), linkage, metric, num_clusters)
+        build_tree = _backend(backend or fastest_backend(tokens, linkage, metric))
+        tree = build_tree(tokens.to(_working_dtype(tokens)), linkage, metric, num_clusters)
     heights = tree.heights.to(_working_dtype(tokens))
     return tree.parents.contiguous(), heights.contiguous(), tree.order.contiguous()
 
 
 @_cluster_tree.register_fake
-def _(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = tokens.shape[:2]
     names = tokens.new_empty(shape, dtype=torch.int64)
     return names, tokens.new_empty(shape, dtype=_working_dtype(tokens)), torch.empty_like(names)
@@ -137,20 +158,10 @@ def _working_dtype(tokens: Tensor) -> torch.dtype:
 def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
     if name == "scipy":
         from atc_diffusion.clustering._scipy import build_tree
+    elif name == "numba":
+        from atc_diffusion.clustering._numba import build_tree
     elif name == "triton":
         from atc_diffusion.clustering._triton import build_tree
     else:
         from atc_diffusion.clustering._torch import build_tree
     return build_tree
-
-
-def _prepare(tokens: Tensor, metric: str) -> Tensor:
-    """Tokens whose distances are finite: unit vectors for cosine, centred for Euclidean distance."""
-    far = 1e14  # a sum of such squares over all channels and tokens stays finite in float32
-    tokens = tokens.to(_working_dtype(tokens))
-    if metric == "precomputed":
-        return tokens.nan_to_num(far, far, far).clamp(max=far)
-    tokens = tokens.nan_to_num(0, 0, 0).clamp(-far, far)
-    if metric == "cosine":
-        return torch.nn.functional.normalize(tokens, dim=2)
-    return tokens - tokens.mean(dim=1, keepdim=True)

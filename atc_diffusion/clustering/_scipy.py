@@ -4,17 +4,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering._torch import cosine_distances
 from atc_diffusion.clustering.tree import ClusterTree
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster prepared `tokens` `[B, N, C]` (`[B, N, N]` if precomputed); always the whole tree."""
+    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed); always the whole tree."""
     from scipy.cluster import hierarchy
 
     # SciPy refuses a single token, which has nothing to merge.
     merges = hierarchy.linkage if tokens.shape[1] > 1 else lambda d, linkage: np.empty((0, 4))
-    trees = [_replay(merges(d, linkage)) for d in _condensed(tokens.double().cpu(), metric)]
+    trees = [_replay(merges(d, linkage)) for d in _condensed(prepare(tokens, metric).double().cpu(), metric)]
     parents, heights, rounds = (torch.from_numpy(np.stack(x)).to(tokens.device) for x in zip(*trees, strict=True))
     return ClusterTree.from_merges(parents, heights.to(tokens.dtype), rounds)
 

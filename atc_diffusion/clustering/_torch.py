@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atc_diffusion.clustering import _single
 from atc_diffusion.clustering._linkage import UPDATES
+from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering.tree import ClusterTree
 
 TILE = 2**20  # distances looked at together; 4 MiB in float32 stays in a core's cache
@@ -34,9 +35,10 @@ class Clusters(Protocol):
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster prepared `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+    tokens = prepare(tokens, metric)
     if linkage == "single":
-        return _single.build_tree(_pairwise(tokens, metric))
+        return _single.build_tree(pairwise_distances(tokens, metric))
     return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters).run()
 
 
@@ -45,10 +47,11 @@ def _clusters(tokens: Tensor, linkage: str, metric: str) -> Clusters:
         return _CosineMeans(tokens)
     if (linkage, metric) == ("ward", "euclidean"):
         return _WardMeans(tokens)
-    return _Matrix(_pairwise(tokens, metric), linkage)
+    return _Matrix(pairwise_distances(tokens, metric), linkage)
 
 
-def _pairwise(tokens: Tensor, metric: str) -> Tensor:
+def pairwise_distances(tokens: Tensor, metric: str) -> Tensor:
+    """Distances `[B, N, N]` of prepared tokens."""
     if metric == "precomputed":
         return tokens
     return cosine_distances(tokens, tokens) if metric == "cosine" else torch.cdist(tokens, tokens)

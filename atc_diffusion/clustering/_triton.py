@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering._torch import _pairwise
 from atc_diffusion.clustering.tree import ClusterTree
 
@@ -65,12 +66,13 @@ LAST_TOKEN = tl.constexpr(2**31 - 1)
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster prepared float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), in place, down to `num_clusters`.
+    """Cluster float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`.
 
     Nothing is read back from the device and no shape depends on data, so a CUDA graph can capture it all.
     A product of two tokens is rounded to about 2^-20 of the product of their norms on tensor cores, to float32
     elsewhere. Distances that differ by less may be taken in another order than by the reference, always the same.
     """
+    tokens = prepare(tokens, metric)
     means = (linkage, metric) in (("average", "cosine"), ("ward", "euclidean"))
     data = (tokens if means else _pairwise(tokens, metric)).contiguous()
     links, numbers, counts = _initial_state(data)
