@@ -39,7 +39,9 @@ LEAD_TEXT = """\
 In percentage points over the best other method of the column, paired picture by picture; a star marks 95 % intervals
 that exclude zero. The best other is chosen on these same pictures, which favours it. Each interval holds on its own,
 not all at once."""
-SPEED_TEXT = "Median over the batches, on one device, clustering included. No reduction: {:.0f}."
+SPEED_TEXT = """\
+Median over the batches, on one device, clustering included; rough if other processes ran beside it. No reduction:
+{:.0f}."""
 
 
 def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, device: str, folder: Path) -> None:
