@@ -27,7 +27,7 @@ from tests.test_patch import run
 from tests.test_pipelines import MASK, PARTS, PICTURE, draw, text
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-SHARES = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
+SHARES: list[dict[str, Any]] = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 PROCESSORS = [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)]
 
 XL_UNET = UNET | {
