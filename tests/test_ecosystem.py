@@ -61,7 +61,7 @@ def fuse_lora(pipe: Any) -> dict[str, Any]:
 def load_ip_adapter(pipe: Any) -> dict[str, Any]:
     crosses = [name for name in pipe.unet.attn_processors if "attn2" in name]
     sizes = [pipe.unet.get_submodule(name.removesuffix(".processor")).query_dim for name in crosses]
-    attention = {}
+    attention: dict[str, Tensor] = {}
     for i, size in enumerate(sizes):
         weights = IPAdapterAttnProcessor(size, 12).state_dict()
         attention |= {f"{2 * i + 1}.to_{x}_ip.weight": weights[f"to_{x}_ip.0.weight"] for x in "kv"}

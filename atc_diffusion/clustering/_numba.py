@@ -44,8 +44,8 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
         _share_out(_kernel(linkage, num_tokens - num_clusters), matrices, parents[chunk], heights[chunk], rounds[chunk])
     if linkage == "ward":
         heights = heights.clamp_(min=0).sqrt_()
-    tree = (x.to(tokens.device) for x in (parents, heights, rounds))
-    return ClusterTree.from_merges(*tree, num_clusters)
+    parents, heights, rounds = (x.to(tokens.device) for x in (parents, heights, rounds))
+    return ClusterTree.from_merges(parents, heights, rounds, num_clusters)
 
 
 def _kernel(linkage: str, num_merges: int) -> Callable[..., None]:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atc_diffusion.clustering._prepare import prepare
-from atc_diffusion.clustering._torch import _pairwise
+from atc_diffusion.clustering._torch import pairwise_distances
 from atc_diffusion.clustering.tree import ClusterTree
 
 # Pictures of 4096 tokens take 7-11 rounds with average and complete linkage, the last of them with some dozens of
@@ -74,7 +74,7 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
     """
     tokens = prepare(tokens, metric)
     means = (linkage, metric) in (("average", "cosine"), ("ward", "euclidean"))
-    data = (tokens if means else _pairwise(tokens, metric)).contiguous()
+    data = (tokens if means else pairwise_distances(tokens, metric)).contiguous()
     links, numbers, counts = _initial_state(data)
     if means:
         numbers[:, NORM.value] = data.square().sum(dim=2)
