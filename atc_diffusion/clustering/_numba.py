@@ -34,17 +34,14 @@ RESCANS = 8  # neighbours that a merge may leave to search anew
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
     """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
-    batch, num_tokens, _ = tokens.shape
-    parents = torch.arange(num_tokens).repeat(batch, 1)
-    heights, rounds = tokens.new_full(parents.shape, math.inf, device="cpu"), torch.zeros_like(parents)
+    num_tokens = tokens.shape[1]
+    kernel = _kernel(linkage, num_tokens - num_clusters)
     together = max(torch.get_num_threads(), CHUNK // num_tokens**2)
-    for start in range(0, batch, together):
-        chunk = slice(start, start + together)
-        matrices = _distances(tokens[chunk].cpu(), linkage, metric)
-        _share_out(_kernel(linkage, num_tokens - num_clusters), matrices, parents[chunk], heights[chunk], rounds[chunk])
+    parts = [_share_out(kernel, _distances(part, linkage, metric)) for part in tokens.cpu().split(together)]
+    merges = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    parents, heights, rounds = (torch.from_numpy(array).to(tokens.device) for array in merges)
     if linkage == "ward":
         heights = heights.clamp_(min=0).sqrt_()
-    parents, heights, rounds = (x.to(tokens.device) for x in (parents, heights, rounds))
     return ClusterTree.from_merges(parents, heights, rounds, num_clusters)
 
 
@@ -66,15 +63,17 @@ def _distances(tokens: Tensor, linkage: str, metric: str) -> Tensor:
     return torch.baddbmm(norms[:, None, :], prepared, prepared.mT, alpha=-2).add_(norms[:, :, None])
 
 
-def _share_out(kernel: Callable[..., None], *tensors: Tensor) -> None:
-    """Run `kernel` on the problems of a batch, `[B, ...]`, some in each thread."""
-    arrays = [tensor.numpy() for tensor in tensors]
-    threads = min(len(arrays[0]), torch.get_num_threads())
-    if threads == 1 or arrays[0].size <= ALONE:
-        return kernel(*arrays)
-    parts = (np.array_split(array, threads) for array in arrays)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(kernel, *parts))
+def _share_out(kernel: Callable[..., None], distances: Tensor) -> tuple[Array, Array, Array]:
+    """Parents, heights (squared, of Ward's linkage) and rounds `[B, N]`; threads share out the problems of a batch."""
+    matrices, shape = distances.numpy(), distances.shape[:2]
+    merges = np.empty(shape, np.int64), np.empty(shape, matrices.dtype), np.empty(shape, np.int64)
+    threads = min(len(matrices), torch.get_num_threads())
+    if threads == 1 or matrices.size <= ALONE:
+        kernel(matrices, *merges)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(kernel, *(np.array_split(array, threads) for array in (matrices, *merges))))
+    return merges
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,6 +170,7 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
         np.empty(LANES, dtype),
         np.empty(LANES, np.int32),
     )
+    parents[:], heights[:], rounds[:] = clusters.neighbours, np.inf, 0
     active, number, merged, thrifty = np.arange(n), 0, 0, False
     while len(active) > 1 and num_merges > 0:
         _search(matrix, clusters, active, thrifty)
@@ -386,6 +386,7 @@ def _join_edges(
     """From the shortest edge on, the later first token joins the earlier."""
     for item in range(len(parents)):
         roots = np.arange(parents.shape[1])
+        parents[item], heights[item], rounds[item] = roots, np.inf, 0
         for number, edge in enumerate(orders[item]):
             a, b = _root(roots, sources[item, edge]), _root(roots, targets[item, edge])
             into, absorbed = min(a, b), max(a, b)
