@@ -75,7 +75,9 @@ def folder(tmp_path_factory) -> Path:
 def sd15() -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(**UNET | {"sample_size": 16, "cross_attention_dim": TEXT})
     no_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(vae(), clip(), tokenizer(), unet, DDIMScheduler(clip_sample=False, steps_offset=1), **no_checker)
+    return StableDiffusionPipeline(
+        vae(), clip(), tokenizer(), unet, DDIMScheduler(clip_sample=False, steps_offset=1), **no_checker
+    )
 
 
 def controlnet() -> ControlNetModel:

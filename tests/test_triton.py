@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from atc_diffusion.clustering import _triton
+from atc_diffusion.clustering import _self_check, _torch, _triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LINKAGES = ["average", "complete", "single", "ward"]
@@ -169,6 +169,35 @@ def test_autocast_changes_nothing(backend, linkage):
     labels = agglomerate(tokens, 7, linkage, backend=backend)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(labels, agglomerate(tokens, 7, linkage, backend=backend))
+
+
+def test_right_kernels_are_trusted(recwarn):
+    assert _self_check.triton_works.__wrapped__(torch.device(DEVICE))
+    assert not recwarn.list
+
+
+def _raises(tokens: Tensor, *_: object) -> ClusterTree:
+    raise RuntimeError("no kernel image")
+
+
+def _reverses(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
+    return _torch.build_tree(tokens.flip(1), linkage, metric, num_clusters)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [(_raises, "RuntimeError: no kernel image"), (_reverses, "other clusters with average, complete, single, ward")],
+)
+def test_a_wrong_kernel_steps_aside_with_one_warning(monkeypatch, kernel, problem):
+    monkeypatch.setattr(_triton, "build_tree", kernel)
+    with pytest.warns(UserWarning, match=f"falls back to PyTorch, .*{problem}.* please report this, with torch"):
+        assert not _self_check.triton_works.__wrapped__(torch.device(DEVICE))
+
+
+def test_a_wrong_kernel_that_was_asked_for_raises(monkeypatch):
+    monkeypatch.setattr(_triton, "build_tree", _raises)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        agglomerate(draw_tokens(1, 20, 4), 7, backend="triton")
 
 
 def test_the_backend_depends_on_the_tokens_alone():

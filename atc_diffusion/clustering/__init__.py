@@ -130,13 +130,23 @@ def _numba_works() -> bool:
     return True
 
 
+def _working_backend(tokens: Tensor, linkage: str, metric: str) -> str:
+    """The fastest backend that is right on the tokens' device."""
+    backend = fastest_backend(tokens, linkage, metric)
+    if backend != "triton":
+        return backend
+    from atc_diffusion.clustering._self_check import triton_works
+
+    return backend if triton_works(tokens.device) else "torch"
+
+
 @torch.library.custom_op("atc_diffusion::cluster_tree", mutates_args=())
 def _cluster_tree(
     tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parents, heights and order of a `ClusterTree`: one opaque operator to torch.compile."""
     with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot rank distances
-        build_tree = _backend(backend or fastest_backend(tokens, linkage, metric))
+        build_tree = _backend(backend or _working_backend(tokens, linkage, metric))
         tree = build_tree(tokens.to(_working_dtype(tokens)), linkage, metric, num_clusters)
     heights = tree.heights.to(_working_dtype(tokens))
     return tree.parents.contiguous(), heights.contiguous(), tree.order.contiguous()
