@@ -68,8 +68,9 @@ class Training:
             self.load()
 
     def run(self, loss: Callable[[int], Tensor]) -> None:
-        """Minimise `loss`, a function of the step, and leave the averaged weights in the modules."""
+        """Minimise `loss`, a function of the step that seeds it, and leave the averaged weights in the modules."""
         while self.step < self.phase.steps:
+            torch.manual_seed(self.step)
             value = loss(self.step)
             self.update(value)
             if self.step % 25 == 0 or self.step == self.phase.steps:
