@@ -129,13 +129,13 @@ def train_autoencoder(pictures: Tensor, work: Path) -> AutoencoderKL:
     """Train on pictures [N, 3, H, W] and scale the latents to unit deviation."""
     vae = make_autoencoder()
     for phase in AUTOENCODER:
-        Training({"vae": vae}, phase, work).run(lambda step, phase=phase: rebuilding_loss(vae, pictures, phase))
+        Training({"vae": vae}, phase, work).run(partial(rebuilding_loss, vae, pictures, phase))
     with torch.no_grad():
         vae.register_to_config(scaling_factor=1 / vae.encode(scale(pictures[:64])).latent_dist.mode().std().item())
     return vae
 
 
-def rebuilding_loss(vae: AutoencoderKL, pictures: Tensor, phase: Phase) -> Tensor:
+def rebuilding_loss(vae: AutoencoderKL, pictures: Tensor, phase: Phase, _step: int) -> Tensor:
     """The squared error of rebuilding a batch from noisy latents, with the latents kept near unit scale."""
     batch = torch.stack([crop(p, phase.pixels) for p in pictures[torch.randint(len(pictures), (phase.batch,))]])
     with autocast():
@@ -174,8 +174,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def train_unet(pipe: StableDiffusionPipeline, latents: Tensor, phase: Phase, modules: list[str], work: Path) -> None:
     """Train the named modules of the pipeline on the latents [N, 4, H, W] of the things."""
-    tokens = [tokenize(pipe, THINGS), tokenize(pipe, [""])]
-    loss = partial(phase_loss, pipe, latents, *tokens, phase)
+    loss = partial(denoising_loss, pipe, latents, tokenize(pipe, [*THINGS, ""]), phase)
     Training({name: getattr(pipe, name) for name in modules}, phase, work).run(loss)
 
 
@@ -184,17 +183,18 @@ def tokenize(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     return pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def phase_loss(
-    pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, empty: Tensor, phase: Phase, step: int
-) -> Tensor:
-    """The v-prediction loss of a batch with a tenth of its captions empty and its timesteps spread evenly."""
-    things, dropped = torch.randint(len(latents), (phase.batch,)), torch.rand(phase.batch, 1) < 0.1
-    text = pipe.text_encoder(torch.where(dropped, empty, tokens[things]))[0]
+def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, phase: Phase, step: int) -> Tensor:
+    """The v-prediction loss of a batch with a tenth of its captions empty and its timesteps spread evenly.
+
+    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last.
+    """
+    things = torch.randint(len(latents), (phase.batch,))
+    captions = torch.where(torch.rand(phase.batch) < 0.1, len(latents), things)
     times = ((torch.randperm(phase.batch) + torch.rand(phase.batch)) * 1000 / phase.batch).long()
     noise = torch.randn_like(latents[things])
     noisy = pipe.scheduler.add_noise(latents[things], noise, times).contiguous(memory_format=torch.channels_last)
     with autocast(), merging(pipe, step < phase.merged * phase.steps):
-        guess = pipe.unet(noisy, times, text).sample
+        guess = pipe.unet(noisy, times, pipe.text_encoder(tokens[captions])[0]).sample
     return F.mse_loss(guess.float(), pipe.scheduler.get_velocity(latents[things], noise, times))
 
 
