@@ -184,13 +184,15 @@ def tokenize(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
 
 
 def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, phase: Phase, step: int) -> Tensor:
-    """The v-prediction loss of a batch with a tenth of its captions empty and its timesteps spread evenly.
+    """The v-prediction loss of a batch, a tenth of its captions empty.
 
-    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last.
+    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last. The timesteps are stratified, with more of
+    them where there is more noise: there the shape of a picture is decided.
     """
     things = torch.randint(len(latents), (phase.batch,))
     captions = torch.where(torch.rand(phase.batch) < 0.1, len(latents), things)
-    times = ((torch.randperm(phase.batch) + torch.rand(phase.batch)) * 1000 / phase.batch).long()
+    uniform = (torch.randperm(phase.batch) + torch.rand(phase.batch)) / phase.batch
+    times = (1000 * uniform**0.7).long()
     noise = torch.randn_like(latents[things])
     noisy = pipe.scheduler.add_noise(latents[things], noise, times).contiguous(memory_format=torch.channels_last)
     with autocast(), merging(pipe, step < phase.merged * phase.steps):
