@@ -1,7 +1,6 @@
 """What people use beside this: each works with a patch, and it does not matter which of the two comes first."""
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,22 +10,17 @@ import torch
 from accelerate import cpu_offload
 from DeepCache import DeepCacheSDHelper
 from diffusers import (
-    StableDiffusionAdapterPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
-    T2IAdapter,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from atc_diffusion import ATCConfig, apply_patch, merge_maps, remove_patch, summary
+from atc_diffusion import apply_patch, merge_maps, remove_patch
 from tests.conftest import UNET
-from tests.test_patch import run
 from tests.test_pipelines import PARTS, draw, text
 
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
