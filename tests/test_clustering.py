@@ -1,5 +1,10 @@
 """The laws of clustering, against the definition, SciPy and fastcluster."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import fastcluster
 import numpy as np
 import pytest
@@ -10,14 +15,15 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from atc_diffusion import ClusterTree, agglomerate, cluster_tree
+from atc_diffusion import ClusterTree, agglomerate, cluster_tree, clustering
 from atc_diffusion.clustering import _torch
 
 LINKAGES = ["average", "complete", "single", "ward"]
-BACKENDS = ["torch", "scipy"]
+BACKENDS = ["numba", "torch", "scipy"]
 
 linkages = st.sampled_from(LINKAGES)
 seeds = st.integers(0, 2**32 - 1)
+compiled = st.sampled_from(["numba", "torch"])
 cases = settings(max_examples=400, deadline=None, derandomize=True)
 
 
@@ -80,16 +86,16 @@ def test_equals_scipy_and_fastcluster(seed, linkage, batch, num_tokens, channels
 def test_backends_agree(seed, linkage, num_tokens, share):
     tokens = draw_tokens(seed, 1, num_tokens, 5)
     num_clusters = max(1, round(share * num_tokens))
-    labels = [agglomerate(tokens, num_clusters, linkage, backend=backend) for backend in BACKENDS]
-    assert torch.equal(*labels)
+    ours, *others = (agglomerate(tokens, num_clusters, linkage, backend=backend) for backend in BACKENDS)
+    assert all(torch.equal(ours, labels) for labels in others)
 
 
 @cases
-@given(seeds, st.sampled_from(["average", "complete", "single"]), st.integers(2, 10), st.booleans())
-def test_each_merge_joins_a_closest_pair(seed, linkage, num_tokens, ties):
+@given(seeds, st.sampled_from(["average", "complete", "single"]), st.integers(2, 10), st.booleans(), compiled)
+def test_each_merge_joins_a_closest_pair(seed, linkage, num_tokens, ties, backend):
     """The definition itself; it decides on ties too, where oracles may differ."""
     distances = draw_ties(seed, num_tokens) if ties else torch.cdist(x := draw_tokens(seed, 1, num_tokens, 3), x)
-    tree = cluster_tree(distances, linkage, metric="precomputed")
+    tree = cluster_tree(distances, linkage, metric="precomputed", backend=backend)
     for num_clusters in range(num_tokens, 1, -1):
         labels, after = tree.cut(num_clusters)[0], tree.cut(num_clusters - 1)[0]
         members = [torch.where(labels == i)[0] for i in range(num_clusters)]
@@ -108,11 +114,13 @@ def test_ties_and_duplicates_give_exactly_k_canonical_labels_and_the_heights_of_
     tokens = draw_tokens(seed, 1, distinct, 3)
     tokens = tokens[:, torch.randint(distinct, (2 * distinct,), generator=torch.Generator().manual_seed(seed))]
     trees = [cluster_tree(tokens, linkage, backend=backend) for backend in BACKENDS]
-    ours, scipys = (tree.heights.sort(dim=1).values[:, :-1] for tree in trees)
+    *ours, scipys = (tree.heights.sort(dim=1).values[:, :-1] for tree in trees)
     # Of nearly equal tokens Euclidean distance is the root of a rounding error: sqrt(1e-16).
-    assert torch.allclose(ours, scipys, atol=1e-6 if linkage == "ward" else 1e-12)
+    atol = 1e-6 if linkage == "ward" else 1e-12
+    assert all(torch.allclose(heights, scipys, atol=atol) for heights in ours)
     for num_clusters in (1, distinct, 2 * distinct - 1):
-        assert_valid(trees[0].cut(num_clusters), num_clusters)
+        for tree in trees:
+            assert_valid(tree.cut(num_clusters), num_clusters)
 
 
 @cases
@@ -151,20 +159,23 @@ def test_permuting_tokens_permutes_the_partition(seed, linkage, num_tokens):
     assert torch.equal(permuted, canonical(labels[permutation]))
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("linkage", LINKAGES)
-def test_a_batch_equals_its_items(linkage):
-    tokens = draw_tokens(0, 5, 70, 6)
+def test_a_batch_equals_its_items(linkage, backend):
+    tokens = draw_tokens(0, 30, 70, 6)  # enough distances for several threads
     tokens[1] = tokens[1, :1]  # items that end after different numbers of rounds
-    together = agglomerate(tokens, 20, linkage)
-    assert torch.equal(together, torch.cat([agglomerate(item[None], 20, linkage) for item in tokens]))
+    together = agglomerate(tokens, 20, linkage, backend=backend)
+    alone = [agglomerate(item[None], 20, linkage, backend=backend) for item in tokens]
+    assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("linkage", LINKAGES)
 @pytest.mark.parametrize("num_tokens", [63, 257])
-def test_float32_equals_the_reference(linkage, num_tokens):
+def test_float32_equals_the_reference(linkage, num_tokens, backend):
     tokens = draw_tokens(1, 2, num_tokens, 16).float()
     for num_clusters in (1, num_tokens // 3, num_tokens - 1):
-        labels = agglomerate(tokens, num_clusters, linkage)
+        labels = agglomerate(tokens, num_clusters, linkage, backend=backend)
         assert torch.equal(labels, agglomerate(tokens.double(), num_clusters, linkage, backend="scipy"))
 
 
@@ -180,10 +191,64 @@ def test_degenerate_tokens_give_valid_labels(backend, linkage, dtype, value):
         assert_valid(agglomerate(tokens, num_clusters, linkage, backend=backend), num_clusters)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_degenerate_distances_are_far(value):
+def test_degenerate_distances_are_far(value, backend):
     distances = torch.tensor([[[0.0, value, 1.0], [value, 0.0, 2.0], [1.0, 2.0, 0.0]]])
-    assert agglomerate(distances, 2, "complete", metric="precomputed").tolist() == [[0, 1, 0]]
+    assert agglomerate(distances, 2, "complete", metric="precomputed", backend=backend).tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "precomputed"])
+def test_the_compiled_loops_leave_tokens_as_they_are(metric):
+    tokens = torch.rand(1, 30, 30)
+    before = tokens.clone()
+    agglomerate(tokens, 7, metric=metric, backend="numba")
+    assert torch.equal(tokens, before)
+
+
+def test_tokens_that_do_not_lie_in_a_row_are_read_as_they_are():
+    tokens = draw_tokens(0, 2, 40, 6).mT.contiguous().mT
+    assert torch.equal(agglomerate(tokens, 9, backend="numba"), agglomerate(tokens, 9, backend="scipy"))
+
+
+def test_threads_cluster_at_once():
+    batches = [draw_tokens(seed, 4, 256, 8) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda tokens: agglomerate(tokens, 50, backend="numba"), batches))
+    assert all(torch.equal(a, agglomerate(b, 50, backend="numba")) for a, b in zip(together, batches, strict=True))
+
+
+def test_a_matrix_that_is_not_symmetric_to_the_last_bit_comes_to_an_end():
+    distances = torch.ones(1, 40, 40) + 1e-6 * torch.rand(1, 40, 40)
+    assert_valid(agglomerate(distances, 3, "average", "precomputed", backend="numba"), 3)
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "ward"])
+def test_one_cluster_that_takes_in_all_others_one_by_one(linkage):
+    """Every merge leaves all the others without a neighbour that they know of."""
+    tokens = 1.1 ** torch.arange(90, dtype=torch.float64)[None, :, None]
+    trees = [cluster_tree(tokens, linkage, "euclidean", backend) for backend in ("numba", "scipy")]
+    assert all(torch.equal(trees[0].cut(k), trees[1].cut(k)) for k in (1, 10, 45, 80))
+
+
+def test_without_numba_plain_torch_clusters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    clustering.numba_works.cache_clear()
+    tokens = torch.randn(1, 30, 4)
+    try:
+        assert clustering.fastest_backend(tokens, "average", "cosine") == "torch"
+        assert torch.equal(agglomerate(tokens, 9), agglomerate(tokens, 9, backend="torch"))
+    finally:
+        clustering.numba_works.cache_clear()
+
+
+def test_where_no_directory_is_writable_it_compiles_every_time(tmp_path):
+    """As in a container that does not run as root: the kernels are not kept, but they work."""
+    (tmp_path / "file").touch()
+    code = "from atc_diffusion import agglomerate; import torch; print(agglomerate(torch.eye(3)[None], 3).tolist())"
+    locators = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | locators, capture_output=True, text=True)
+    assert done.stdout == "[[0, 1, 2]]\n", done.stderr
 
 
 @pytest.mark.parametrize("linkage", ["average", "complete", "ward"])
@@ -215,7 +280,7 @@ def test_a_partial_tree_refuses_to_be_cut_too_low():
     [
         ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
         ({"metric": "manhattan"}, "metric must be one of"),
-        ({"backend": "numpy"}, "backend must be one of 'torch', 'scipy', 'triton', got 'numpy'"),
+        ({"backend": "numpy"}, "backend must be one of 'torch', 'numba', 'scipy', 'triton', got 'numpy'"),
         ({"linkage": "ward", "metric": "cosine"}, "use metric='euclidean'"),
         ({"num_clusters": 0}, "between 1 and the 6 tokens there are, got 0"),
         ({"num_clusters": 7}, "between 1 and the 6 tokens there are, got 7"),

@@ -200,12 +200,14 @@ def test_a_wrong_kernel_that_was_asked_for_raises(monkeypatch):
         agglomerate(draw_tokens(1, 20, 4), 7, backend="triton")
 
 
-def test_the_backend_depends_on_the_tokens_alone():
+def test_the_fastest_backend_depends_on_device_dtype_and_size():
     with FakeTensorMode():
         cpu, cuda = torch.empty(1, 4, 3), torch.empty(1, 4, 3, device="cuda")
-        tokens = (cpu, cuda, cuda.half(), cuda.double())
-        backends = [clustering.fastest_backend(x, "average", "cosine") for x in tokens]
-    assert backends == ["numba", "triton", "triton", "torch"]
+        many = torch.empty(1, 9000, 3)
+        fastest = [clustering.fastest_backend(x, "average", "cosine") for x in (cpu, cuda, cuda.half(), cuda.double())]
+        assert fastest == ["numba", "triton", "triton", "torch"]
+        assert clustering.fastest_backend(many, "average", "cosine") == "torch"  # needs no N x N matrix
+        assert clustering.fastest_backend(many, "complete", "cosine") == "numba"
 
 
 @pytest.mark.parametrize("function", [agglomerate, cluster_tree])

@@ -117,11 +117,11 @@ def fastest_backend(tokens: Tensor, linkage: str, metric: str) -> str:
     if tokens.is_cuda:
         return "triton" if HAS_TRITON and tokens.dtype != torch.float64 else "torch"
     matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
-    return "numba" if tokens.device.type == "cpu" and not matrix_free and _numba_works() else "torch"
+    return "numba" if tokens.device.type == "cpu" and not matrix_free and numba_works() else "torch"
 
 
 @cache
-def _numba_works() -> bool:
+def numba_works() -> bool:
     """Numba refuses to be imported beside a NumPy that is newer than it knows."""
     try:
         import numba  # noqa: F401
