@@ -30,6 +30,7 @@ from atc_diffusion import patched
 
 HERE = Path(__file__).parent
 THINGS = (HERE / "things.txt").read_text().splitlines()
+SHOWN = [THINGS[i * len(THINGS) // 32] for i in range(32)]
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,11 @@ def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManag
 
 
 def draw_sheet(folder: Path, target: Path, cell: int = 128, columns: int = 8) -> None:
-    """Draw every thing once, from one seed, over its prompt."""
+    """Draw 32 things, spread evenly over the list, once each and from one seed, over their prompts."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
-    sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(THINGS) / columns)), "white")
+    sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(SHOWN) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, thing in enumerate(THINGS):
+    for i, thing in enumerate(SHOWN):
         generator = torch.Generator().manual_seed(0)
         picture = pipe(thing, num_inference_steps=20, guidance_scale=3.0, generator=generator).images[0]
         left, top = cell * (i % columns), (cell + 16) * (i // columns)
