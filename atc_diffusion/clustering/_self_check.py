@@ -5,6 +5,7 @@ import warnings
 from functools import cache
 
 import torch
+import triton
 
 from atc_diffusion.clustering import _torch, _triton
 
@@ -24,7 +25,7 @@ def triton_works(device: torch.device) -> bool:
     if problem is not None:
         warnings.warn(
             f"clustering on {_name(device)} falls back to PyTorch, as the Triton kernels fail there ({problem});"
-            f" please report this, with torch {torch.__version__}, Triton {_triton.triton.__version__} and Python"
+            f" please report this, with torch {torch.__version__}, Triton {triton.__version__} and Python"
             f" {platform.python_version()}; backend='torch' avoids this warning",
             stacklevel=2,
         )
