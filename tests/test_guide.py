@@ -104,7 +104,7 @@ def sd3() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**SD3 | texts),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
+        vae=vae(latent_channels=16),
         text_encoder=projecting_clip(),
         tokenizer=tokenizer(),
         text_encoder_2=projecting_clip(),
@@ -125,13 +125,13 @@ def pixart() -> PixArtSigmaPipeline:
     )
 
 
-def vae() -> AutoencoderKL:
+def vae(latent_channels: int = 4) -> AutoencoderKL:
     """It makes pictures smaller by 8, as those of all these models do."""
     return AutoencoderKL(
         block_out_channels=(4,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         shift_factor=0.0,
     )
