@@ -20,15 +20,20 @@ from typing import TextIO
 import torch
 from speed_arithmetic import arithmetic_table
 from speed_attention import HEADS, attention_table
-from speed_clustering import floor_table, growth_table, peers_table
+from speed_clustering import floor_table, growth_table, peers_table, small_table
 from speed_models import MODELS
 from speed_step import CANDIDATES, Setting, compiled_table, step_table
 from speed_tables import NOT_MEASURED, Table, write
 
-PARTS = ("arithmetic", "clustering", "growth", "attention", "step", "compile")
+PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "compile")
 DEFAULTS = {
     "cpu": {"parts": PARTS[:-1], "model": ["sd15"], "keep": [60, 40], "tokens": [4096]},
-    "cuda": {"parts": PARTS, "model": ["sd15", "sdxl"], "keep": [60, 40, 25], "tokens": [1024, 4096, 16384]},
+    "cuda": {
+        "parts": [part for part in PARTS if part != "small"],
+        "model": ["sd15", "sdxl"],
+        "keep": [60, 40, 25],
+        "tokens": [1024, 4096, 16384],
+    },
 }
 SIZES = {
     "cpu": {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024]},
@@ -62,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=list(DEFAULTS), default="cpu", help="(default: cpu)")
-    parts = f"of {', '.join(PARTS)} (default: all; CPU: no compile)"
+    parts = f"of {', '.join(PARTS)} (default: all; CPU: no compile; GPU: no small)"
     add("--parts", nargs="+", choices=PARTS, metavar="PART", help=parts)
     models = f"of {', '.join(MODELS)} (default: sd15; GPU: sd15 sdxl)"
     add("--model", nargs="+", choices=list(MODELS), metavar="MODEL", help=models)
@@ -95,6 +100,8 @@ def tables(args: argparse.Namespace) -> Iterator[Table]:
     settings = [Setting(*each, device, dtype, MODELS[each[0]].blocks and args.blocks) for each in models]
     if "arithmetic" in args.parts:
         yield arithmetic_table(models)
+    if "small" in args.parts:
+        yield small_table(first, repeats)
     if "clustering" in args.parts and device == "cuda":
         yield floor_table(args.tokens, first, repeats)
     elif "clustering" in args.parts:

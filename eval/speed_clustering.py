@@ -1,7 +1,7 @@
 """Tables of the clustering alone: beside the other exact engines, on a GPU beside its floor, and as tokens grow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -19,6 +19,8 @@ from atc_diffusion import ATCConfig, agglomerate
 
 CHANNELS = 320
 LINKAGES = ("average", "complete", "single", "ward")
+SMALL = (196, 256, 576, 1024)
+CALLS = 10**6  # distances that are computed in one timing, at the least
 MATRIX_FREE = ("average", "ward")
 ENGINES = ("atc_diffusion", "fastcluster", "scipy", "scikit-learn")
 
@@ -42,10 +44,46 @@ def peers_table(num_tokens: int, keep: int, repeats: int) -> Table:
     )
 
 
+def small_table(keep: int, repeats: int) -> Table:
+    """Small problems, as windows and vision transformers have them, beside the quickest of the other engines."""
+    return Table(
+        f"Small problems: one clustering, or 16 in a batch, of Gaussian tokens to {keep} %",
+        f"From tokens to labels, batches one after the other where an engine takes no batch. Milliseconds: medians of "
+        f"{repeats} turns of several calls. Ratio: time of the quickest of {', '.join(ENGINES[1:])} to ours.",
+        ("tokens", "linkage", "atc_diffusion", "quickest other", "ms", "ratio", "same"),
+        [
+            Rows(
+                [(f"{batch} x {n} x {channels}", linkage)],
+                partial(_beside_quickest, batch, n, channels, clusters(n, keep), linkage, repeats),
+            )
+            for batch in (1, 16)
+            for n in SMALL
+            for channels in (64, 384)
+            for linkage in LINKAGES
+        ],
+    )
+
+
+def _beside_quickest(
+    batch: int, num_tokens: int, channels: int, num_clusters: int, linkage: str, repeats: int
+) -> list[list[str]]:
+    candidates = engines(gaussian(batch, num_tokens, channels), num_clusters, linkage)
+    labels = candidates["atc_diffusion"]()
+    same = all(
+        same_partition(a, b) for candidate in candidates.values() for a, b in zip(labels, candidate(), strict=True)
+    )
+    calls = max(1, CALLS // (batch * num_tokens**2))
+    timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0)
+    ms = {name: 1000 * timing.seconds for name, timing in timings.items()}
+    ours, quickest = ms.pop("atc_diffusion"), min(ms, key=lambda name: ms[name])
+    times = ms[quickest] / ours
+    return [[f"{ours:.2f}", quickest, f"{ms[quickest]:.2f}", f"{times:.1f}", "yes" if same else "no"]]
+
+
 def _beside_peers(num_tokens: int, num_clusters: int, linkage: str, repeats: int) -> list[list[str]]:
     candidates = engines(gaussian(1, num_tokens), num_clusters, linkage)
     labels = candidates["atc_diffusion"]()
-    same = {name: same_partition(labels, candidate()) for name, candidate in candidates.items()}
+    same = {name: same_partition(labels[0], candidate()[0]) for name, candidate in candidates.items()}
     warm = take_turns(candidates, repeats, "cpu", warm_ups=0)  # the comparison was the warm-up
     seconds = {name: timing.seconds for name, timing in warm.items()}
     ours = seconds["atc_diffusion"]
@@ -53,22 +91,27 @@ def _beside_peers(num_tokens: int, num_clusters: int, linkage: str, repeats: int
 
 
 def engines(tokens: Tensor, num_clusters: int, linkage: str) -> dict[str, Call]:
-    """Exact clustering of `tokens` `[1, N, C]`, from tokens to labels `[N]`."""
+    """Exact clustering of `tokens` `[B, N, C]`, from tokens to labels `[B, N]`."""
     metric = "euclidean" if linkage == "ward" else "cosine"
     sklearn = AgglomerativeClustering(num_clusters, metric=metric, linkage=linkage)
-    return {
-        "atc_diffusion": lambda: agglomerate(tokens, num_clusters, linkage)[0].numpy(),
-        "fastcluster": lambda: partition(
-            fastcluster.linkage(condensed_distances(tokens, linkage), linkage, preserve_input=False), num_clusters
+    others: dict[str, Callable[[Tensor], np.ndarray]] = {
+        "fastcluster": lambda x: partition(
+            fastcluster.linkage(condensed_distances(x, linkage), linkage, preserve_input=False), num_clusters
         ),
-        "scipy": lambda: partition(hierarchy.linkage(condensed_distances(tokens, linkage), linkage), num_clusters),
-        "scikit-learn": lambda: sklearn.fit_predict(tokens[0].numpy()),
+        "scipy": lambda x: partition(hierarchy.linkage(condensed_distances(x, linkage), linkage), num_clusters),
+        "scikit-learn": lambda x: sklearn.fit_predict(x.numpy()),
     }
+    ours: dict[str, Call] = {"atc_diffusion": lambda: agglomerate(tokens, num_clusters, linkage).numpy()}
+    return ours | {name: partial(_one_by_one, cluster, tokens) for name, cluster in others.items()}
+
+
+def _one_by_one(cluster: Callable[[Tensor], np.ndarray], tokens: Tensor) -> np.ndarray:
+    return np.stack([cluster(item) for item in tokens])
 
 
 def condensed_distances(tokens: Tensor, linkage: str) -> np.ndarray:
-    """What SciPy and fastcluster read: the upper triangle `[N (N - 1) / 2]` in float64."""
-    x = tokens[0].double()
+    """What SciPy and fastcluster read, of tokens `[N, C]`: the upper triangle `[N (N - 1) / 2]` in float64."""
+    x = tokens.double()
     if linkage == "ward":
         distances = torch.cdist(x, x)
     else:
@@ -165,5 +208,5 @@ def clusters(num_tokens: int, keep: int) -> int:
     return ATCConfig(r=keep / 100).num_kept(num_tokens, 1, None)[1]
 
 
-def gaussian(batch: int, num_tokens: int) -> Tensor:
-    return torch.randn(batch, num_tokens, CHANNELS, generator=torch.Generator().manual_seed(0))
+def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
+    return torch.randn(batch, num_tokens, channels, generator=torch.Generator().manual_seed(0))
