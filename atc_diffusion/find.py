@@ -51,7 +51,6 @@ def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> dict[st
     """A patch for every network that has self-attention; of a pipeline the first must."""
     patches = {}
     for name, network in networks.items():
-        _refuse_tomesd(network)
         family, layers = _layers(network)
         if layers:
             patches[name] = NetworkPatch(name, network, family, _select(layers, config), config)
@@ -67,11 +66,6 @@ def _layers(network: nn.Module) -> tuple[Family, list[Layer]]:
         if layers := family.layers(network):
             return family, layers
     return _FAMILIES[0], []
-
-
-def _refuse_tomesd(network: nn.Module) -> None:
-    if hasattr(network, "_tome_info"):
-        raise ValueError(f"{type(network).__name__} is patched by tomesd; call tomesd.remove_patch first")
 
 
 def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:

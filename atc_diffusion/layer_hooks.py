@@ -1,6 +1,6 @@
 """The hooks around one self-attention: cluster its tokens or recall their clusters, cut, merge, un-merge."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,18 @@ class LayerHooks:
             return call.hidden_states.get(self.layer.name, tokens).chunk(call.guidance_parts)[-1]
         last = tokens.chunk(call.guidance_parts)[-1]
         if self.config.features == "keys_values":
-            keys, values = (self.family.features(self.layer, last, which) for which in ("keys", "values"))
+            keys, values = (self._projections(last, which) for which in ("keys", "values"))
             return torch.cat([_unit_deviation(keys), _unit_deviation(values)], dim=2)
-        return self.family.features(self.layer, last, self.config.features)
+        return self._projections(last, self.config.features)
+
+    def _projections(self, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+        """Keys or values `[B, N, C]` of `tokens` `[B, N, C]`, for which weights are needed ahead of the attention."""
+        if any(map(_waits_for_weights, self.layer.attention.modules())):
+            raise ValueError(
+                f"the weights of {self.layer.name} are loaded only when it is called, after its tokens are compared;"
+                " use features='hidden_states', or offload without its class in preload_module_classes"
+            )
+        return self.family.features(self.layer, tokens, which)
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         if call.size is None:
@@ -127,6 +136,11 @@ class LayerHooks:
 
 def _first(args: Args, kwargs: Kwargs) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _waits_for_weights(module: nn.Module) -> bool:
+    """Whether accelerate has offloaded the module's own weights, and will not load them when it is called."""
+    return not hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
 
 
 def _unit_deviation(x: Tensor) -> Tensor:

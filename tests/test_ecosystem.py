@@ -99,10 +99,6 @@ def offload_blocks(pipe: Any) -> dict[str, Any]:
     return {}
 
 
-def nothing(pipe: Any) -> dict[str, Any]:
-    return {}
-
-
 CHANGES_PICTURES = [load_lora, fuse_lora, load_ip_adapter, enable_freeu, enable_deep_cache]
 OFFLOADS = [offload_model, offload_sequentially, offload_groups, offload_blocks]
 

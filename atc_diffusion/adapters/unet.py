@@ -44,6 +44,8 @@ class UNetFamily:
         """Nothing: hooks are enough."""
 
     def check(self, layer: Layer, keys_apart: bool) -> None:
+        if type(layer.block).__name__ == "ToMeBlock":
+            raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
         kind = type(layer.attention.processor)
         if kind in _classes(_ANY) or (kind in _classes((*_KEYS_OF_QUERIES, *_PERTURBED)) and not keys_apart):
             return
