@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from speed_arithmetic import arithmetic_table
@@ -26,7 +26,7 @@ from speed_step import CANDIDATES, Setting, compiled_table, step_table
 from speed_tables import NOT_MEASURED, Table, write
 
 PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "compile")
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"parts": PARTS[:-1], "model": ["sd15"], "keep": [60, 40], "tokens": [4096]},
     "cuda": {
         "parts": [part for part in PARTS if part != "small"],
