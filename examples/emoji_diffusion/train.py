@@ -49,11 +49,11 @@ class Phase:
 
 
 AUTOENCODER = (
-    Phase("autoencoder-crops", pixels=128, batch=6, steps=950, rate=2e-3),
-    Phase("autoencoder-whole", pixels=256, batch=2, steps=150, rate=3e-4),
+    Phase("autoencoder-crops", pixels=128, batch=6, steps=500, rate=2e-3),
+    Phase("autoencoder-whole", pixels=256, batch=2, steps=600, rate=1e-3),
 )
 COARSE = Phase("coarse", pixels=128, batch=16, steps=3000, rate=1e-3)
-FINE = Phase("fine", pixels=256, batch=4, steps=600, rate=5e-4, merged=2 / 3)
+FINE = Phase("fine", pixels=256, batch=4, steps=620, rate=5e-4, merged=0.6)
 
 
 class Training:
