@@ -1,6 +1,7 @@
 """Tables of the clustering alone: beside the other exact engines, on a GPU beside its floor, and as tokens grow."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -48,8 +49,9 @@ def small_table(keep: int, repeats: int) -> Table:
     """Small problems, as windows and vision transformers have them, beside the quickest of the other engines."""
     return Table(
         f"Small problems: one clustering, or 16 in a batch, of Gaussian tokens to {keep} %",
-        f"From tokens to labels, batches one after the other where an engine takes no batch. Milliseconds: medians of "
-        f"{repeats} turns of several calls. Ratio: time of the quickest of {', '.join(ENGINES[1:])} to ours.",
+        "From tokens to labels; the other engines take one problem of a batch after the other. Milliseconds of CPU "
+        f"time, all threads together, medians of {repeats} turns of several calls. Ratio: the quickest of "
+        f"{', '.join(ENGINES[1:])} to ours.",
         ("tokens", "linkage", "atc_diffusion", "quickest other", "ms", "ratio", "same"),
         [
             Rows(
@@ -73,7 +75,7 @@ def _beside_quickest(
         same_partition(a, b) for candidate in candidates.values() for a, b in zip(labels, candidate(), strict=True)
     )
     calls = max(1, CALLS // (batch * num_tokens**2))
-    timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0)
+    timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0, clock=time.process_time)
     ms = {name: 1000 * timing.seconds for name, timing in timings.items()}
     ours, quickest = ms.pop("atc_diffusion"), min(ms, key=lambda name: ms[name])
     times = ms[quickest] / ours
