@@ -6,7 +6,7 @@ Top-K (Haurum et al. 2023) hides that cluster from attention. EViT (Liang et al.
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._centers import number_clusters
+from atc_diffusion.clustering.bipartite import number_clusters
 
 
 def prune_labels(scores: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:

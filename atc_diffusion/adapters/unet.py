@@ -23,8 +23,12 @@ _KEYS_OF_QUERIES = ("FusedAttnProcessor2_0",)  # make keys of the queries' token
 _PERTURBED = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}  # and parts of the batch
 
 
-def _classes(names: tuple[str, ...] | dict[str, int]) -> tuple[type, ...]:
+def _classes(*names: str) -> tuple[type, ...]:
     return tuple(kind for name in names if (kind := getattr(attention_processor, name, None)))
+
+
+_ANY_CLASSES, _KEYS_OF_QUERIES_CLASSES = _classes(*_ANY), _classes(*_KEYS_OF_QUERIES)
+_PERTURBED_CLASSES = _classes(*_PERTURBED)
 
 
 class UNetFamily:
@@ -47,11 +51,11 @@ class UNetFamily:
         if type(layer.block).__name__ == "ToMeBlock":
             raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
         kind = type(layer.attention.processor)
-        if kind in _classes(_ANY) or (kind in _classes((*_KEYS_OF_QUERIES, *_PERTURBED)) and not keys_apart):
+        if kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES + _PERTURBED_CLASSES and not keys_apart):
             return
-        if kind in _classes(_KEYS_OF_QUERIES):
+        if kind in _KEYS_OF_QUERIES_CLASSES:
             way_out = "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()"
-        elif kind in _classes(_PERTURBED):
+        elif kind in _PERTURBED_CLASSES:
             way_out = "perturbed-attention guidance needs as many keys as queries; leave r_keys out"
         else:
             way_out = f"that processor is not known to work with merged tokens; known are {', '.join(_ANY)}"

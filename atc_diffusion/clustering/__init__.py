@@ -14,7 +14,7 @@ LINKAGES = ("average", "complete", "single", "ward")
 METRICS = ("cosine", "euclidean", "precomputed")
 BACKENDS = ("torch", "numba", "scipy", "triton")
 
-MATRIX_FREE = (("average", "cosine"), ("ward", "euclidean"))  # what "torch" does without an N x N matrix
+MATRIX_FREE = (("average", "cosine"), ("ward", "euclidean"))  # clustered from means, without an N x N matrix
 LARGEST_MATRIX = 4096  # tokens up to which these are quicker with the matrix
 
 HAS_NUMBA, HAS_TRITON = (importlib.util.find_spec(name) is not None for name in ("numba", "triton"))

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering.bipartite import _canonical
-
 
 def euclidean_distances(tokens: Tensor) -> Tensor:
     """Distances `[B, N, N]` between tokens `[B, N, C]`, symmetric to the bit, so that rounding breaks no tie."""
@@ -24,8 +22,3 @@ def join_nearest(distances: Tensor, centers: Tensor) -> Tensor:
     to_centers = distances.gather(2, centers[:, None].expand(-1, distances.shape[1], -1))
     nearest = centers.gather(1, to_centers.argmin(dim=2))
     return nearest.scatter(1, centers, centers)
-
-
-def number_clusters(roots: Tensor) -> Tensor:
-    """Labels `[B, N]`, numbered by first token, of tokens that name a common token of `roots` `[B, N]`."""
-    return _canonical(roots)

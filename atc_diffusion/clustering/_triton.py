@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atc_diffusion.clustering import MATRIX_FREE
 from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering._torch import pairwise_distances
 from atc_diffusion.clustering.tree import ClusterTree
@@ -73,7 +74,7 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
     elsewhere. Distances that differ by less may be taken in another order than by the reference, always the same.
     """
     tokens = prepare(tokens, metric)
-    means = (linkage, metric) in (("average", "cosine"), ("ward", "euclidean"))
+    means = (linkage, metric) in MATRIX_FREE
     data = (tokens if means else pairwise_distances(tokens, metric)).contiguous()
     links, numbers, counts = _initial_state(data)
     if means:

@@ -27,7 +27,7 @@ class Matching:
         merged = slice(num_tokens - num_clusters)
         roots = torch.arange(num_tokens, device=self.sources.device).repeat(len(self.sources), 1)
         roots.scatter_(1, self.sources[:, merged], self.destinations[:, merged])
-        return _canonical(roots)
+        return number_clusters(roots)
 
 
 def match(tokens: Tensor, destinations: Tensor) -> Matching:
@@ -92,7 +92,7 @@ def _hash(x: Tensor) -> Tensor:
     return x
 
 
-def _canonical(roots: Tensor) -> Tensor:
+def number_clusters(roots: Tensor) -> Tensor:
     """Labels `[B, N]`, numbered by first token, of tokens that name a common `roots` `[B, N]`."""
     tokens = torch.arange(roots.shape[1], device=roots.device).expand_as(roots)
     first = torch.full_like(roots, roots.shape[1]).scatter_reduce_(1, roots, tokens, "amin").gather(1, roots)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._centers import euclidean_distances, join_nearest, number_clusters
+from atc_diffusion.clustering._centers import euclidean_distances, join_nearest
+from atc_diffusion.clustering.bipartite import number_clusters
 
 
 def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = None, iterations: int = 5) -> Tensor:
