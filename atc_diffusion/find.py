@@ -13,7 +13,7 @@ from atc_diffusion.network import NetworkPatch
 
 _FAMILIES: tuple[Family, ...] = (UNetFamily(), SD3Family())
 _DENOISERS = ("unet", "transformer")
-_SUPPORTED = "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, and ControlNets of these"
+_SUPPORTED = "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, ControlNets of these, and with a ViTConfig timm's ViTs"
 
 
 def find_networks(model: object) -> dict[str, nn.Module]:

@@ -23,8 +23,9 @@ _PATCH = "_atc_diffusion"
 def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Model:
     """Merge similar tokens in the self-attention of a diffusers pipeline, network or vision transformer, from now on.
 
-    A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Whatever
-    was compiled with `torch.compile` is compiled again at its next call.
+    A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Networks
+    that are built from it later (`ControlNetModel.from_unet`, `AnimateDiffPipeline`) are copies without the patch.
+    Whatever was compiled with `torch.compile` is compiled again at its next call.
 
     Args:
         model: a pipeline, or a UNet, transformer or ControlNet of one; or timm's `VisionTransformer`.

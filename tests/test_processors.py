@@ -10,6 +10,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
     CustomDiffusionAttnProcessor2_0,
     PAGCFGIdentitySelfAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
@@ -79,6 +80,14 @@ def test_fused_projections_are_refused_with_keys_of_their_own(unet):
         apply_patch(unet, r_keys=0.3)
     unet.unfuse_qkv_projections()
     assert torch.equal(run(unet), expected)
+
+
+def test_custom_diffusion_works_where_keys_are_those_of_the_queries(unet):
+    expected = run(apply_patch(unet, r=0.5))
+    attention(unet).set_processor(CustomDiffusionAttnProcessor(train_kv=False, train_q_out=False, hidden_size=16))
+    assert torch.allclose(run(unet), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="custom diffusion needs as many keys as queries; leave r_keys out"):
+        apply_patch(unet, r_keys=0.2)
 
 
 OTHERS = [

@@ -171,8 +171,20 @@ def test_autocast_changes_nothing(backend, linkage):
         assert torch.equal(labels, agglomerate(tokens, 7, linkage, backend=backend))
 
 
+@pytest.fixture
+def _unchecked():
+    """As on a device's first use."""
+    checks = _self_check.triton_works, _self_check._problem
+    for check in checks:
+        check.cache_clear()
+    yield
+    for check in checks:
+        check.cache_clear()
+
+
+@pytest.mark.usefixtures("_unchecked")
 def test_right_kernels_are_trusted(recwarn):
-    assert _self_check.triton_works.__wrapped__(torch.device(DEVICE))
+    assert _self_check.triton_works(torch.device(DEVICE))
     assert not recwarn.list
 
 
@@ -184,20 +196,28 @@ def _reverses(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> C
     return _torch.build_tree(tokens.flip(1), linkage, metric, num_clusters)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "problem"),
-    [(_raises, "RuntimeError: no kernel image"), (_reverses, "other clusters with average, complete, single, ward")],
-)
+WRONG_KERNELS = [
+    (_raises, "RuntimeError: no kernel image"),
+    (_reverses, "other clusters with average, complete, single, ward linkage"),
+]
+
+
+@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.parametrize(("kernel", "problem"), WRONG_KERNELS)
 def test_a_wrong_kernel_steps_aside_with_one_warning(monkeypatch, kernel, problem):
     monkeypatch.setattr(_triton, "build_tree", kernel)
-    with pytest.warns(UserWarning, match=f"falls back to PyTorch, .*{problem}.* please report this, with torch"):
-        assert not _self_check.triton_works.__wrapped__(torch.device(DEVICE))
+    message = rf"the Triton kernels fail on .* \({problem}\); please report this, .* PyTorch clusters instead"
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert not any(_self_check.triton_works(torch.device(DEVICE)) for _ in range(2))
+    assert len(warned) == 1
 
 
-def test_a_wrong_kernel_that_was_asked_for_raises(monkeypatch):
-    monkeypatch.setattr(_triton, "build_tree", _raises)
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        agglomerate(draw_tokens(1, 20, 4), 7, backend="triton")
+@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.parametrize(("kernel", "problem"), WRONG_KERNELS)
+def test_a_wrong_kernel_that_was_asked_for_raises(monkeypatch, kernel, problem):
+    monkeypatch.setattr(_triton, "build_tree", kernel)
+    with pytest.raises(RuntimeError, match=rf"\({problem}\); please report this, .*; use backend='torch'"):
+        agglomerate(draw_tokens(1, 20, 4).to(DEVICE), 7, backend="triton")
 
 
 def test_the_fastest_backend_depends_on_device_dtype_and_size():

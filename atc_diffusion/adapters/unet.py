@@ -1,7 +1,7 @@
 """Stable Diffusion 1, 2 and XL, ControlNet and PixArt: diffusers' `BasicTransformerBlock` and its `attn1`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -19,16 +19,18 @@ _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
 
 # By name: which of them exist depends on the version of diffusers.
 _ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "AttnProcessorNPU")
-_KEYS_OF_QUERIES = ("FusedAttnProcessor2_0",)  # make keys of the queries' tokens, whatever else they are given
 _PERTURBED = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}  # and parts of the batch
+_KEYS_OF_QUERIES = {  # those that make keys of the queries' tokens alone, and the way out
+    "FusedAttnProcessor2_0": "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()",
+    "CustomDiffusionAttnProcessor": "custom diffusion needs as many keys as queries; leave r_keys out",
+} | dict.fromkeys(_PERTURBED, "perturbed-attention guidance needs as many keys as queries; leave r_keys out")
 
 
-def _classes(*names: str) -> tuple[type, ...]:
-    return tuple(kind for name in names if (kind := getattr(attention_processor, name, None)))
+def _classes(names: Iterable[str]) -> set[type]:
+    return {kind for name in names if (kind := getattr(attention_processor, name, None))}
 
 
-_ANY_CLASSES, _KEYS_OF_QUERIES_CLASSES = _classes(*_ANY), _classes(*_KEYS_OF_QUERIES)
-_PERTURBED_CLASSES = _classes(*_PERTURBED)
+_ANY_CLASSES, _KEYS_OF_QUERIES_CLASSES = _classes(_ANY), _classes(_KEYS_OF_QUERIES)
 
 
 class UNetFamily:
@@ -51,12 +53,10 @@ class UNetFamily:
         if type(layer.block).__name__ == "ToMeBlock":
             raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
         kind = type(layer.attention.processor)
-        if kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES + _PERTURBED_CLASSES and not keys_apart):
+        if kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not keys_apart):
             return
         if kind in _KEYS_OF_QUERIES_CLASSES:
-            way_out = "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()"
-        elif kind in _PERTURBED_CLASSES:
-            way_out = "perturbed-attention guidance needs as many keys as queries; leave r_keys out"
+            way_out = _KEYS_OF_QUERIES[kind.__name__]
         else:
             way_out = f"that processor is not known to work with merged tokens; known are {', '.join(_ANY)}"
         raise ValueError(f"{layer.name} has a {kind.__name__}: {way_out}, or remove_patch")

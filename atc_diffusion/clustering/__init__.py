@@ -46,6 +46,7 @@ def agglomerate(
     Raises:
         ValueError: for an unknown name, a shape or a number of clusters that does not fit, or a backend that is not
             installed or does not take such tokens.
+        RuntimeError: if `backend="triton"` fails on the device, or finds other clusters there than "torch".
 
     Example:
         >>> agglomerate(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]), num_clusters=2)
@@ -130,13 +131,15 @@ def numba_works() -> bool:
     return True
 
 
-def _working_backend(tokens: Tensor, linkage: str, metric: str) -> str:
-    """The fastest backend that is right on the tokens' device."""
-    backend = fastest_backend(tokens, linkage, metric)
+def _trusted_backend(asked: str | None, tokens: Tensor, linkage: str, metric: str) -> str:
+    """What was asked for, or the fastest; Triton's kernels only where they are right on the tokens' device."""
+    backend = asked or fastest_backend(tokens, linkage, metric)
     if backend != "triton":
         return backend
-    from atc_diffusion.clustering._self_check import triton_works
+    from atc_diffusion.clustering._self_check import require_triton, triton_works
 
+    if asked is not None:
+        require_triton(tokens.device)
     return backend if triton_works(tokens.device) else "torch"
 
 
@@ -146,7 +149,7 @@ def _cluster_tree(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parents, heights and order of a `ClusterTree`: one opaque operator to torch.compile."""
     with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot rank distances
-        build_tree = _backend(backend or _working_backend(tokens, linkage, metric))
+        build_tree = _backend(_trusted_backend(backend, tokens, linkage, metric))
         tree = build_tree(tokens.to(_working_dtype(tokens)), linkage, metric, num_clusters)
     heights = tree.heights.to(_working_dtype(tokens))
     return tree.parents.contiguous(), heights.contiguous(), tree.order.contiguous()

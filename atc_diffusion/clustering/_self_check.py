@@ -15,21 +15,34 @@ CASES = (("average", "cosine"), ("complete", "cosine"), ("single", "cosine"), ("
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether the Triton kernels run on `device` and find the torch form's clusters; warns once if they do not."""
+    """Whether the Triton kernels can be trusted on `device`; warns once if they cannot."""
+    problem = _problem(device)
+    if problem is not None:
+        warnings.warn(f"{problem}; PyTorch clusters instead, and backend='torch' avoids this warning", stacklevel=2)
+    return problem is None
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise RuntimeError if the Triton kernels cannot be trusted on `device`."""
+    if problem := _problem(device):
+        raise RuntimeError(f"{problem}; use backend='torch'")
+
+
+@cache
+def _problem(device: torch.device) -> str | None:
+    """What is wrong with the Triton kernels on `device`: they raise, or find other clusters than the torch form."""
     tokens = torch.randn(2, NUM_TOKENS, 16, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         wrong = [linkage for linkage, metric in CASES if _differs(tokens, linkage, metric)]
-        problem = f"other clusters with {', '.join(wrong)} linkage" if wrong else None
+        if not wrong:
+            return None
+        problem = f"other clusters with {', '.join(wrong)} linkage"
     except Exception as error:  # whatever a compiler or driver raises
         problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        warnings.warn(
-            f"clustering on {_name(device)} falls back to PyTorch, as the Triton kernels fail there ({problem});"
-            f" please report this, with torch {torch.__version__}, Triton {triton.__version__} and Python"
-            f" {platform.python_version()}; backend='torch' avoids this warning",
-            stacklevel=2,
-        )
-    return problem is None
+    return (
+        f"the Triton kernels fail on {_name(device)} ({problem}); please report this, with torch {torch.__version__},"
+        f" Triton {triton.__version__} and Python {platform.python_version()}"
+    )
 
 
 def _differs(tokens: torch.Tensor, linkage: str, metric: str) -> bool:
