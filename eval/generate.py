@@ -127,7 +127,14 @@ class Sampler:
         return self.load()
 
     def run(self, sets: dict[Configuration, PictureSet]) -> None:
-        """Complete all sets, with a record of what made them beside the pictures."""
+        """Complete all sets, with a record of what made them beside the pictures.
+
+        Raises:
+            ValueError: if a configuration does not fit the pipeline; nothing is drawn then.
+        """
+        for configuration in sets:
+            with configuration.applied(self.pipe):
+                pass
         shares = {configuration: self._share(pictures) for configuration, pictures in sets.items()}
         self.state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
         with tqdm(total=sum(map(len, shares.values())), unit="picture", desc=self._title, disable=self._quiet) as bar:

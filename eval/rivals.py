@@ -112,6 +112,7 @@ class _Kind:
     strengths: tuple[float, float]
     package: str = "diffusers"
     whole: bool = True  # whether the strength is a whole number
+    needs_unet: bool = False
 
 
 def _share_of_keys(factor: float) -> str:
@@ -122,9 +123,9 @@ KINDS = {
     "steps": _Kind("fewer steps", "{:g} steps".format, fewer_steps, (1, 1000)),
     "todo": _Kind("ToDo", _share_of_keys, partial(downsampled_keys, downsample=interpolate), (2, 64)),
     "pooled": _Kind("pooled keys", _share_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
-    "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False),
-    "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache"),
-    "ca-tome": _Kind("CA-ToMe", "similarity {:g}".format, ca_tome, (-1, 1), "ca_tome", whole=False),
+    "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
+    "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
+    "ca-tome": _Kind("CA-ToMe", "similarity {:g}".format, ca_tome, (-1, 1), "ca_tome", whole=False, needs_unet=True),
 }
 
 
@@ -174,5 +175,11 @@ class Rival:
         return asdict(self)
 
     def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
-        """`pipe` with this rival at work, for the length of a `with` block; yields what draws."""
+        """`pipe` with this rival at work, for the length of a `with` block; yields what draws.
+
+        Raises:
+            ValueError: if it is for another kind of pipeline.
+        """
+        if self.kind.needs_unet and not hasattr(pipe, "unet"):
+            raise ValueError(f"{self.name} needs a UNet, and {type(pipe).__name__} has none; leave it out")
         return self.kind.apply(pipe, self.strength)

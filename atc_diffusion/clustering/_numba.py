@@ -37,7 +37,8 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
     num_tokens = tokens.shape[1]
     kernel = _kernel(linkage, num_tokens - num_clusters)
     together = max(torch.get_num_threads(), CHUNK // num_tokens**2)
-    parts = [_share_out(kernel, _distances(part, linkage, metric)) for part in tokens.cpu().split(together)]
+    chunks = -(-len(tokens) // together) or 1
+    parts = [_share_out(kernel, _distances(part, linkage, metric)) for part in tokens.cpu().chunk(chunks)]
     merges = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     parents, heights, rounds = (torch.from_numpy(array).to(tokens.device) for array in merges)
     if linkage == "ward":

@@ -1,0 +1,59 @@
+"""The commands on every model family: Stable Diffusion XL, 3 and PixArt at tiny size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fid import main as fid
+from tune import main as tune
+
+from tests import tiny_pipelines
+from tests.test_examples import run_example
+
+FAMILIES = ("sdxl", "sd3", "pixart")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("models") / request.param
+    getattr(tiny_pipelines, request.param)().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path) -> list[str]:
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\n")
+    return (
+        f"--model {model} --class-names {names} --prompt {{}} --steps 2 --batch-size 1 --method atc tome --keep 50 "
+        f"--reference {draw_pictures('reference', 4)} --features efficientnet-lite0 --bootstrap 20 --device cpu "
+        f"--out {tmp_path / 'out'}"
+    ).split()
+
+
+def test_fid_draws_and_reports(experiment: list[str], tmp_path: Path) -> None:
+    fid([*experiment, "--rival", "steps:1", "todo:2"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert all(method in report for method in ("unmerged", "ATC average", "ToMe", "fewer steps", "ToDo"))
+
+
+@pytest.mark.parametrize("model", ["sd3", "pixart"], indirect=True)
+def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"deepcache needs a UNet, and \w+Pipeline has none; leave it out"):
+        fid([*experiment, "--rival", "deepcache:2"])
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(f"--model {model} --prompt ant --steps 2 --device cpu --within 0".split())
+    said = capsys.readouterr().out
+    assert "ATC average" in said
+    assert "fewer steps" in said
+    assert ("DeepCache" in said) == (model.name == "sdxl")
+
+
+def test_generate_draws_beside_the_unmerged_picture(model: Path, tmp_path: Path) -> None:
+    done = run_example("--model", str(model), "--steps", "2", "--prompt", "ant", "--keep", "50/25", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "50% of queries, 25% of keys" in done.stdout
+    assert (tmp_path / "generate.png").is_file()
