@@ -27,8 +27,9 @@ class MergeConfig:
         proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged token
             weighs as much as its members did (Bolya et al. 2023, Eq. 1).
         max_downsample: patch the levels down to this downsampling factor (1, 2, 4, ...). None: the finest level that
-            has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL, SD3 and PixArt. Not together with
-            a mapping for `r` or `r_keys`.
+            has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL, SD3 and PixArt. "auto": every
+            level whose attention costs at least half as much as the finest's, which adds level 4 in SDXL. Not together
+            with a mapping for `r` or `r_keys`.
         share_guidance: cluster the tokens of a picture once for all parts of its classifier-free guidance, by the
             features of the last, which is the conditional one in Stable Diffusion. Which items of a batch are such
             parts is inferred, so sharing begins at a run's second step.
@@ -45,7 +46,7 @@ class MergeConfig:
     r_keys: Share | Mapping[int, Share] | None = None
     features: Features = "keys"
     proportional_attention: bool = True
-    max_downsample: int | None = None
+    max_downsample: int | Literal["auto"] | None = None
     share_guidance: bool = False
     share_layers: int = 1
     refresh_every: int = 1
@@ -59,8 +60,8 @@ class MergeConfig:
         if isinstance(self.r, Mapping) and isinstance(self.r_keys, Mapping) and self.r.keys() != self.r_keys.keys():
             raise ValueError(f"r={self.r!r} and r_keys={self.r_keys!r} name different levels; name the same in both")
         check_member("features", self.features, get_args(Features))
-        if self.max_downsample is not None:
-            _check_count("max_downsample", self.max_downsample, "None or a factor 1, 2, 4, ...")
+        if self.max_downsample not in (None, "auto"):
+            _check_count("max_downsample", self.max_downsample, "None, 'auto' or a factor 1, 2, 4, ...")
         _check_count("share_layers", self.share_layers, "a number of layers from 1 up")
         _check_count("refresh_every", self.refresh_every, "a number of steps from 1 up")
 

@@ -70,12 +70,21 @@ def _layers(network: nn.Module) -> tuple[Family, list[Layer]]:
 
 def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:
     """Those at the levels that `config` asks for."""
-    wanted = _levels(config, sorted({layer.level for layer in layers}))
+    wanted = _costly_levels(layers) if config.max_downsample == "auto" else _levels(config, layers)
     return [layer for layer in layers if layer.level in wanted]
 
 
-def _levels(config: MergeConfig, levels: list[int]) -> list[int]:
-    """Those of the `levels` that have self-attention, from the finest on, that `config` asks for."""
+def _costly_levels(layers: list[Layer]) -> list[int]:
+    """Those whose attention costs at least half as much as the finest's; N^2 C, of N tokens by the level's grid."""
+    costs: dict[int, float] = {}
+    for layer in layers:
+        costs[layer.level] = costs.get(layer.level, 0) + layer.channels / layer.level**4
+    return [level for level, cost in costs.items() if cost >= costs[min(costs)] / 2]
+
+
+def _levels(config: MergeConfig, layers: list[Layer]) -> list[int]:
+    """Those, from the finest on, that `config` asks for."""
+    levels = sorted({layer.level for layer in layers})
     there_are = f"the levels that have self-attention are {', '.join(map(str, levels))}"
     if config.levels is not None:
         if missing := config.levels - set(levels):

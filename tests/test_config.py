@@ -31,8 +31,8 @@ from atc_diffusion.clusterer import build_tree
         ({"features": "queries"}, "features must be one of 'keys', 'values', .*, got 'queries'"),
         ({"share_layers": True}, "share_layers must be a number of layers from 1 up, got True"),
         ({"refresh_every": 0}, "refresh_every must be a number of steps from 1 up, got 0"),
-        ({"max_downsample": 0}, "max_downsample must be None or a factor .*, got 0"),
-        ({"max_downsample": "1"}, "max_downsample must be None or a factor .*, got '1'"),
+        ({"max_downsample": 0}, "max_downsample must be None, 'auto' or a factor .*, got 0"),
+        ({"max_downsample": "1"}, "max_downsample must be None, 'auto' or a factor .*, got '1'"),
         ({"backend": "cuda"}, "backend must be one of 'torch', .*, got 'cuda'"),
     ],
 )

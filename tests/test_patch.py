@@ -248,11 +248,31 @@ def test_levels(unet):
     assert [layer.tokens for layer in summary(unet).layers] == [64, 16, 16, 16, 64, 64, 16]
 
 
+SD15_LAYOUT = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (8, 16, 32, 32),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+}
+SDXL_LAYOUT = {
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "block_out_channels": (8, 16, 32),
+    "transformer_layers_per_block": (1, 2, 10),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+}
+
+
+@pytest.mark.parametrize(("layout", "levels"), [(SD15_LAYOUT, {1}), (SDXL_LAYOUT, {2, 4})])
+def test_the_costly_levels_depend_on_the_model(layout, levels):
+    unet = apply_patch(bare_unet(**layout), max_downsample="auto")
+    assert {layer.level for layer in summary(unet).layers} == levels
+
+
 def bare_unet(**changes: Any) -> UNet2DConditionModel:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
-    return UNet2DConditionModel(
-        block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=4, **(blocks | changes)
-    )
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 4}
+    return UNet2DConditionModel(**sizes | blocks | changes)
 
 
 ATTENTION_ONLY = UNet2DModel(
