@@ -53,7 +53,7 @@ AUTOENCODER = (
     Phase("autoencoder-whole", pixels=256, batch=2, steps=600, rate=1e-3),
 )
 COARSE = Phase("coarse", pixels=128, batch=16, steps=3000, rate=1e-3)
-FINE = Phase("fine", pixels=256, batch=4, steps=620, rate=5e-4, merged=0.6)
+FINE = Phase("fine", pixels=256, batch=4, steps=1300, rate=5e-4, merged=0.3)
 
 
 class Training:
