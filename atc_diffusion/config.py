@@ -129,12 +129,13 @@ class ATCConfig(MergeConfig):
     Attributes:
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
-        window: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at once.
+        window: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at once,
+            which is a little nearer to the unmerged picture (eval/results) and takes longer the more tokens there are.
         backend: what clusters: a name that `agglomerate` takes, or None for the fastest.
     """
 
     linkage: str = "average"
-    window: int | None = 64
+    window: int | None = 32
     share_guidance: bool = True
     refresh_every: int = 3
     backend: str | None = None
@@ -164,7 +165,7 @@ class ATCConfig(MergeConfig):
     @classmethod
     def fast(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
         """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results)."""
-        return cls(r=1.0, r_keys=r_keys, window=32)
+        return cls(r=1.0, r_keys=r_keys)
 
 
 @dataclass(frozen=True, kw_only=True)
