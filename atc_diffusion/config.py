@@ -164,8 +164,11 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def fast(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
-        """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results)."""
-        return cls(r=1.0, r_keys=r_keys)
+        """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results).
+
+        It merges every costly level, unless `r_keys` names the levels: one in Stable Diffusion 1 and 2, two in SDXL.
+        """
+        return cls(r=1.0, r_keys=r_keys, max_downsample=None if isinstance(r_keys, Mapping) else "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

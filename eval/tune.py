@@ -90,7 +90,7 @@ def ladder(steps: int, is_unet: bool) -> list[Configuration]:
     merges = [
         fast,
         ATCConfig.fast(0.25),
-        ATCConfig(r=0.5, r_keys=0.1),
+        replace(fast, r=0.5),
         ATCConfig.fast(0.05),
         *([replace(fast, max_downsample=8)] if is_unet else []),
     ]

@@ -265,7 +265,7 @@ SDXL_LAYOUT = {
 
 @pytest.mark.parametrize(("layout", "levels"), [(SD15_LAYOUT, {1}), (SDXL_LAYOUT, {2, 4})])
 def test_the_costly_levels_depend_on_the_model(layout, levels):
-    unet = apply_patch(bare_unet(**layout), max_downsample="auto")
+    unet = apply_patch(bare_unet(**layout), ATCConfig.fast())
     assert {layer.level for layer in summary(unet).layers} == levels
 
 
