@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import pandas as pd
@@ -12,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from pictures import write_atomically
 from PIL import Image
+
+CAPTION = 36  # characters on a line
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def contact_sheet(pictures: Sequence[Shown], columns: int = 6) -> Image.Image:
         axes.set_axis_off()
     for axes, shown in zip(grid.base.flat, pictures, strict=False):
         axes.imshow(shown.image, interpolation="nearest")
-        axes.set_title(shown.caption, fontsize=6, wrap=True)
+        axes.set_title(fill(shown.caption, CAPTION), fontsize=6)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return Image.open(file)

@@ -210,7 +210,7 @@ def pictures_section(study: Study, picture: Picture) -> Section:
 
 
 def _caption(result: Result, index: int) -> str:
-    name = " ".join(filter(None, [result.configuration.label, result.configuration.setting]))
+    name = ", ".join(filter(None, [result.configuration.label, result.configuration.setting]))
     return name if result.scores.fidelity is None else f"{name}: {result.fidelity.psnr_of_each[index]:.1f} dB"
 
 

@@ -164,7 +164,7 @@ def _caption(trial: Trial, unmerged: Trial) -> str:
     row = figures(trial, unmerged)
     if trial is unmerged:
         return f"unmerged: {trial.seconds:.2f} s"
-    return f"{row['method']} {row['setting']}: {row['ratio']:.2f} of the time, {row['psnr']:.1f} dB"
+    return f"{row['method']}, {row['setting']}: {row['ratio']:.2f} of the time, {row['psnr']:.1f} dB"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python examples/clusters.py --prompt "penguin" --keep 25 5 --at 0 10 19 --layers down_blocks.0 up_blocks.2
 
 Writes a picture for each chosen layer and step, and beside it the histogram of its clusters' sizes. The methods differ
-only in how they cluster: all compare keys, and all weigh a cluster by its size.
+only in how they cluster: all compare keys over the whole picture, and all weigh a cluster by its size.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, 
 from atc_diffusion.clustering import LINKAGES
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
-    **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage) for linkage in LINKAGES},
+    **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window=None) for linkage in LINKAGES},
     "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
     "kmedoids": KMedoidsConfig,
     "dpc-knn": DPCKNNConfig,

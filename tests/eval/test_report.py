@@ -161,7 +161,7 @@ def test_pictures_are_shown_as_each_way_draws_them(study: Study, tmp_path: Path)
     ]
     assert [shown.image.getpixel((0, 0)) for shown in section.pictures] == [(50 * number, 0, 0) for number in range(6)]
     assert section.pictures[0].caption == "unmerged"
-    assert section.pictures[4].caption == f"{ATC} 50 %: 40.1 dB"
+    assert section.pictures[4].caption == f"{ATC}, 50 %: 40.1 dB"
 
 
 def test_lpips_has_a_column_where_it_was_measured(study: Study) -> None:
