@@ -70,16 +70,8 @@ def _layers(network: nn.Module) -> tuple[Family, list[Layer]]:
 
 def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:
     """Those at the levels that `config` asks for."""
-    wanted = _costly_levels(layers) if config.max_downsample == "auto" else _levels(config, layers)
+    wanted = _levels(config, layers)
     return [layer for layer in layers if layer.level in wanted]
-
-
-def _costly_levels(layers: list[Layer]) -> list[int]:
-    """Those whose attention costs at least half as much as the finest's; N^2 C, of N tokens by the level's grid."""
-    costs: dict[int, float] = {}
-    for layer in layers:
-        costs[layer.level] = costs.get(layer.level, 0) + layer.channels / layer.level**4
-    return [level for level, cost in costs.items() if cost >= costs[min(costs)] / 2]
 
 
 def _levels(config: MergeConfig, layers: list[Layer]) -> list[int]:
@@ -90,7 +82,17 @@ def _levels(config: MergeConfig, layers: list[Layer]) -> list[int]:
         if missing := config.levels - set(levels):
             raise ValueError(f"a share is given for level {min(missing)}, but {there_are}; use some of them")
         return list(config.levels)
+    if isinstance(config.max_downsample, str):
+        return _costly_levels(layers)
     coarsest = config.max_downsample or levels[0]
     if coarsest < levels[0]:
         raise ValueError(f"max_downsample={coarsest}, but {there_are}; use one of them, or None for the finest")
     return [level for level in levels if level <= coarsest]
+
+
+def _costly_levels(layers: list[Layer]) -> list[int]:
+    """Those whose attention costs at least half as much as the finest's; N^2 C, of N tokens by the level's grid."""
+    costs: dict[int, float] = {}
+    for layer in layers:
+        costs[layer.level] = costs.get(layer.level, 0) + layer.channels / layer.level**4
+    return [level for level, cost in costs.items() if cost >= costs[min(costs)] / 2]
