@@ -142,6 +142,7 @@ def _trusted_backend(asked: str | None, tokens: Tensor, linkage: str, metric: st
 
     if asked is not None:
         require_triton(tokens.device)
+        return asked
     return backend if triton_works(tokens.device) else "torch"
 
 
