@@ -17,6 +17,8 @@ from torch import Tensor
 
 from atc_diffusion import ClusterTree, agglomerate, cluster_tree, clustering
 from atc_diffusion.clustering import _torch
+from atc_diffusion.clustering._installed import numba_works
+from atc_diffusion.clustering.tree import number_clusters_by_pointer_jumping
 
 LINKAGES = ["average", "complete", "single", "ward"]
 BACKENDS = ["numba", "torch", "scipy"]
@@ -231,15 +233,30 @@ def test_one_cluster_that_takes_in_all_others_one_by_one(linkage):
     assert all(torch.equal(trees[0].cut(k), trees[1].cut(k)) for k in (1, 10, 45, 80))
 
 
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_compiled_labels_are_those_of_pointer_jumping(linkage):
+    """At every share and at a distance, also where the tensors are views."""
+    tree = cluster_tree(draw_tokens(0, 3, 60, 4), linkage)
+    views = ClusterTree(tree.parents.mT.contiguous().mT, tree.heights, tree.order)
+    for num_clusters in range(1, 61):
+        absorbed = torch.zeros_like(tree.order, dtype=torch.bool).scatter_(1, tree.order[:, : 60 - num_clusters], True)
+        expected = number_clusters_by_pointer_jumping(tree.parents, absorbed)
+        assert torch.equal(tree.cut(num_clusters), expected)
+        assert torch.equal(views.cut(num_clusters), expected)
+    middle = tree.heights.median().item()
+    expected = number_clusters_by_pointer_jumping(tree.parents, tree.heights <= middle)
+    assert torch.equal(tree.cut_at(middle), expected)
+
+
 def test_without_numba_plain_torch_clusters(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    clustering.numba_works.cache_clear()
+    numba_works.cache_clear()
     tokens = torch.randn(1, 30, 4)
     try:
         assert clustering.fastest_backend(tokens, "average", "cosine") == "torch"
         assert torch.equal(agglomerate(tokens, 9), agglomerate(tokens, 9, backend="torch"))
     finally:
-        clustering.numba_works.cache_clear()
+        numba_works.cache_clear()
 
 
 def test_where_no_directory_is_writable_it_compiles_every_time(tmp_path):

@@ -3,11 +3,11 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from atc_diffusion.clustering._installed import HAS_NUMBA, HAS_TRITON, numba_works
 from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
 
 LINKAGES = ("average", "complete", "single", "ward")
@@ -16,8 +16,6 @@ BACKENDS = ("torch", "numba", "scipy", "triton")
 
 MATRIX_FREE = (("average", "cosine"), ("ward", "euclidean"))  # clustered from means, without an N x N matrix
 LARGEST_MATRIX = 4096  # tokens up to which these are quicker with the matrix
-
-HAS_NUMBA, HAS_TRITON = (importlib.util.find_spec(name) is not None for name in ("numba", "triton"))
 
 
 def agglomerate(
@@ -121,16 +119,6 @@ def fastest_backend(tokens: Tensor, linkage: str, metric: str) -> str:
         return "triton" if HAS_TRITON and tokens.dtype != torch.float64 else "torch"
     matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
     return "numba" if tokens.device.type == "cpu" and not matrix_free and numba_works() else "torch"
-
-
-@cache
-def numba_works() -> bool:
-    """Numba refuses to be imported beside a NumPy that is newer than it knows."""
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _trusted_backend(asked: str | None, tokens: Tensor, linkage: str, metric: str) -> str:

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atc_diffusion.clustering._installed import numba_works
+
 
 class Cuttable(Protocol):
     """Clusters once, gives any number of clusters from `num_clusters` up."""
@@ -70,7 +72,16 @@ def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
 
 
 def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
-    """Follow the chains of `absorbed` tokens by pointer jumping and number their roots in order."""
+    """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
+    if parents.device.type == "cpu" and not torch.compiler.is_compiling() and numba_works():
+        from atc_diffusion.clustering._numba.labels import number_clusters
+
+        return number_clusters(parents.contiguous(), absorbed.contiguous())
+    return number_clusters_by_pointer_jumping(parents, absorbed)
+
+
+def number_clusters_by_pointer_jumping(parents: Tensor, absorbed: Tensor) -> Tensor:
+    """As `_labels`, of plain tensor operations on any device."""
     tokens = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
     roots = torch.where(absorbed, parents, tokens)
     for _ in range(parents.shape[1].bit_length()):

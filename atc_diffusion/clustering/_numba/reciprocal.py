@@ -1,0 +1,211 @@
+"""Average, complete and Ward's linkage: a round joins every pair of clusters that are each other's nearest."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from atc_diffusion.clustering._numba.compiled import FAR, LANES, Array, entry, inner, nearest
+
+LINKAGES = {"average": 0, "complete": 1, "ward": 2}
+AVERAGE, COMPLETE = LINKAGES["average"], LINKAGES["complete"]
+RESCANS = 8  # neighbours that a merge may leave to search anew
+
+
+class _Clusters(NamedTuple):
+    """What is known of each cluster, `[N]`, in the place of its first token."""
+
+    sizes: Array
+    formed: Array  # height at which it came to be
+    bounds: Array  # least possible distance to any other cluster
+    neighbours: Array  # the nearest cluster
+    stale: Array  # whether that one may no longer be it
+    grown: Array  # the round in which it last took in another
+    gone: Array  # 0, or FAR for those that are merged or need no further look
+    least: Array  # room for `nearest`
+    apart: Array
+
+
+class _Pairs(NamedTuple):
+    """The clusters that are joined in one round."""
+
+    first: Array
+    second: Array
+    distances: Array
+
+
+@entry
+def merge_reciprocal(
+    linkage: int, num_merges: int, matrices: Array, parents: Array, heights: Array, rounds: Array
+) -> None:
+    """Join reciprocal pairs until no distance is left below the `num_merges`-th smallest height."""
+    for item in range(len(matrices)):
+        _merge_one(linkage, num_merges, matrices[item], parents[item], heights[item], rounds[item])
+
+
+@inner
+def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, heights: Array, rounds: Array) -> None:
+    n, dtype = len(matrix), matrix.dtype
+    clusters = _Clusters(
+        np.ones(n, dtype),
+        np.full(n, -FAR, dtype),
+        np.zeros(n, dtype),
+        np.arange(n),
+        np.ones(n, np.bool_),
+        np.full(n, -1),
+        np.zeros(n, dtype),
+        np.empty(LANES, dtype),
+        np.empty(LANES, np.int32),
+    )
+    parents[:], heights[:], rounds[:] = clusters.neighbours, np.inf, 0
+    active, number, merged, thrifty = np.arange(n), 0, 0, False
+    while len(active) > 1 and num_merges > 0:
+        _search(matrix, clusters, active, thrifty)
+        pairs = _pair(matrix, clusters, active)
+        _record(clusters, pairs, number, parents, heights, rounds)
+        merged += len(pairs.first)
+        if merged >= num_merges:
+            active = _drop(clusters, active, _smallest(heights, num_merges - 1))
+        else:
+            active = _drop(clusters, active, FAR)
+        _join(linkage, matrix, clusters, active, pairs)
+        thrifty = _mark_stale(clusters, active, number) > RESCANS * len(pairs.first)
+        number += 1
+
+
+@inner
+def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) -> None:
+    """Find the nearest neighbours of stale clusters; if `thrifty`, of those alone that may be the closest of all.
+
+    Where one cluster is the neighbour of most others and grows by one at a time, all of them are stale every time.
+    """
+    limit = np.inf
+    for i in active:
+        if thrifty and not clusters.stale[i]:
+            limit = min(limit, clusters.bounds[i])
+    for i in active:
+        if clusters.stale[i] and clusters.bounds[i] <= limit:
+            clusters.gone[i] = FAR
+            clusters.neighbours[i] = nearest(matrix[i], clusters.gone, i, clusters.least, clusters.apart)
+            clusters.gone[i] = 0
+            clusters.bounds[i] = matrix[i, clusters.neighbours[i]]
+            clusters.stale[i] = False
+
+
+@inner
+def _pair(matrix: Array, clusters: _Clusters, active: Array) -> _Pairs:
+    """The reciprocal pairs; rounding may leave none, so the closest pair is always one."""
+    bounds, neighbours, stale = clusters.bounds, clusters.neighbours, clusters.stale
+    closest = active[0]
+    for i in active:
+        closest = i if bounds[i] < bounds[closest] else closest
+    partner = neighbours[closest]
+    neighbours[partner], bounds[partner], stale[partner] = closest, bounds[closest], False
+    pairs = _Pairs(np.empty_like(active), np.empty_like(active), np.empty(len(active), matrix.dtype))
+    count = 0
+    for i in active:
+        j = neighbours[i]
+        if i < j and neighbours[j] == i and not stale[i] and not stale[j]:
+            pairs.first[count], pairs.second[count], pairs.distances[count] = i, j, matrix[i, j]
+            count += 1
+    return _Pairs(pairs.first[:count], pairs.second[:count], pairs.distances[:count])
+
+
+@inner
+def _record(clusters: _Clusters, pairs: _Pairs, number: int, parents: Array, heights: Array, rounds: Array) -> None:
+    for pair in range(len(pairs.first)):
+        into, absorbed = pairs.first[pair], pairs.second[pair]
+        formed = max(clusters.formed[into], clusters.formed[absorbed])
+        height = max(min(clusters.bounds[into], clusters.bounds[absorbed]), formed)
+        parents[absorbed], heights[absorbed], rounds[absorbed] = into, height, number
+        clusters.formed[into] = clusters.bounds[into] = height
+        clusters.grown[into] = number
+        clusters.stale[into], clusters.gone[absorbed] = True, FAR
+
+
+@inner
+def _smallest(values: Array, k: int) -> float:
+    """The value that is at `k` in order (Hoare's quickselect; NumPy's own takes five seconds to compile)."""
+    values, low, high = values.copy(), 0, len(values) - 1
+    while low < high:
+        pivot, i, j = values[k], low, high
+        while i <= j:
+            while values[i] < pivot:
+                i += 1
+            while values[j] > pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i, j = i + 1, j - 1
+        low, high = (i if j < k else low), (j if k < i else high)
+    return values[k]
+
+
+@inner
+def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
+    """The active clusters that may still be joined below the height `last`."""
+    count = 0
+    for i in active:
+        if clusters.bounds[i] >= last:
+            clusters.gone[i] = FAR
+        if clusters.gone[i] == 0:
+            active[count] = i
+            count += 1
+    return active[:count]
+
+
+@inner
+def _mark_stale(clusters: _Clusters, active: Array, number: int) -> int:
+    """A cluster needs a new neighbour once its own is gone or has grown; how many do."""
+    count = 0
+    for i in active:
+        neighbour = clusters.neighbours[i]
+        if clusters.gone[neighbour] > 0 or clusters.grown[neighbour] == number:
+            clusters.stale[i] = True
+        count += clusters.stale[i]
+    return count
+
+
+@inner
+def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs: _Pairs) -> None:
+    """Distances of the unions: first in the rows of all pairs, then in their columns, row by row as memory lies."""
+    sizes = clusters.sizes
+    for pair in range(len(pairs.first)):
+        i, j = pairs.first[pair], pairs.second[pair]
+        if clusters.gone[i] == 0:
+            _join_rows(linkage, matrix[i], matrix[j], pairs.distances[pair], sizes[i], sizes[j], sizes)
+    for pair in range(len(pairs.first)):
+        sizes[pairs.first[pair]] += sizes[pairs.second[pair]]
+    for k in active:
+        _join_columns(linkage, matrix[k], pairs, sizes, sizes[k])
+
+
+@inner
+def _join_rows(linkage: int, row: Array, other: Array, d_ij: float, n_i: float, n_j: float, sizes: Array) -> None:
+    if linkage == AVERAGE:
+        share = n_j / (n_i + n_j)
+        for k in range(len(row)):
+            row[k] += (other[k] - row[k]) * share
+    elif linkage == COMPLETE:
+        for k in range(len(row)):
+            row[k] = max(row[k], other[k])
+    else:
+        for k in range(len(row)):
+            row[k] = _ward(row[k], other[k], d_ij, n_i, n_j, sizes[k])
+
+
+@inner
+def _join_columns(linkage: int, row: Array, pairs: _Pairs, sizes: Array, n_k: float) -> None:
+    for pair in range(len(pairs.first)):
+        i, j = pairs.first[pair], pairs.second[pair]
+        if linkage == AVERAGE:
+            row[i] += (row[j] - row[i]) * (sizes[j] / sizes[i])
+        elif linkage == COMPLETE:
+            row[i] = max(row[i], row[j])
+        else:
+            row[i] = _ward(row[i], row[j], pairs.distances[pair], sizes[i] - sizes[j], sizes[j], n_k)
+
+
+@inner
+def _ward(d_ki: float, d_kj: float, d_ij: float, n_i: float, n_j: float, n_k: float) -> float:
+    """Ward's update, of squared distances."""
+    return ((n_i + n_k) * d_ki + (n_j + n_k) * d_kj - n_k * d_ij) / (n_i + n_j + n_k)
