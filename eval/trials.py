@@ -15,10 +15,13 @@ from results import on_frontier
 from scores import psnr, ssim
 from tqdm import tqdm
 
-DEEPCACHE = """
+TOGETHER = {  # what to add to the line that merges, by rival
+    "steps": "  # and draw with num_inference_steps={strength:g}",
+    "deepcache": """
 deepcache = DeepCache.DeepCacheSDHelper(pipe=pipe)
-deepcache.set_params(cache_interval={interval})
-deepcache.enable()"""
+deepcache.set_params(cache_interval={strength:g})
+deepcache.enable()""",
+}
 DOUBT = 5.0  # dB that one picture may be from the mean of several
 MEASURES = {"seconds": "median", "ratio": "median", "psnr": "mean", "ssim": "mean", "code": "first"}
 
@@ -116,11 +119,11 @@ def figures(trial: Trial, unmerged: Trial) -> dict[str, object]:
 
 
 def code(configuration: Configuration) -> str:
-    """The lines that merge so, with DeepCache where it is used too; "" for a rival alone."""
+    """The lines that merge so, together with a rival where there is one; "" for a rival alone."""
     merge, rival = configuration.merge, configuration.rival
     if merge is None:
         return ""
     default = type(merge)()
     changed = [field.name for field in fields(merge) if getattr(merge, field.name) != getattr(default, field.name)]
     line = f"atc_diffusion.apply_patch(pipe, {', '.join(f'{name}={getattr(merge, name)!r}' for name in changed)})"
-    return line if rival is None else line + DEEPCACHE.format(interval=int(rival.strength))
+    return line if rival is None else line + TOGETHER[rival.name].format(strength=rival.strength)

@@ -94,8 +94,9 @@ def ladder(steps: int, is_unet: bool) -> list[Configuration]:
         ATCConfig.fast(0.05),
         *([replace(fast, max_downsample=8)] if is_unet else []),
     ]
-    rivals = [Rival("steps", max(1, round(share * steps))) for share in (0.7, 0.5)]
-    ways = [Configuration(), *map(Configuration, merges), *(Configuration(rival=rival) for rival in rivals)]
+    most_steps, *rivals = (Rival("steps", max(1, round(share * steps))) for share in (0.8, 0.7, 0.5))
+    ways = [Configuration(), *map(Configuration, merges), Configuration(fast, most_steps)]
+    ways += [Configuration(rival=rival) for rival in rivals]
     if is_unet and find_spec("DeepCache"):
         ways += [Configuration(rival=Rival("deepcache", 2)), Configuration(fast, Rival("deepcache", 2))]
     return list(dict.fromkeys(ways))

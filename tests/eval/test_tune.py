@@ -43,11 +43,12 @@ def test_it_compares_says_what_to_use_and_writes_both_files(
 ) -> None:
     main([*options, "--within", "10", "--json", str(tmp_path / "t.json"), "--html", str(tmp_path / "t.html")])
     said = capsys.readouterr().out
-    for text in ("unmerged", "ATC average", "fewer steps", "DeepCache", "PSNR (dB)"):
+    for text in ("unmerged", "ATC ward", "ATC ward + fewer steps", "DeepCache", "PSNR (dB)"):
         assert text in said
     rows = json.loads((tmp_path / "t.json").read_text())["results"]
     assert [row["ratio"] for row in rows if row["method"] == "unmerged"] == [1.0]
     assert all(row["psnr"] > 10 for row in rows if row["method"] != "unmerged")
+    assert any(row["code"].endswith("# and draw with num_inference_steps=3") for row in rows)
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     for lines in filter(None, (row["code"] for row in rows)):
         exec(lines, {"atc_diffusion": atc_diffusion, "DeepCache": DeepCache, "pipe": pipe})
