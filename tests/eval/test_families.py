@@ -47,7 +47,7 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
 def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tune(f"--model {model} --prompt ant --steps 2 --device cpu --within 0".split())
     said = capsys.readouterr().out
-    assert "ATC average" in said
+    assert "ATC ward" in said
     assert "fewer steps" in said
     assert ("DeepCache" in said) == (model.name == "sdxl")
 
