@@ -73,7 +73,8 @@ def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
 
 def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
     """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
-    if parents.device.type == "cpu" and not torch.compiler.is_compiling() and numba_works():
+    has_data = type(parents) is Tensor and not torch.compiler.is_compiling()  # tracing may use tensors without any
+    if has_data and parents.device.type == "cpu" and numba_works():
         from atc_diffusion.clustering._numba.labels import number_clusters
 
         return number_clusters(parents.contiguous(), absorbed.contiguous())
