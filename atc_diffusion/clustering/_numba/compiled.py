@@ -21,7 +21,7 @@ def entry(function: Callable[..., Any]) -> Callable[..., Any]:
 
     What is kept is compiled anew after a change of the file that the entry stands in, not of others that it calls.
     """
-    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher = inner(function)
     with suppress(RuntimeError):
         dispatcher.enable_caching()
     return dispatcher
