@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atc_diffusion.devices import sums_segments, without_autocast
+
 
 class MergeMap:
     """Merge tokens `[B, N, C]` into cluster means `[B, K, C]` and copy them back.
@@ -59,9 +61,20 @@ class MergeMap:
     def merge(self, x: Tensor) -> Tensor:
         """Means `[B, K, C]` of the tokens `x` `[B, N, C]` of every cluster."""
         self._check(x, self.labels.shape[1])
+        return self._sum_segments(x) if sums_segments(x.device) else self._multiply(x)
+
+    def _sum_segments(self, x: Tensor) -> Tensor:
         starts = self._starts + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
         means = F.embedding_bag(self._tokens.flatten(), x.flatten(0, 1), starts.flatten(), mode="mean")
         return means.unflatten(0, (len(x), self.num_clusters))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """As a product with a matrix `[B, K, N]`, smaller than the attention's own; in float32, lest sums overflow."""
+        numbers = torch.arange(self.num_clusters, device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        members = (self.labels[:, None, :] == numbers[:, None]).to(dtype)
+        with without_autocast(x.device):
+            return (members @ x.to(dtype) / self.sizes[:, :, None].clamp(min=1)).to(x.dtype)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """A copy `[B, N, C]` of its cluster's row of `x` `[B, K, C]` for every token."""

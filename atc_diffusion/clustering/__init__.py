@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._installed import HAS_NUMBA, HAS_TRITON, numba_works
-from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
+from atc_diffusion.clustering._installed import HAS_NUMBA, HAS_TRITON
+from atc_diffusion.clustering.placement import place
+from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
+from atc_diffusion.devices import without_autocast
 
 LINKAGES = ("average", "complete", "single", "ward")
 METRICS = ("cosine", "euclidean", "precomputed")
 BACKENDS = ("torch", "numba", "scipy", "triton")
 
-MATRIX_FREE = (("average", "cosine"), ("ward", "euclidean"))  # clustered from means, without an N x N matrix
-LARGEST_MATRIX = 4096  # tokens up to which these are quicker with the matrix
+Merges = tuple[Tensor, Tensor, Tensor]
 
 
 def agglomerate(
@@ -35,7 +36,7 @@ def agglomerate(
             linkage, which is defined for it alone, and "cosine" for the others.
         backend: "numba" (compiled for the CPU), "triton" (CUDA kernels, float32, no host synchronisation), "torch"
             (batched, any device, least memory) or "scipy" (the reference, on the CPU). None: the fastest that is
-            installed for these tokens.
+            installed for these tokens; those on devices other than CUDA are clustered on the CPU.
 
     Returns:
         Labels `[B, N]` int64 in `0..num_clusters - 1`, on the tokens' device; clusters are numbered by their first
@@ -74,9 +75,9 @@ def cluster_tree(
     check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
     # The operator's dispatch alone takes a fifth of a small clustering.
-    merges = _opaque_merges if torch.compiler.is_compiling() else _merges
+    merges = _opaque_merges if is_traced(tokens) else _merges
     parents, heights, order = merges(tokens.detach(), num_clusters, linkage, metric, backend)
-    return ClusterTree(parents, heights, order, num_clusters)
+    return ClusterTree(parents, heights, order, num_clusters, tokens.device)
 
 
 def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
@@ -113,39 +114,22 @@ def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> Non
         raise ValueError(f"backend='triton' needs tokens on a CUDA device, got {tokens.device}; use backend='torch'")
 
 
-def fastest_backend(tokens: Tensor, linkage: str, metric: str) -> str:
-    """What None means; a matter of speed and memory alone."""
-    if tokens.is_cuda:
-        return "triton" if HAS_TRITON and tokens.dtype != torch.float64 else "torch"
-    matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
-    return "numba" if tokens.device.type == "cpu" and not matrix_free and numba_works() else "torch"
+def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None) -> Merges:
+    """Parents, heights and order of a `ClusterTree`, on the device where they were found."""
+    chosen, device = place(tokens, linkage, metric, backend)
+    tokens = tokens.to(device).to(_working_dtype(tokens))
+    with without_autocast(device):  # half precision cannot rank distances
+        tree = _backend(chosen)(tokens, linkage, metric, num_clusters)
+    return tree.parents.contiguous(), tree.heights.to(tokens.dtype).contiguous(), tree.order.contiguous()
 
 
-def _trusted_backend(asked: str | None, tokens: Tensor, linkage: str, metric: str) -> str:
-    """What was asked for, or the fastest; Triton's kernels only where they are right on the tokens' device."""
-    backend = asked or fastest_backend(tokens, linkage, metric)
-    if backend != "triton":
-        return backend
-    from atc_diffusion.clustering._self_check import require_triton, triton_works
-
-    if asked is not None:
-        require_triton(tokens.device)
-        return asked
-    return backend if triton_works(tokens.device) else "torch"
-
-
-def _merges(
+@torch.library.custom_op("atc_diffusion::cluster_tree", mutates_args=())
+def _opaque_merges(
     tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Parents, heights and order of a `ClusterTree`."""
-    with torch.autocast(tokens.device.type, enabled=False):  # half precision cannot rank distances
-        build_tree = _backend(_trusted_backend(backend, tokens, linkage, metric))
-        tree = build_tree(tokens.to(_working_dtype(tokens)), linkage, metric, num_clusters)
-    heights = tree.heights.to(_working_dtype(tokens))
-    return tree.parents.contiguous(), heights.contiguous(), tree.order.contiguous()
-
-
-_opaque_merges = torch.library.custom_op("atc_diffusion::cluster_tree", _merges, mutates_args=())  # to torch.compile
+    """As `_merges`, on the tokens' device, which is all that torch.compile sees."""
+    parents, heights, order = _merges(tokens, num_clusters, linkage, metric, backend)
+    return parents.to(tokens.device), heights.to(tokens.device), order.to(tokens.device)
 
 
 @_opaque_merges.register_fake

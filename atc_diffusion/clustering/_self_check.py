@@ -18,7 +18,7 @@ def triton_works(device: torch.device) -> bool:
     """Whether the Triton kernels can be trusted on `device`; warns once if they cannot."""
     problem = _problem(device)
     if problem is not None:
-        warnings.warn(f"{problem}; PyTorch clusters instead, and backend='torch' avoids this warning", stacklevel=2)
+        warnings.warn(f"{problem}; the CPU clusters instead, and backend='numba' avoids this warning", stacklevel=2)
     return problem is None
 
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atc_diffusion.clustering import MATRIX_FREE
 from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering._torch import pairwise_distances
+from atc_diffusion.clustering.placement import MATRIX_FREE
 from atc_diffusion.clustering.tree import ClusterTree
 
 # Pictures of 4096 tokens take 7-11 rounds with average and complete linkage, the last of them with some dozens of

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from atc_diffusion.clustering._installed import numba_works
 
@@ -31,6 +32,7 @@ class ClusterTree:
         heights: `[B, N]`, the distance at which that happened; infinite where it did not.
         order: `[B, N]` int64, the tokens in the order in which they were absorbed, the others behind them.
         num_clusters: the least number of clusters that it was built down to.
+        device: where labels go; None: where the tree is.
 
     Heights never fall along a chain of parents, so every prefix of `order` is a valid clustering.
     """
@@ -39,6 +41,7 @@ class ClusterTree:
     heights: Tensor
     order: Tensor
     num_clusters: int = 1
+    device: torch.device | None = None
 
     @classmethod
     def from_merges(cls, parents: Tensor, heights: Tensor, rounds: Tensor, num_clusters: int = 1) -> "ClusterTree":
@@ -59,11 +62,19 @@ class ClusterTree:
             raise ValueError(f"this tree was not built down to {num_clusters} clusters; build it with fewer")
         absorbed = torch.zeros_like(self.parents, dtype=torch.bool)
         absorbed.scatter_(1, self.order[:, : num_tokens - num_clusters], True)
-        return _labels(self.parents, absorbed)
+        return self._labels(absorbed)
 
     def cut_at(self, distance: float) -> Tensor:
         """Labels `[B, N]` after every merge of at most `distance`; the number of clusters may differ by item."""
-        return _labels(self.parents, self.heights <= distance)
+        return self._labels(self.heights <= distance)
+
+    def _labels(self, absorbed: Tensor) -> Tensor:
+        return _labels(self.parents, absorbed).to(self.device or self.parents.device)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` may have no data, as what torch.compile and FakeTensorMode compute with."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
@@ -73,8 +84,7 @@ def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
 
 def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
     """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
-    has_data = type(parents) is Tensor and not torch.compiler.is_compiling()  # tracing may use tensors without any
-    if has_data and parents.device.type == "cpu" and numba_works():
+    if not is_traced(parents) and parents.device.type == "cpu" and numba_works():
         from atc_diffusion.clustering._numba.labels import number_clusters
 
         return number_clusters(parents.contiguous(), absorbed.contiguous())

@@ -28,9 +28,9 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
     kernel = _kernel(linkage, num_tokens - num_clusters)
     together = max(torch.get_num_threads(), CHUNK // num_tokens**2)
     chunks = -(-len(tokens) // together) or 1
-    parts = [_share_out(kernel, distance_matrices(part, linkage, metric)) for part in tokens.cpu().chunk(chunks)]
+    parts = [_share_out(kernel, distance_matrices(part, linkage, metric)) for part in tokens.chunk(chunks)]
     merges = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-    parents, heights, rounds = (torch.from_numpy(array).to(tokens.device) for array in merges)
+    parents, heights, rounds = map(torch.from_numpy, merges)
     if linkage == "ward":
         heights = heights.clamp_(min=0).sqrt_()
     return ClusterTree.from_merges(parents, heights, rounds, num_clusters)

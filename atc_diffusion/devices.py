@@ -1,0 +1,17 @@
+"""What differs between devices; which of them clusters is decided in `clustering.placement`."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def sums_segments(device: torch.device) -> bool:
+    """Whether `embedding_bag` can be relied on: on MPS it came with PyTorch 2.10, elsewhere we have not run it."""
+    return device.type in ("cpu", "cuda")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes given; some devices have no autocast and refuse even to switch it off."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,104 @@
+"""Devices that need not be there: what runs on them, what crosses to the CPU, and what does not depend on defaults."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
+from atc_diffusion.clustering import placement
+from atc_diffusion.clustering.placement import CPU, place
+from atc_diffusion.clustering.windows import cluster_windows
+from tests import pretend_device
+from tests.families import FAMILIES, Family
+from tests.pretend_device import DEVICE, OPERATIONS, PretendDevice
+
+CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window=4), ToMeConfig(r=0.5)]
+CUDA = torch.device("cuda", 0)
+
+
+def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
+    inputs = family.inputs(8, 12) | {"timestep": torch.tensor([10, 10])}
+    return family.run(network, **tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs))
+
+
+def step(network: Any, family: Family, config: MergeConfig | None) -> tuple[Tensor, PretendDevice]:
+    """The output of a step of a copy of the network on the pretended device."""
+    network = copy.deepcopy(network)
+    if config is not None:
+        apply_patch(network, config)
+    with PretendDevice() as device, torch.no_grad():
+        pretend_device.put(network)
+        device.waits = 0
+        return run_on(DEVICE, family, network).cpu(), device
+
+
+@pytest.mark.filterwarnings("ignore:.*no entry of scheduler.timesteps")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_on_mps_needs_what_it_has_and_gives_what_the_cpu_gives(name, config):
+    family = FAMILIES[name]
+    network = family.make()
+    output, device = step(network, family, config)
+    added = device.used - step(network, family, None)[1].used
+    assert added <= OPERATIONS, f"check that PyTorch 2.6 has {added - OPERATIONS} on MPS, and add them to the list"
+    apply_patch(network, config)
+    assert torch.allclose(output, family.run(network), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_features_travel_to_the_cpu_once_and_labels_back(dtype):
+    tokens = torch.randn(2, 64, 8).to(dtype)
+    with PretendDevice() as device:
+        there = tokens.to(DEVICE)
+        tree = cluster_windows(there, (8, 8), window=4)
+        assert device.waits == 1
+        labels = tree.cut(20)
+        assert labels.device == agglomerate(there, 20).device == DEVICE
+        assert device.waits == 2
+    assert torch.equal(labels.on_cpu, cluster_windows(tokens, (8, 8), window=4).cut(20))
+
+
+def test_merging_without_embedding_bag_gives_the_same_means_and_gradients():
+    labels = torch.tensor([[0, 1, 0, 3], [3, 0, 1, 3]])  # and a cluster without tokens
+    x = torch.randn(2, 4, 3)
+    expected = MergeMap(labels, 4).merge(x)
+    with PretendDevice():
+        means = MergeMap(labels.to(DEVICE), 4).merge(x.to(DEVICE))
+        large = MergeMap(torch.zeros(1, 1000, dtype=torch.int64, device=DEVICE), 1).merge(
+            torch.full((1, 1000, 1), 6e4, dtype=torch.float16, device=DEVICE)
+        )
+    assert torch.allclose(means.on_cpu, expected)
+    assert large.on_cpu.item() == torch.tensor(6e4, dtype=torch.float16)
+
+
+def test_the_fastest_place_depends_on_device_dtype_and_size(monkeypatch):
+    monkeypatch.setattr(placement, "_has_kernels", lambda device: True)
+    with FakeTensorMode():
+        cpu, cuda, many = torch.empty(1, 4, 3), torch.empty(1, 4, 3, device=CUDA), torch.empty(1, 9000, 3)
+    assert place(cpu, "average", "cosine") == ("numba", CPU)
+    assert place(cuda, "average", "cosine") == place(cuda.half(), "average", "cosine") == ("triton", CUDA)
+    assert place(cuda.double(), "average", "cosine") == ("numba", CPU)
+    assert place(many, "average", "cosine") == ("torch", CPU)  # needs no N x N matrix
+    assert place(many, "complete", "cosine") == ("numba", CPU)
+    assert place(cuda, "average", "cosine", "torch") == ("torch", CUDA)
+    assert place(cuda, "average", "cosine", "scipy") == ("scipy", CPU)
+    with PretendDevice():
+        assert place(cpu.to(DEVICE), "ward", "euclidean") == ("numba", CPU)
+        assert place(torch.empty(1, 9000, 3, device=DEVICE), "ward", "euclidean") == ("torch", CPU)
+
+
+def test_without_triton_the_cpu_clusters_what_is_on_cuda_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(placement, "HAS_TRITON", False)
+    placement._warn_of_no_triton.cache_clear()
+    with FakeTensorMode():
+        tokens = torch.empty(1, 4, 3, device=CUDA)
+        many = torch.empty(1, 9000, 3, device=CUDA)
+    with pytest.warns(UserWarning, match="pip install triton-windows") as warned:
+        places = [place(x, "average", "cosine") for x in (tokens, tokens, many)]
+    assert places == [("numba", CPU), ("numba", CPU), ("torch", CUDA)]
+    assert len(warned) == 1
