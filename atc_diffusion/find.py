@@ -1,17 +1,17 @@
 """Which networks of a model can be merged, and which of their self-attentions a configuration asks for."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from atc_diffusion.adapters import Family, Layer
-from atc_diffusion.adapters.sd3 import SD3Family
-from atc_diffusion.adapters.unet import UNetFamily
+from atc_diffusion.adapters import Layer
+from atc_diffusion.adapters.lookup import family_of
 from atc_diffusion.config import MergeConfig
-from atc_diffusion.network import NetworkPatch
 
-_FAMILIES: tuple[Family, ...] = (UNetFamily(), SD3Family())
+if TYPE_CHECKING:
+    from atc_diffusion.network import NetworkPatch
+
 _DENOISERS = ("unet", "transformer")
 _SUPPORTED = "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, ControlNets of these, and with a ViTConfig timm's ViTs"
 
@@ -47,25 +47,21 @@ def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
         yield name, network
 
 
-def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> dict[str, NetworkPatch]:
+def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[str, NetworkPatch]":
     """A patch for every network that has self-attention; of a pipeline the first must."""
+    from atc_diffusion.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
+
     patches = {}
     for name, network in networks.items():
-        family, layers = _layers(network)
-        if layers:
+        family = family_of(network)
+        layers = family.layers(network) if family else []
+        if family and layers:
             patches[name] = NetworkPatch(name, network, family, _select(layers, config), config)
         elif not patches:
             raise ValueError(
                 f"{type(network).__name__} has no self-attention that can be merged; supported are {_SUPPORTED}"
             )
     return patches
-
-
-def _layers(network: nn.Module) -> tuple[Family, list[Layer]]:
-    for family in _FAMILIES:
-        if layers := family.layers(network):
-            return family, layers
-    return _FAMILIES[0], []
 
 
 def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:

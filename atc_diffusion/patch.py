@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -11,11 +11,13 @@ from atc_diffusion.adapters.vit import ViTPatch
 from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.config import ATCConfig, MergeConfig
 from atc_diffusion.find import find_networks, make_patches
-from atc_diffusion.network import NetworkPatch
 from atc_diffusion.report import RecordedMerge, Summary
 
+if TYPE_CHECKING:
+    from atc_diffusion.network import NetworkPatch
+
 Model = TypeVar("Model")
-Patch = NetworkPatch | ViTPatch
+Patch: TypeAlias = "NetworkPatch | ViTPatch"
 
 _PATCH = "_atc_diffusion"
 
@@ -81,7 +83,7 @@ def summary(model: object) -> Any:
     patches = _patches_of_patched(model)
     if isinstance(patches[0], ViTPatch):
         return patches[0].summary()
-    networks = [patch for patch in patches if isinstance(patch, NetworkPatch)]
+    networks = [patch for patch in patches if not isinstance(patch, ViTPatch)]
     return Summary(networks[0].config, tuple(layer for patch in networks for layer in patch.summaries()))
 
 
@@ -91,7 +93,7 @@ def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
     Raises:
         ValueError: if the model is not patched with `record=True`.
     """
-    patches = [patch for patch in _patches_of_patched(model) if isinstance(patch, NetworkPatch)]
+    patches = [patch for patch in _patches_of_patched(model) if not isinstance(patch, ViTPatch)]
     if not patches or not patches[0].config.record:
         raise ValueError("the clusters of the last run were not kept; patch with record=True")
     return tuple(merge for patch in patches for merge in patch.merges())
@@ -115,7 +117,7 @@ def _patches(networks: dict[str, nn.Module], config: MergeConfig | ViTConfig) ->
     return make_patches(networks, config)
 
 
-def _patch_of(network: nn.Module) -> Patch | None:
+def _patch_of(network: nn.Module) -> "Patch | None":
     return getattr(network, _PATCH, None)
 
 

@@ -1,0 +1,28 @@
+"""Which adapter serves a network. Adapters import diffusers' classes, so only the one that is needed is imported."""
+
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from atc_diffusion.adapters import Family
+
+# diffusers' class -> its adapter; of a network's classes the most derived one decides.
+_ADAPTERS = {
+    "ModelMixin": "unet:UNetFamily",
+    "SD3ControlNetModel": "sd3:SD3Family",
+    "SD3Transformer2DModel": "sd3:SD3Family",
+}
+
+
+def family_of(network: nn.Module) -> Family | None:
+    """The adapter of a diffusers network or of a subclass of one; None for anything else."""
+    for kind in type(network).__mro__:
+        if kind.__module__.startswith("diffusers.") and kind.__name__ in _ADAPTERS:
+            return _load(_ADAPTERS[kind.__name__])
+    return None
+
+
+@cache
+def _load(adapter: str) -> Family:
+    return pkgutil.resolve_name(f"atc_diffusion.adapters.{adapter}")()

@@ -1,0 +1,54 @@
+"""What is imported, and when, in a fresh interpreter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("accelerate", "diffusers", "matplotlib", "numba", "scipy", "timm", "torchvision", "transformers")
+TINY_UNET = """
+from diffusers import UNet2DConditionModel
+unet = UNet2DConditionModel(block_out_channels=(4, 4), norm_num_groups=4, cross_attention_dim=4, attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+"""
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that are there after `code`, in an interpreter of its own, besides those of torch alone."""
+    report = "import torch, sys; torchs = set(sys.modules)\n{}\nprint(*sys.modules.keys() - torchs)"
+    command = [sys.executable, "-c", report.format(code)]
+    root = Path(__file__).parents[1]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout.split())
+
+
+def heavy(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.split(".")[0] in HEAVY}
+
+
+@pytest.mark.parametrize(
+    "code", ["from atc_diffusion import agglomerate, MergeMap", "import atc_diffusion; atc_diffusion.ATCConfig.fast()"]
+)
+def test_the_package_itself_needs_torch_alone(code):
+    modules = imported_by(code)
+    assert not heavy(modules)
+    assert "torch._dynamo" not in modules  # takes as long as the rest of torch
+
+
+def test_a_model_of_no_family_imports_none():
+    code = """
+import atc_diffusion
+try:
+    atc_diffusion.apply_patch(torch.nn.Linear(1, 1))
+except ValueError as error:
+    assert "Linear has no self-attention that can be merged" in str(error)
+else:
+    raise AssertionError
+"""
+    assert not heavy(imported_by(code))
+
+
+def test_patching_imports_the_adapter_of_the_models_family_alone():
+    adapters = imported_by(f"{TINY_UNET}\nimport atc_diffusion; atc_diffusion.apply_patch(unet)")
+    assert "atc_diffusion.adapters.unet" in adapters
+    assert "atc_diffusion.adapters.sd3" not in adapters
