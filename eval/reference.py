@@ -4,118 +4,33 @@ The validation pictures may lie in one folder for each class, or all in one fold
 kit's ILSVRC2012_validation_ground_truth.txt. They are copied byte for byte.
 """
 
-import argparse
-import shutil
-import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
+from arguments import checks
+from arguments.door import door
+from arguments.options import option, parse
 
-NUM_CLASSES = 1000
-PER_CLASS = 5
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+with door("reference.py", extra="eval"):
+    from score.reference import NUM_CLASSES, PER_CLASS, gather, shortened
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What the command line asks for."""
+
+    imagenet_val: Path = option("the validation pictures", parse=checks.folder, metavar="DIR")
+    out: Path = option("folder to make, for the 5000 pictures", parse=checks.folder_to_write, metavar="DIR")
+    ground_truth: Path | None = option("the class of each picture, a line each", None, checks.file, metavar="FILE")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--imagenet-val", type=Path, required=True, metavar="DIR", help="the validation pictures")
-    parser.add_argument("--ground-truth", type=Path, metavar="FILE", help="the class of each picture, a line each")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, for the 5000 pictures")
-    args = parser.parse_args(arguments)
-    try:
-        converted = gather(args.imagenet_val, args.ground_truth, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"reference.py: {error}")
-    print(f"{NUM_CLASSES * PER_CLASS} pictures in {args.out}; not RGB, converted when read: {_shortened(converted)}")
-
-
-def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
-    """Copy the reference pictures from `source` to a new folder `out`.
-
-    Args:
-        source: folder with a folder of pictures for each class, or with all pictures.
-        ground_truth: for the latter, a file whose line `i` is the class of the `i`-th picture by name.
-        out: made by this, complete or not at all.
-
-    Returns:
-        What is not RGB, described by name.
-
-    Raises:
-        ValueError: naming what is missing or unreadable.
-    """
-    if out.exists():
-        raise ValueError(f"--out {out} is there already; give a new folder")
-    classes = by_folder(source) if ground_truth is None else by_ground_truth(source, ground_truth)
-    chosen = first_of_each(classes)
-    with ThreadPoolExecutor() as threads:
-        modes = dict(zip(chosen, tqdm(threads.map(_mode, chosen), total=len(chosen), unit="picture"), strict=True))
-    unreadable = [path.name for path, mode in modes.items() if mode is None]
-    if unreadable:
-        raise ValueError(f"{len(unreadable)} pictures are unreadable: {_shortened(unreadable)}")
-    copy_all(chosen, out)
-    return [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
-
-
-def by_folder(source: Path) -> dict[str, list[Path]]:
-    """Pictures of every class folder in `source`, sorted by name."""
-    return {folder.name: list_pictures(folder) for folder in sorted(source.iterdir()) if folder.is_dir()}
-
-
-def by_ground_truth(source: Path, ground_truth: Path) -> dict[str, list[Path]]:
-    """Pictures in `source` by the class that `ground_truth` gives the i-th of them by name."""
-    paths, labels = list_pictures(source), ground_truth.read_text().split()
-    if len(paths) != len(labels):
-        raise ValueError(f"{source} has {len(paths)} pictures, but {ground_truth} has {len(labels)} lines")
-    classes: dict[str, list[Path]] = {label: [] for label in sorted(labels, key=int)}
-    for path, label in zip(paths, labels, strict=True):
-        classes[label].append(path)
-    return classes
-
-
-def first_of_each(classes: dict[str, list[Path]]) -> list[Path]:
-    """The first five pictures of each of the 1000 classes."""
-    if len(classes) != NUM_CLASSES:
-        raise ValueError(
-            f"found {len(classes)} classes instead of {NUM_CLASSES}; --imagenet-val is a folder of {NUM_CLASSES} class "
-            "folders, or of all pictures together with --ground-truth"
-        )
-    short = [f"{name} has {len(paths)}" for name, paths in classes.items() if len(paths) < PER_CLASS]
-    if short:
-        raise ValueError(f"{len(short)} classes have fewer than {PER_CLASS} pictures: {_shortened(short)}")
-    return [path for paths in classes.values() for path in paths[:PER_CLASS]]
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """Paths of the pictures in `folder`, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-
-
-def copy_all(paths: Iterable[Path], out: Path) -> None:
-    """Copy `paths`, numbered, to the new folder `out`, which appears when it is complete."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, path in enumerate(paths):
-        shutil.copy(path, partial / f"{number:04d}_{path.name}")
-    partial.rename(out)
-
-
-def _mode(path: Path) -> str | None:
-    """PIL's name for the kind of pixels at `path`; None if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return str(image.mode)
-    except (OSError, SyntaxError):
-        return None
-
-
-def _shortened(names: Sequence[str], count: int = 20) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return (", ".join(names[:count]) or "none") + rest
+    wanted = parse(Gathering, __doc__, arguments)
+    with door("reference.py", extra="eval"):
+        converted = gather(wanted.imagenet_val, wanted.ground_truth, wanted.out)
+    said = shortened(converted)
+    print(f"{NUM_CLASSES * PER_CLASS} pictures in {wanted.out}; not RGB, converted when read: {said}")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,20 @@ It listens on this machine alone unless `--host` says otherwise, and sends nothi
 
 import argparse
 import os
-import sys
 import threading
 from functools import partial
 from pathlib import Path
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-import gradio as gr
-from comparison import Comparison, Settings, Studio
-from display import SIDE, TABLE, clusters, past, select, show
-from form import check, configure, fields
+from door import door
 from pipeline import EMOJI, load
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+with door("app.py", extra="app"):
+    import gradio as gr
+
+    from comparison import Comparison, Settings, Studio
+    from display import SIDE, TABLE, clusters, past, select, show
+    from form import check, configure, fields
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
@@ -180,7 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with door("app.py", extra="app"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"app.py: {error}")

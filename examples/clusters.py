@@ -8,7 +8,6 @@ only in how they cluster: all compare keys over the whole picture, and all weigh
 """
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from overlay import Partition, at_step, paint, partitions, path
 from PIL import Image
-from pipeline import EMOJI, load
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
+from door import door
+from pipeline import EMOJI, load
+
+with door("clusters.py", extra="app"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from overlay import Partition, at_step, paint, partitions, path
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
     **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window=None) for linkage in LINKAGES},
@@ -65,10 +68,30 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def configurations(args: argparse.Namespace) -> dict[tuple[str, float], MergeConfig | str]:
+    """By method and percent kept; a sentence where the method has no such share, which some method must have."""
+    configs = {(method, keep): configure(method, keep) for method in args.method for keep in args.keep}
+    for keep in args.keep:
+        found = [configs[method, keep] for method in args.method]
+        if not any(isinstance(config, MergeConfig) for config in found):
+            raise ValueError(f"--keep {keep:g}: {found[0]}")
+    return configs
+
+
+def configure(method: str, keep: float) -> MergeConfig | str:
+    try:
+        return METHODS[method](r=keep / 100, record=True)
+    except ValueError as error:
+        return str(error)
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse before anything is drawn what would fail later."""
     for keep in args.keep:
-        ATCConfig(r=keep / 100)
+        if not 0 < keep < 100:
+            raise ValueError(f"--keep is a percentage of tokens above 0 and below 100, got {keep:g}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; give a folder")
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
     for step in args.at:
@@ -86,11 +109,7 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
     return chosen
 
 
-def draw(pipe: Any, args: argparse.Namespace, method: str, keep: float) -> Run | str:
-    try:
-        config = METHODS[method](r=keep / 100, record=True)
-    except ValueError as error:
-        return str(error)
+def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
     with patched(pipe, config):
         picture = pipe(
             args.prompt,
@@ -170,9 +189,12 @@ def clusters(run: Run, layer: str, step: int) -> Partition:
 def main() -> None:
     args = parse_arguments()
     check(args)
+    configs = configurations(args)
     pipe = load(args.model)
     layers = choose_layers(pipe, args.layers)
-    runs = {(method, keep): draw(pipe, args, method, keep) for method in args.method for keep in args.keep}
+    runs: Runs = {
+        each: config if isinstance(config, str) else draw(pipe, args, config) for each, config in configs.items()
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     for layer in layers:
         for step in args.at:
@@ -183,7 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with door("clusters.py", extra="app"):
         main()
-    except ValueError as error:
-        sys.exit(f"clusters.py: {error}")

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from overlay import Partition, partitions
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 
 from atc_diffusion import MergeConfig, patched, summary
+from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.fidelity import psnr
+from overlay import Partition, partitions
 
 OnStep = Callable[[str, int], None]  # told what is drawn and how many steps are done; may raise to end the run
 
@@ -60,9 +62,7 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB of the merged picture to the unmerged one; infinite if they are equal."""
-        if self._error.max() == 0:
-            return float("inf")
-        return float(peak_signal_noise_ratio(np.asarray(self.unmerged), np.asarray(self.merged)))
+        return psnr(self.unmerged, self.merged)
 
     @property
     def ssim(self) -> float:
@@ -114,7 +114,7 @@ class Studio:
             self._warm_up(settings)
             unmerged, unmerged_seconds = self._draw(settings, partial(on_step, "Unmerged"))
             on_step("Merged", 0)
-            with patched(self.pipe, config):
+            with patched(self.pipe, config), on_compilation(partial(on_step, "Compiling (once), then the merged", 0)):
                 self._warm_up(settings)
             with patched(self.pipe, config):
                 merged, merged_seconds = self._draw(settings, partial(on_step, "Merged"))

@@ -5,9 +5,10 @@ from typing import Any
 from uuid import uuid4
 
 import gradio as gr
+from PIL import Image
+
 from comparison import Comparison
 from overlay import at_step, paint
-from PIL import Image
 
 SIDE = 512  # pixels; smaller pictures are enlarged to this
 TABLE = ["prompt", "seed", "steps", "size", "unmerged, s", "merged, s", "PSNR, dB", "SSIM", "code"]

@@ -7,20 +7,28 @@ Without `--model` it draws emoji with the small Stable Diffusion that ships in `
 """
 
 import argparse
-import sys
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pipeline import EMOJI, load
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
 from atc_diffusion.clustering import LINKAGES
+from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.fidelity import psnr
+from door import door
+from pipeline import EMOJI, load
 
-UNMERGED = (1.0, 1.0)
+SIDE, MARGIN = 256, 28  # pixels of a picture and of a line of text
+GAIN = 20  # of differences
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,54 +67,83 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--linkage {args.linkage} is ATC's; leave it out with --method tome")
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    if args.out.is_dir() or args.out.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {args.out} must be a file that ends in {', '.join(FORMATS)}")
     if not args.out.parent.is_dir():
         raise ValueError(f"cannot write {str(args.out)!r}: there is no folder {str(args.out.parent)!r}")
 
 
-def configurations(args: argparse.Namespace) -> dict[str, MergeConfig]:
-    """A configuration for every pair of shares, the unmerged model first; by what is kept."""
+def configurations(args: argparse.Namespace) -> dict[str, MergeConfig | None]:
+    """A configuration for every pair of shares, by what is kept; None for the unmerged model, which is first."""
     method = ToMeConfig if args.method == "tome" else ATCConfig
     options = {"linkage": args.linkage} if args.linkage else {}
-    pairs = dict.fromkeys([UNMERGED, *args.keep])
-    return {describe(*pair): method(r=pair[0], r_keys=pair[1], **options) for pair in pairs}
+    merged = {describe(*pair): method(r=pair[0], r_keys=pair[1], **options) for pair in args.keep if pair != (1, 1)}
+    return {"unmerged": None, **merged}
 
 
 def describe(queries: float, keys: float) -> str:
-    if (queries, keys) == UNMERGED:
-        return "unmerged"
     return f"{queries:.0%} of tokens" if queries == keys else f"{queries:.0%} of queries, {keys:.0%} of keys"
 
 
-def draw(pipe: Any, args: argparse.Namespace, steps: int) -> tuple[list[Image.Image], float]:
-    """The pictures of all prompts, every one from the same seed, and the seconds they took."""
+@dataclass(frozen=True)
+class Run:
+    """The pictures of all prompts, and the seconds that each took."""
+
+    pictures: list[Image.Image]
+    seconds: float
+
+    def beside(self, unmerged: "Run") -> str:
+        """The figures in words."""
+        if self is unmerged:
+            return f"{self.seconds:.2f} s/picture"
+        nearness = psnr(stacked(self.pictures), stacked(unmerged.pictures))
+        return f"{self.seconds:.2f} s/picture  x {self.seconds / unmerged.seconds:.2f}  {nearness:.1f} dB"
+
+    def differences(self, unmerged: "Run") -> list[Image.Image]:
+        """Absolute differences, `GAIN` times as strong."""
+        error = np.abs(stacked(self.pictures).astype(int) - stacked(unmerged.pictures))
+        return [Image.fromarray(each) for each in (GAIN * error).clip(max=255).astype(np.uint8)]
+
+
+def stacked(pictures: list[Image.Image]) -> Any:
+    return np.stack([np.asarray(each.convert("RGB")) for each in pictures])
+
+
+def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps: int) -> Run:
+    """Draw all prompts, each from the same seed."""
     generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompt]
-    start = time.perf_counter()
-    pictures = pipe(
-        args.prompt,
-        height=args.size,
-        width=args.size,
-        num_inference_steps=steps,
-        guidance_scale=args.guidance,
-        generator=generators,
-    ).images
-    return pictures, time.perf_counter() - start
+    merging: AbstractContextManager[object] = nullcontext() if config is None else patched(pipe, config)
+    with merging:
+        start = time.perf_counter()
+        pictures = pipe(
+            args.prompt,
+            height=args.size,
+            width=args.size,
+            num_inference_steps=steps,
+            guidance_scale=args.guidance,
+            generator=generators,
+        ).images
+        return Run(pictures, (time.perf_counter() - start) / len(pictures))
 
 
-def psnr(a: list[Image.Image], b: list[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB, of the mean squared error over all pictures."""
-    error = np.mean([(np.asarray(x, dtype=float) - np.asarray(y, dtype=float)) ** 2 for x, y in zip(a, b, strict=True)])
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+def warm_up(pipe: Any, args: argparse.Namespace, configs: Mapping[str, MergeConfig | None]) -> None:
+    """Two steps with each configuration, so that nothing is compiled or tuned while time is taken."""
+    say_once = cache(lambda: print("compiling (once) ...", flush=True))
+    with on_compilation(say_once):
+        for config in configs.values():
+            draw(pipe, args, config, steps=2)
 
 
-def contact_sheet(columns: dict[str, list[Image.Image]], side: int = 256, margin: int = 28) -> Image.Image:
-    """Pictures under the label of their column."""
-    rows = len(next(iter(columns.values())))
-    sheet = Image.new("RGB", (side * len(columns), margin + side * rows), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for x, (label, pictures) in enumerate(columns.items()):
-        pen.text(((x + 0.5) * side, margin / 2), label, "black", font, anchor="mm")
+def contact_sheet(columns: Mapping[str, tuple[list[Image.Image], str]]) -> Image.Image:
+    """Columns of pictures, each under its name and above its figures."""
+    rows = len(next(iter(columns.values()))[0])
+    sheet = Image.new("RGB", (SIDE * len(columns), SIDE * rows + 2 * MARGIN), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for x, (name, (pictures, figures)) in enumerate(columns.items()):
+        for text, middle in ((name, MARGIN / 2), (figures, sheet.height - MARGIN / 2)):
+            pen.text(((x + 0.5) * SIDE, middle), text, "black", font, anchor="mm")
         for y, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x * side, margin + y * side))
+            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x * SIDE, MARGIN + y * SIDE))
     return sheet
 
 
@@ -115,24 +152,20 @@ def main() -> None:
     check(args)
     configs = configurations(args)
     pipe = load(args.model)
-    draw(pipe, args, steps=2)  # warm up
-    columns: dict[str, list[Image.Image]] = {}
-    unmerged: tuple[list[Image.Image], float] | None = None
+    warm_up(pipe, args, configs)
+    runs: dict[str, Run] = {}
+    columns = {}
     for kept, config in configs.items():
-        with patched(pipe, config):
-            pictures, seconds = draw(pipe, args, args.steps)
-        unmerged = unmerged or (pictures, seconds)
-        line = f"{kept:32} {seconds / len(pictures):6.2f} s/picture"
-        if pictures is not unmerged[0]:
-            line += f"  x {seconds / unmerged[1]:.2f}  {psnr(pictures, unmerged[0]):.1f} dB"
-        print(line)
-        columns[kept] = pictures
+        run = runs[kept] = draw(pipe, args, config, args.steps)
+        figures = run.beside(runs["unmerged"])
+        print(f"{kept:32} {figures}")
+        columns[kept] = run.pictures, figures
+        if config is not None:
+            columns[f"difference x {GAIN}: {kept}"] = run.differences(runs["unmerged"]), ""
     contact_sheet(columns).save(args.out)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    try:
+    with door("generate.py"):
         main()
-    except ValueError as error:
-        sys.exit(f"generate.py: {error}")

@@ -17,6 +17,8 @@ def load(model: str) -> Any:
     Raises:
         ValueError: if there is no such pipeline, or the hub cannot be reached.
     """
+    if not Path(model).is_dir() and (model.count("/") != 1 or model[0] in "/.~"):
+        raise ValueError(f"there is no folder {model}; give a folder with a pipeline, or a hub id (owner/name)")
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

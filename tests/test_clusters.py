@@ -3,16 +3,16 @@
 import sys
 from dataclasses import replace
 
-import clusters
 import numpy as np
 import pytest
+from PIL import Image
+
+import clusters
+from atc_diffusion import ATCConfig, ToMeConfig, patched, summary
 from comparison import Comparison, Settings, Studio
 from form import PRESETS, configure
 from overlay import Partition, at_step, paint, partitions
-from PIL import Image
 from pipeline import EMOJI, load
-
-from atc_diffusion import ATCConfig, ToMeConfig, patched, summary
 
 SETTINGS = Settings("fox", seed=0, steps=2, size=64, config=ATCConfig(r=0.25))
 
@@ -108,7 +108,10 @@ def test_clusters_writes_a_picture_and_a_histogram_for_each_layer_and_step(tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "0"], r"in \(0, 1\], got 0"),
+        (["--keep", "0"], "above 0 and below 100, got 0"),
+        (["--keep", "100"], "above 0 and below 100, got 100"),
+        (["--method", "tome", "--keep", "10"], "--keep 10: ToMe with stride 2 keeps at least 0.25 of the tokens"),
+        (["--model", "/nonexistent"], "there is no folder /nonexistent"),
         (["--steps", "4", "--at", "4"], "--at counts the steps from 0 to 3, got 4"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--layers", "mid"], r"--layers mid fits none of unet\.down_blocks\.0"),

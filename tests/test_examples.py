@@ -1,5 +1,6 @@
 """What a newcomer runs: the README's code and the example, with the model that ships here."""
 
+import os
 import re
 import subprocess
 import sys
@@ -37,13 +38,46 @@ def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, met
     options = ["--steps", "2", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method, "--out", "a.png"]
     done = run_example(*options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("compiling")]
     assert re.fullmatch(r"unmerged +[\d.]+ s/picture", lines[0])
     row = r"\d+% of queries, \d+% of keys +[\d.]+ s/picture  x [\d.]+  ([\d.]+) dB"
     fidelity = [float(match[1]) for line in lines[1:3] if (match := re.fullmatch(row, line))]
     # An unrelated picture is at about 10 dB.
     assert 70 > fidelity[0] > fidelity[1] > 15 if method == "atc" else min(fidelity) > 15
-    assert Image.open(tmp_path / "a.png").size == (3 * 256, 28 + 256)
+    assert Image.open(tmp_path / "a.png").size == (5 * 256, 28 + 256 + 28)  # two merged, each with its difference
+
+
+COUNT_COMPILATIONS = """
+import generate
+from atc_diffusion.clustering.compilation import on_compilation
+
+def draw(pipe, args, config, steps, original=generate.draw):
+    compiled = []
+    with on_compilation(lambda: compiled.append(steps)):
+        run = original(pipe, args, config, steps)
+    print("compiled in", steps, "steps:", len(compiled))
+    return run
+
+generate.draw = draw
+generate.main()
+"""
+
+
+def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
+    options = ["--steps", "3", "--size", "64", "--prompt", "fox", "--keep", "100/25", "50/10"]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_COMPILATIONS, *options],
+        cwd=tmp_path,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "numba"), "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiling (once)") == 1
+    counts = [int(count) for count in re.findall(r"compiled in 3 steps: (\d+)", done.stdout)]
+    assert counts == [0, 0, 0]
+    assert re.search(r"compiled in 2 steps: [1-9]", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +89,9 @@ def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, met
         (["--keep", "half"], "expected percentages such as 50 or 100/10, got 'half'"),
         (["--method", "tome", "--linkage", "single"], "--linkage single is ATC's"),
         (["--model", "no/such-model"], "cannot load 'no/such-model'"),
+        (["--model", "/nonexistent"], "there is no folder /nonexistent"),
+        (["--out", "picture"], "--out picture must be a file that ends in .png"),
+        (["--out", "."], r"--out \. must be a file"),
         (["--out", "missing/a.png"], "cannot write 'missing/a.png': there is no folder 'missing'"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--size", "100"], "divisible by 8 but are 100 and 100"),

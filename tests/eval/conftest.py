@@ -1,38 +1,22 @@
-"""A tiny Stable Diffusion in a folder, and pictures to score."""
+"""A tiny Stable Diffusion in a folder, pictures to score, and commands that are refused in one sentence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+from tests import tiny_pipelines
+
+Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
 
 
 @pytest.fixture
-def model(tmp_path: Path, components: dict[str, Any]) -> Path:
-    """A folder with a pipeline of Stable Diffusion 1.x's kind that draws 16 x 16 pictures."""
-    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocabulary = {word: number for number, word in enumerate([*letters, *SPECIAL])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
-    config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=12,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
-    )
-    parts = components | {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config)}
-    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.save_pretrained(tmp_path / "model")
+def model(tmp_path: Path) -> Path:
+    """A folder with a pipeline of Stable Diffusion 1.x's kind."""
+    tiny_pipelines.sd15().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -49,6 +33,22 @@ def draw_pictures(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return draw
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The sentence with which a command refuses its arguments, offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def refused(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> str:
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        if error.value.code == 2:  # argparse prints the sentence itself, after the usage
+            return capsys.readouterr().err.splitlines()[-1]
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return refused
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fid import main as fid
-from tune import main as tune
 
+from fid import main as fid
 from tests import tiny_pipelines
 from tests.test_examples import run_example
+from tune import main as tune
 
 FAMILIES = ("sdxl", "sd3", "pixart")
 
@@ -32,7 +32,7 @@ def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path) 
 
 
 def test_fid_draws_and_reports(experiment: list[str], tmp_path: Path) -> None:
-    fid([*experiment, "--rival", "steps:1", "todo:2"])
+    fid([*experiment, "--rival", "steps:0.5", "todo:2"])
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(method in report for method in ("unmerged", "ATC average", "ToMe", "fewer steps", "ToDo"))
 
@@ -45,7 +45,7 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
 
 
 def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tune(f"--model {model} --prompt ant --steps 2 --device cpu --within 0".split())
+    tune(f"--model {model} --prompt ant --steps 2 --device cpu --min-psnr 0".split())
     said = capsys.readouterr().out
     assert "ATC ward" in said
     assert "fewer steps" in said

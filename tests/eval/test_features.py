@@ -5,16 +5,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import features
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from features import EfficientNetLite0, Features, InceptionV3, find_inception_weights, resize_clean, resize_tensorflow
 from PIL import Image
-from reference import list_pictures
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor
+
+from arguments.checks import list_pictures
+from score import networks
+from score.features import Features
+from score.networks import EfficientNetLite0, InceptionV3, find_inception_weights, resize_clean, resize_tensorflow
 
 CPU = torch.device("cpu")
 Draw = Callable[..., Path]
@@ -46,7 +48,7 @@ def test_weights_with_another_hash_are_refused(weights: Path) -> None:
 
 
 def test_weights_with_the_right_hash_are_taken(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
     assert find_inception_weights(weights) == str(weights)
 
 
@@ -57,7 +59,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
+    monkeypatch.setattr(networks, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
     with pytest.raises(ValueError, match=rf"fetch http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
         find_inception_weights()
 

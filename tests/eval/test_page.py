@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from page import Page, Section, Shown
 from PIL import Image
+
+from report.page import Page, Section, Shown
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pictures import Picture, PictureSet, claim_folder, plan, select_classes
 from PIL import Image
+
+from draw.picture_set import PictureSet, claim_folder
+from draw.pictures import Picture, plan, select_classes
 
 NAMES = [f"thing {number}" for number in range(12)]
 PICTURES = plan(NAMES, [3, 11], 2, "a {}.", seed=100)

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reference import gather, list_pictures, main
+
+from arguments.checks import list_pictures
+from reference import main
+from score.reference import gather
 
 COLORS = 7  # pictures of each class, of which five are wanted
 
@@ -119,7 +122,7 @@ def test_the_ground_truth_must_be_of_these_pictures(flat: tuple[Path, Path], tmp
         gather(folder, truth, tmp_path / "out")
 
 
-def test_a_folder_that_is_there_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit, match=r"reference\.py: --out .*out is there already"):
         main(["--imagenet-val", str(tmp_path), "--out", str(tmp_path / "out")])

@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from configurations import Configuration, grid
-from pictures import PictureSet, plan
 from PIL import Image
-from report import make_page, write_report
-from results import Result, Study, on_frontier
-from rivals import Rival
-from scores import Estimate, Fidelity, Scores, bootstrap_draws
 
 from atc_diffusion import ATCConfig
+from draw.configuration import Configuration
+from draw.grid import grid
+from draw.picture_set import PictureSet
+from draw.pictures import plan
+from draw.rivals import Rival
+from report.study import Result, Study
+from report.tables import make_page, write_report
+from score.bootstrap import Estimate, bootstrap_draws
+from score.comparison import on_frontier
+from score.scorer import Fidelity, Scores
 
 PICTURES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
 RECORD: dict[str, Any] = {"peak_memory_bytes": None, "devices": ["cpu"], "versions": {}}
@@ -46,7 +50,7 @@ def study() -> Study:
     results = [
         make_result(way, PSNR.get(way.label, 0.0), 1.0 if way.is_unmerged else way.strength[0]) for way in [*tome, *atc]
     ]
-    results.append(make_result(Configuration(rival=Rival("steps", 14)), 42.0, 0.7))
+    results.append(make_result(Configuration(rival=Rival("steps", 0.7)), 42.0, 0.7))
     return Study(
         results,
         features="some network",
@@ -89,13 +93,13 @@ def test_speed_at_equal_fidelity_is_that_of_the_fastest_setting_that_is_near_eno
     assert speed.columns.tolist() == ["method", "45 dB", "40 dB", "35 dB"]
     assert cells(speed, "ToMe") == ["", "", ""]
     assert cells(speed, ATC) == ["", "0.50 (50 %)", "0.50 (50 %)"]
-    assert cells(speed, "fewer steps") == ["", "0.70 (14 steps)", "0.70 (14 steps)"]
+    assert cells(speed, "fewer steps") == ["", "0.70 (0.7 of the steps)", "0.70 (0.7 of the steps)"]
 
 
 def test_fidelity_at_equal_time_is_that_of_the_nearest_setting_that_is_fast_enough(study: Study) -> None:
     fidelity = table(study, "Fidelity at equal time")
     assert fidelity.columns.tolist() == ["method", "0.8 of the time", "0.65 of the time", "0.5 of the time"]
-    assert cells(fidelity, "fewer steps") == ["42.0 (14 steps)", "", ""]
+    assert cells(fidelity, "fewer steps") == ["42.0 (0.7 of the steps)", "", ""]
     assert cells(fidelity, ATC) == ["40.0 (50 %)"] * 3
 
 

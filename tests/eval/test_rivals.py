@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from configurations import Configuration
 from diffusers import StableDiffusionPipeline
-from rivals import Rival
 from torch import Tensor
 
 from atc_diffusion import ATCConfig
+from draw.configuration import Configuration
+from draw.rivals import Rival
 
-RIVALS = ["steps:2", "todo:2", "pooled:2", "tomesd:50", "deepcache:2"]
+RIVALS = ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2"]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_rival_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPi
 
 
 def test_fewer_steps_is_the_pipeline_with_fewer_steps(pipe: StableDiffusionPipeline) -> None:
-    with Rival("steps", 2).applied(pipe) as rival:
+    with Rival("steps", 0.5).applied(pipe) as rival:
         assert np.array_equal(draw(rival), draw(pipe, steps=2))
 
 
@@ -101,8 +101,9 @@ def test_merging_works_together_with_a_rival(pipe: StableDiffusionPipeline) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps", "written with its strength, such as steps:14, got 'steps'"),
+        ("steps", "written with its strength, such as steps:0.7, got 'steps'"),
         ("cache:2", "one of steps, todo, .* got 'cache'"),
+        ("steps:14", "steps takes a number from 0.01 to 0.99, got 14"),
         ("todo:1", "todo takes a whole number from 2 to 64, got 1"),
         ("deepcache:2.5", "deepcache takes a whole number .* got 2.5"),
         ("tomesd:10", "tomesd takes a number from 25 to 99, got 10"),

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from scores import Estimate, FrechetDistance, bootstrap_draws, kernel_distance, precision_recall, psnr, ssim
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from score.bootstrap import Estimate, bootstrap_draws
+from score.fid import FrechetDistance, kernel_distance, precision_recall
+from score.nearness import psnr, ssim
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
@@ -84,18 +87,18 @@ def test_precision_and_recall_tell_quality_from_coverage() -> None:
 
 
 def test_psnr_is_that_of_the_mean_square() -> None:
-    image = np.full((16, 16, 3), 100.0)
+    image = np.full((16, 16, 3), 100, np.uint8)
     assert psnr(image, image + 5) == pytest.approx(20 * np.log10(255 / 5))
 
 
 def test_psnr_of_equal_pictures_is_that_of_rounding() -> None:
-    image = np.full((16, 16, 3), 100.0)
+    image = np.full((16, 16, 3), 100, np.uint8)
     assert psnr(image, image) == pytest.approx(10 * np.log10(12 * 255**2))
 
 
 def test_ssim_of_flat_pictures_compares_their_means() -> None:
     # Wang et al. 2004, Eq. 6, with C1 = (0.01 * 255)^2.
-    one, two = np.full((16, 16, 3), 100.0), np.full((16, 16, 3), 150.0)
+    one, two = (np.full((16, 16, 3), value, np.uint8) for value in (100, 150))
     c = 2.55**2
     assert ssim(one, one) == 1
     assert ssim(one, two) == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), rel=1e-9)

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import speed
 import torch
-from speed_arithmetic import self_attention
-from speed_attention import ways
-from speed_clustering import engines, floor, gaussian, same_partition
-from speed_memory import peak_bytes
-from speed_models import MODELS, load, make_inputs
-from speed_step import Candidate, Denoising, Setting, select, share_weights
-from speed_tables import NOT_MEASURED, Rows, Table
-from speed_timing import take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
+import speed
 from atc_diffusion import ATCConfig
+from benchmark.arithmetic import self_attention
+from benchmark.attention import ways
+from benchmark.choices import Benchmark
+from benchmark.clustering import engines, floor, gaussian, same_partition
+from benchmark.memory import peak_bytes
+from benchmark.models import MODELS, load, make_inputs
+from benchmark.step import Candidate, Denoising, Setting, select, share_weights
+from benchmark.tables import NOT_MEASURED, Rows, Table
+from benchmark.timing import take_turns
 from tests.conftest import UNET
 from tests.families import PIXART, SD3, SDXL
 
@@ -88,8 +89,8 @@ def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
 
 
 def test_small_problems_are_told_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speed_clustering.SMALL", (24, 32))
-    monkeypatch.setattr("speed_clustering.CALLS", 1)
+    monkeypatch.setattr("benchmark.clustering.SMALL", (24, 32))
+    monkeypatch.setattr("benchmark.clustering.CALLS", 1)
     table = run("--parts small")
     assert len(table) == 2 * 2 * 2 * 4
     assert table[-1][:2] == ["16 x 32 x 384", "ward"]
@@ -202,7 +203,7 @@ def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> No
 
 @pytest.mark.usefixtures("_tiny")
 def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speed_step.OURS", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
+    monkeypatch.setattr("benchmark.step.OURS", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
     run = denoising("sd15", Candidate("every third", 50))
     for turns in (1, 2, 3):
         run.turn()
@@ -258,19 +259,16 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     ("line", "text"),
     [
         ("--keep 0.6", "expected a whole percentage from 1 to 100, got '0.6'"),
-        ("--size 500", "expected a multiple of 64 pixels, got '500'"),
+        ("--size 500", "expected a multiple of 64, from 64 up, got '500'"),
         ("--repeats 0", "expected a whole number from 1 up, got '0'"),
         ("--candidates dog", "invalid choice: 'dog'"),
     ],
 )
-def test_what_does_not_fit_is_named(line: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        speed.parse(line.split())
-    assert text in capsys.readouterr().err
+def test_what_does_not_fit_is_named(line: str, text: str, refused: Callable[..., str]) -> None:
+    assert text in refused(speed.main, line.split())
 
 
 def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
-    args = speed.parse(["--device", "cuda", "--keep", "50"])
-    assert args.keep == [50]
-    assert args.tokens == [1024, 4096, 16384]
-    assert speed.parse([]).tokens == [4096]
+    gpu, cpu = Benchmark(device="cuda", keep=(50,)), Benchmark()
+    assert (gpu.keep, gpu.tokens) == ((50,), [1024, 4096, 16384])
+    assert cpu.tokens == [4096]

@@ -7,15 +7,19 @@ from typing import Any
 import DeepCache
 import pandas as pd
 import pytest
-from configurations import Configuration
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from generate import Sampler
-from rivals import Rival
-from trials import promising
-from tune import advice, main
+from PIL import Image
 
 import atc_diffusion
-from tests.conftest import UNET
+from atc_diffusion import ATCConfig
+from draw.configuration import Configuration
+from draw.pictures import Picture
+from draw.rivals import Rival
+from draw.sampler import Sampler
+from draw.trials import Trial
+from report.advice import advice
+from score.comparison import promising
+from tune import main
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def results(**psnr: float) -> pd.DataFrame:
             "setting": "50 %",
             "ratio": int(name.split("_")[1]) / 100,
             "psnr": value,
-            "code": f"{name}()" if name.startswith("merge") else "",
+            "configuration": Configuration(ATCConfig(r=int(name[-2:]) / 100) if name.startswith("merge") else None),
         }
         for name, value in psnr.items()
     ]
@@ -41,14 +45,14 @@ def results(**psnr: float) -> pd.DataFrame:
 def test_it_compares_says_what_to_use_and_writes_both_files(
     options: list[str], tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*options, "--within", "10", "--json", str(tmp_path / "t.json"), "--html", str(tmp_path / "t.html")])
+    main([*options, "--min-psnr", "10", "--json", str(tmp_path / "t.json"), "--html", str(tmp_path / "t.html")])
     said = capsys.readouterr().out
     for text in ("unmerged", "ATC ward", " + fewer steps", "DeepCache", "PSNR (dB)"):
         assert text in said
     rows = json.loads((tmp_path / "t.json").read_text())["results"]
     assert [row["ratio"] for row in rows if row["method"] == "unmerged"] == [1.0]
     assert all(row["psnr"] > 10 for row in rows if row["method"] != "unmerged")
-    assert any(row["code"].endswith("# and draw with num_inference_steps=3") for row in rows)
+    assert any(row["code"].endswith("# and draw with 0.8 of the steps") for row in rows)
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     for lines in filter(None, (row["code"] for row in rows)):
         exec(lines, {"atc_diffusion": atc_diffusion, "DeepCache": DeepCache, "pipe": pipe})
@@ -60,7 +64,7 @@ def test_a_rival_that_fails_on_the_model_is_left_out(
 ) -> None:
     """DeepCache needs a middle block."""
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    pipe.unet = UNet2DConditionModel(**UNET, mid_block_type=None)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, mid_block_type=None)
     pipe.save_pretrained(model)
     main([*options, "--prompt", "ant", "--steps", "2"])
     said = capsys.readouterr()
@@ -95,45 +99,43 @@ def test_stopped_it_reports_what_it_has(
 
 def test_stopped_too_early_it_says_so(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, after=1)
-    with pytest.raises(SystemExit, match="stopped before anything could be compared"):
+    with pytest.raises(SystemExit, match="stopped; nothing could be compared yet"):
         main(options)
 
 
 def test_the_next_prompts_leave_out_what_is_slow_or_far() -> None:
-    ways = [Configuration(rival=Rival("steps", steps)) for steps in (14, 10, 7, 5)]
-    figures = {"psnr": [float("nan"), 36.0, 34.0, 50.0], "ratio": [1.0, 0.7, 0.5, 1.1]}
-    names = {"method": [each.label for each in ways], "setting": [each.setting for each in ways]}
-    results = pd.DataFrame(names | figures)
-    assert promising(results, ways, within=40) == [Configuration(), ways[1]]
-    assert promising(results, ways, within=45) == []
+    ways = [Configuration(), *(Configuration(rival=Rival("steps", share)) for share in (0.7, 0.5, 0.35, 0.3))]
+    figures = zip(ways, [0, 4, 5, 1, 2], [1.0, 0.7, 0.5, 1.1, 0.3], strict=True)  # 36, 34, 48 and 42 dB
+    trials = [
+        Trial(way, Picture(0, 0, "ant", 0), Image.new("RGB", (16, 16), (100 + error,) * 3), seconds)
+        for way, error, seconds in figures
+    ]
+    assert promising(trials, ways, min_psnr=40) == [ways[0], ways[1], ways[4]]
+    assert promising(trials, ways, min_psnr=50) == []
 
 
 def test_the_fastest_merging_that_is_near_enough_is_advised() -> None:
-    words, line = advice(results(merge_50=39, merge_60=41, merge_70=50), within=40)
-    assert line == "merge_60()"
-    assert "0.60 of the time at 41.0 dB" in words
+    words, line = advice(results(merge_50=39, merge_65=41, merge_70=50), min_psnr=40)
+    assert line == "atc_diffusion.apply_patch(pipe, r=0.65)"
+    assert "0.65 of the time at 41.0 dB" in words
 
 
 def test_a_rival_that_is_ahead_is_named() -> None:
-    words, line = advice(results(merge_70=45, steps_60=42, steps_50=30), within=40)
-    assert line == "merge_70()"
-    assert "Ahead of it without merging: steps (50 %) takes 0.60" in words
+    words, line = advice(results(merge_70=45, steps_60=42, steps_50=30), min_psnr=40)
+    assert line == "atc_diffusion.apply_patch(pipe, r=0.7)"
+    assert "Faster without merging: steps (50 %) takes 0.60" in words
 
 
-@pytest.mark.parametrize("rows", [{"merge_98": 50.0}, {"merge_60": 39.0}, {"merge_120": 50.0, "steps_80": 41.0}])
-def test_it_says_when_merging_does_not_pay(rows: dict[str, float]) -> None:
-    words, line = advice(results(**rows), within=40)
-    assert words.startswith("Merging does not pay here: no setting within 40 dB is faster")
-    assert ("steps (50 %) takes 0.80" in words) == ("steps_80" in rows)
+@pytest.mark.parametrize("rows", [{"merge_98": 50.0}, {"merge_99": 50.0, "steps_80": 41.0}])
+def test_it_says_when_nothing_that_merges_is_faster(rows: dict[str, float]) -> None:
+    words, line = advice(results(**rows), min_psnr=40)
+    assert words.startswith("Merging does not pay here: no setting is faster than the unmerged model.")
+    assert ("Without merging, steps (50 %) takes 0.80" in words) == ("steps_80" in rows)
     assert line == ""
 
 
-@pytest.mark.parametrize(("wrong", "text"), [("--model no/model", "cannot load the model 'no/model'")])
-def test_what_does_not_fit_is_one_sentence(
-    options: list[str], monkeypatch: pytest.MonkeyPatch, wrong: str, text: str
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit) as error:
-        main([*options, *wrong.split()])
-    assert text in str(error.value)
-    assert "\n" not in str(error.value)
+def test_it_names_the_closest_that_is_faster_and_what_accepts_it() -> None:
+    words, line = advice(results(merge_55=38.9, merge_50=36), min_psnr=40)
+    assert "No merging is faster at 40 dB or better." in words
+    assert "The closest: merge (50 %) takes 0.55 of the time at 38.9 dB; --min-psnr 38 accepts it." in words
+    assert line == ""

@@ -1,0 +1,104 @@
+"""A command line from a dataclass: a field made by `option` is an option, a field that is a dataclass a group of them.
+
+What comes out is typed and checked; `argparse` stays in here.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from functools import wraps
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def option(
+    text: str, default: Any = MISSING, parse: Callable[[str], Any] = str, flag: str | None = None, **details: Any
+) -> Any:
+    """A field of a dataclass that is an option of the command line.
+
+    Args:
+        text: the help.
+        default: a string is parsed like the user's own; without a default the option is required.
+        parse: turns text into a value, or raises ValueError with a sentence that says what is wrong.
+        flag: the option's name, where that cannot be the field's.
+        details: as `add_argument` of `argparse` takes them.
+    """
+    return field(default=default, metadata={"text": text, "parse": parse, "flag": flag, "details": details})
+
+
+def switch(text: str) -> Any:
+    """A field that is True where its option is given."""
+    return field(default=False, metadata={"text": text, "flag": None, "details": {"action": "store_true"}})
+
+
+def parse(
+    kind: type[T],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] = NOTHING,
+    demo: Mapping[str, Any] = NOTHING,
+) -> T:
+    """Fill the dataclass `kind` from the command line.
+
+    `defaults` takes precedence over the fields' own defaults, by name of field, and `demo` does with `--demo`.
+
+    Exits with status 2 and one sentence where a value does not fit, or where `kind` raises ValueError.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_options(parser, kind)
+    parser.set_defaults(**defaults)
+    if demo and parser.parse_known_args(arguments)[0].demo:
+        parser.set_defaults(**demo)
+    values = vars(parser.parse_args(arguments))
+    try:
+        return _filled(kind, values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add_options(parser: Any, kind: type) -> None:
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        if each.metadata:
+            _add_option(parser, each)
+        else:
+            group = hints[each.name]
+            _add_options(parser.add_argument_group((group.__doc__ or "").partition(".")[0]), group)
+
+
+def _add_option(parser: Any, each: Any) -> None:
+    data, details = each.metadata, dict(each.metadata["details"])
+    if "parse" in data:
+        details |= {"type": _argument(data["parse"]), "required": each.default is MISSING}
+    name = data["flag"] or f"--{each.name.replace('_', '-')}"
+    default = None if each.default is MISSING else each.default
+    parser.add_argument(name, dest=each.name, default=default, help=data["text"], **details)
+
+
+def _filled(kind: type[T], values: Mapping[str, Any]) -> T:
+    hints = get_type_hints(kind)
+    arguments = {
+        each.name: _frozen(values[each.name]) if each.metadata else _filled(hints[each.name], values)
+        for each in fields(kind)  # type: ignore[arg-type]
+    }
+    return kind(**arguments)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which shows only errors of its own kind in full."""
+
+    @wraps(parse)
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument

@@ -1,0 +1,137 @@
+"""What is timed, as the command line says it; what it leaves open depends on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arguments import checks
+from arguments.options import option, switch
+from benchmark.models import MODELS
+from benchmark.step import CANDIDATES, Setting
+from benchmark.tables import NOT_MEASURED
+
+PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "compile")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is timed on a kind of device; sizes in pixels, by model."""
+
+    parts: Sequence[str]
+    model: Sequence[str]
+    keep: Sequence[int]
+    tokens: Sequence[int]
+    dtype: str
+    sizes: dict[str, Sequence[int]]
+
+
+DEFAULTS = {
+    "cpu": Defaults(
+        PARTS[:-1],
+        ["sd15"],
+        [60, 40],
+        [4096],
+        "float32",
+        {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024]},
+    ),
+    "cuda": Defaults(
+        [part for part in PARTS if part != "small"],
+        ["sd15", "sdxl"],
+        [60, 40, 25],
+        [1024, 4096, 16384],
+        "float16",
+        {"sd15": [512, 1024, 2048], "sdxl": [1024], "pixart-sigma": [1024, 2048], "sd3-medium": [1024]},
+    ),
+}
+
+
+def percentage(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise ValueError(f"expected a whole percentage from 1 to 100, got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What the command line asks for."""
+
+    device: str = option("(default: cpu)", default="cpu", choices=list(DEFAULTS))
+    parts: Sequence[str] = option(
+        f"of {', '.join(PARTS)} (default: all; CPU: no compile; GPU: no small)",
+        default=(),
+        choices=PARTS,
+        nargs="+",
+        metavar="PART",
+    )
+    model: Sequence[str] = option(
+        f"of {', '.join(MODELS)} (default: sd15; GPU: sd15 sdxl)",
+        default=(),
+        choices=list(MODELS),
+        nargs="+",
+        metavar="MODEL",
+    )
+    blocks: int | None = option(
+        "time so many of a transformer's blocks, which are all alike (default: all)", None, checks.whole(1), metavar="N"
+    )
+    dtype: str | None = option(
+        "of the steps: float32, float16 or bfloat16 (default: float32; GPU: float16)",
+        default=None,
+        choices=["float32", "float16", "bfloat16"],
+        metavar="DTYPE",
+    )
+    size: Sequence[int] = option(
+        "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)",
+        default=(),
+        parse=checks.whole(64, multiple=64),
+        nargs="+",
+        metavar="PIXELS",
+    )
+    keep: Sequence[int] = option(
+        "percentages of the tokens kept; all but step and attention take the first (default: 60 40; GPU: 60 40 25)",
+        default=(),
+        parse=percentage,
+        nargs="+",
+        metavar="PERCENT",
+    )
+    candidates: Sequence[str] = option(
+        f"of {', '.join(CANDIDATES)}, next to the unpatched network (default: all that fit it)",
+        default=CANDIDATES,
+        choices=CANDIDATES,
+        nargs="*",
+        metavar="NAME",
+    )
+    tokens: Sequence[int] = option(
+        "sizes of the clustering problems (default: 4096; GPU: 1024 4096 16384)",
+        default=(),
+        parse=checks.whole(1),
+        nargs="+",
+        metavar="N",
+    )
+    growth_tokens: Sequence[int] = option(
+        "sizes of those that grow (default: 1024 2048 4096 8192 16384)",
+        default=(1024, 2048, 4096, 8192, 16384),
+        parse=checks.whole(1),
+        nargs="+",
+        metavar="N",
+    )
+    repeats: int = option("timings of every candidate (default: 3)", default=3, parse=checks.whole(1), metavar="N")
+    dry_run: bool = switch(f"measure nothing: '{NOT_MEASURED}' in every cell")
+    out: Path | None = option("a copy of what is printed", None, checks.file_to_write(".md", ".txt"), metavar="FILE")
+
+    def __post_init__(self) -> None:
+        """What was left open is what the device's defaults say."""
+        for name in ("parts", "model", "keep", "tokens"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, getattr(DEFAULTS[self.device], name))
+
+    def settings(self) -> list[Setting]:
+        """The networks whose steps are timed, the smallest pictures first."""
+        defaults = DEFAULTS[self.device]
+        models = [(model, size) for model in self.model for size in self.size or defaults.sizes[model]]
+        dtype = getattr(torch, self.dtype or defaults.dtype)
+        return [
+            Setting(model, size, self.device, dtype, MODELS[model].blocks and self.blocks)
+            for model, size in sorted(models, key=lambda each: each[1])
+        ]

@@ -1,0 +1,48 @@
+"""The tables of the benchmark, in order, and what they were measured on."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import torch
+
+from benchmark.arithmetic import arithmetic_table
+from benchmark.attention import HEADS, attention_table
+from benchmark.choices import Benchmark
+from benchmark.clustering import floor_table, growth_table, peers_table, small_table
+from benchmark.step import compiled_table, step_table
+from benchmark.tables import Table
+
+PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
+
+
+def tables(benchmark: Benchmark) -> Iterator[Table]:
+    """The chosen tables, about in the order of the time that they take."""
+    first, repeats, device = benchmark.keep[0], benchmark.repeats, benchmark.device
+    settings = benchmark.settings()
+    if "arithmetic" in benchmark.parts:
+        yield arithmetic_table([(each.model, each.size) for each in settings])
+    if "small" in benchmark.parts:
+        yield small_table(first, repeats)
+    if "clustering" in benchmark.parts and device == "cuda":
+        yield floor_table(benchmark.tokens, first, repeats)
+    elif "clustering" in benchmark.parts:
+        yield from (peers_table(num_tokens, first, repeats) for num_tokens in benchmark.tokens)
+    if "growth" in benchmark.parts:
+        yield growth_table(sorted(set(benchmark.growth_tokens)), first, repeats, device)
+    if "attention" in benchmark.parts:
+        unets = [each for each in settings if each.model in HEADS]
+        yield from (attention_table(each.model, each.size, benchmark.keep, repeats, device) for each in unets)
+    if "step" in benchmark.parts:
+        yield from (step_table(each, benchmark.keep, benchmark.candidates, repeats) for each in settings)
+    if "compile" in benchmark.parts:
+        yield compiled_table(settings[0], first, repeats)
+
+
+def conditions(benchmark: Benchmark) -> str:
+    if benchmark.dry_run:
+        return f"Not measured yet; `python eval/speed.py --device {benchmark.device}` fills this in."
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    processor = f"{torch.get_num_threads()} CPU threads ({platform.processor() or platform.machine()})"
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, " if benchmark.device == "cuda" else ""
+    return f"{gpu}{processor}; Python {platform.python_version()}, {versions}."

@@ -1,0 +1,169 @@
+"""The report: tables of accuracy and speed, and figures in the form of the ATC paper's Figures 4 and 5."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import timm
+import torch
+from accelerate import PartialState
+from matplotlib.figure import Figure
+
+from classification.clusters import plot_clusters
+from classification.evaluation import Evaluation, Task, evaluate, mean_by_subject
+from classification.methods import METHODS, Way
+from draw.experiment import this_command
+from files import write_atomically
+from report.page import Page, Section
+from score.bootstrap import Estimate, bootstrap_draws
+
+DRAWS = 1000
+BASELINES = {
+    "merging": [METHODS[name] for name in ("tome", "kmedoids", "dpc_knn")],
+    "pruning": [METHODS[name] for name in ("topk", "evit")],
+}
+NONE = "no reduction"
+# Top-1 with MAE backbones, off the shelf (Haurum et al. 2024, Table 1); t is 16 in ViT-B, 8 in ViT-L, 7 in ViT-H.
+PAPER_ROWS = [NONE, "ToMe", "ATC single", "ATC average", "ATC complete"]
+PAPER_TABLE_1 = {
+    "constant, t = 16": [83.6, 78.5, 79.7, 80.1, 80.2],
+    "linear, t = 16": [83.6, 56.6, 65.8, 67.1, 67.1],
+    "constant, t = 8": [85.9, 84.2, 84.8, 84.8, 84.9],
+    "linear, t = 8": [85.9, 80.1, 82.5, 82.6, 82.6],
+    "constant, t = 7": [86.9, 86.0, 86.4, 86.4, 86.4],
+    "linear, t = 7": [86.9, 85.0, 85.6, 85.6, 85.8],
+}
+ACCURACY_TEXT = """\
+Top-1 in percent, ± half the 95 % interval by bootstrap over what the pictures show. Columns are shares of tokens kept
+at the 4th, 7th and 10th block, or tokens removed in every block."""
+LEAD_TEXT = """\
+In percentage points over the best other method of the column, paired picture by picture; a star marks 95 % intervals
+that exclude zero. The best other is chosen on these same pictures, which favours it. Each interval holds on its own,
+not all at once."""
+SPEED_TEXT = """\
+Median over the batches, on one device, clustering included; rough if other processes ran beside it. No reduction:
+{:.0f}."""
+
+
+def evaluate_and_report(task: Task, ways: Sequence[Way], out: Path, folder: Path, batch_size: int, device: str) -> None:
+    """Evaluate what is missing in `out`, then report to `folder`."""
+    state = PartialState(cpu=device == "cpu")
+    evaluations = [evaluate(task, way, out, batch_size, state) for way in ways]
+    if state.is_main_process:
+        write_report(evaluations, task, this_command(), str(state.device), folder)
+        print(f"wrote {folder / 'report.md'}")
+
+
+def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, device: str, folder: Path) -> None:
+    """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
+    table = frame(evaluations, task)
+    write_atomically(folder / "results.csv", table.to_csv(index=False, float_format="%.2f").encode())
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    sections = [
+        *accuracy_sections(evaluations, table, task),
+        *paper_section(table),
+        speed_section(table),
+        Section("Accuracy by share kept", figure=plot_accuracy(table)),
+        *(
+            Section(f"Clusters {number}", figure=figure)
+            for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
+        ),
+    ]
+    conditions = {"task": task.name, "device": device, "versions": versions}
+    Page("Classification with fewer tokens", conditions, [command], sections).write(folder)
+
+
+def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
+    """A row for every way, the unreduced model's first."""
+    draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
+    rows = [
+        {
+            "label": each.way.label,
+            "column": each.way.column,
+            "finetuned": each.way.finetuned,
+            "keep": each.way.keep,
+            "accuracy": each.accuracy,
+            "margin": mean_by_subject(100.0 * each.correct, task.subjects, draws).margin,
+            "images_per_second": each.images_per_second,
+        }
+        for each in evaluations
+    ]
+    return pd.DataFrame(rows)
+
+
+def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
+    """Top-1 of every way, and ATC's lead; off the shelf, then trained further."""
+    for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
+        rows = table[table.finetuned == finetuned]
+        if len(rows):
+            text = f"{ACCURACY_TEXT} {NONE.capitalize()}: {_written(rows.iloc[0])}."
+            yield Section(title, text, table=_pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()]))
+            own = [each for each in evaluations if each.way.finetuned == finetuned]
+            yield Section(f"ATC's lead, {title[0].lower()}{title[1:]}", LEAD_TEXT, table=leads(own, task))
+
+
+def paper_section(table: pd.DataFrame) -> Iterator[Section]:
+    columns = [column for column in PAPER_TABLE_1 if column in set(table.column)]
+    if columns:
+        published = pd.DataFrame(PAPER_TABLE_1, index=PAPER_ROWS)[columns].map("{:.1f}".format)
+        yield Section("The paper's Table 1, off the shelf", table=_named(published))
+
+
+def speed_section(table: pd.DataFrame) -> Section:
+    rows = table[(table.label != NONE) & ~table.finetuned]
+    speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
+    return Section("Images per second", SPEED_TEXT.format(table.images_per_second.iloc[0]), table=speeds)
+
+
+def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
+    """ATC's lead, by linkage, over the best merging and the best pruning baseline of every column."""
+    draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
+    cells: dict[str, dict[str, str]] = {}
+    for own in evaluations:
+        for kind, labels in BASELINES.items() if own.way.method == "atc" else ():
+            rivals = [each for each in evaluations if each.way.label in labels and each.way.column == own.way.column]
+            if rivals:
+                best = max(rivals, key=lambda each: each.accuracy)
+                gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
+                row = cells.setdefault(f"{own.way.label} over the best {kind}", {})
+                row[own.way.column] = f"{_signed(gain)} ({best.way.label})"
+    return _named(pd.DataFrame(cells).T.fillna(""))
+
+
+def plot_accuracy(table: pd.DataFrame) -> Figure:
+    """Accuracy against the share kept, a line for every method, as in the paper's Figure 4."""
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    axes.axhline(table[table.label == NONE].accuracy.iloc[0], color="black", linestyle="--", label=NONE)
+    by_keep = table.dropna(subset="keep").sort_values("keep")
+    for number, label in enumerate(table[table.label != NONE].label.unique()):
+        for finetuned, linestyle, ending in ((False, "-", ""), (True, ":", ", fine-tuned")):
+            line = by_keep[(by_keep.label == label) & (by_keep.finetuned == finetuned)]
+            if len(line):
+                style = f"C{number}{linestyle}o"
+                axes.plot(line.keep, line.accuracy, style, markersize=4, label=label + ending)
+    axes.set(xlabel="tokens kept at each stage (%)", ylabel="top-1 (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _written(row: Any) -> str:
+    return f"{row.accuracy:.1f} ± {row.margin:.1f}"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.1f} ± {estimate.margin:.1f}{'*' * estimate.differs}"
+
+
+def _pivot(rows: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
+    """Methods by columns, in the order in which they come."""
+    table = rows.assign(cell=cells).pivot(index="label", columns="column", values="cell")
+    return _named(table.reindex(index=rows.label.unique(), columns=rows.column.unique()).fillna(""))
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its row names as first column."""
+    return table.rename_axis(index=None, columns=None).reset_index(names="")

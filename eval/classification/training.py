@@ -1,0 +1,61 @@
+"""The demo's small vision transformer, trained on emoji, and trained further with its tokens reduced."""
+
+import copy
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from classification.emoji import SIZE, Pictures, normalize
+from classification.methods import Way
+
+SHIFT = 4  # pixels
+FINETUNE_EPOCHS = 1
+FINETUNE_RATE = 5e-4
+
+
+def make_model(num_classes: int) -> VisionTransformer:
+    """As deep as DeiT, so that the paper's stages fit; 8 x 8 patches."""
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=SIZE, patch_size=6, embed_dim=64, depth=12, num_heads=2, num_classes=num_classes, drop_path_rate=0.05
+    )
+
+
+def augment(images: Tensor) -> Tensor:
+    """Mirror half of the pictures, and move all by up to four pixels."""
+    mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
+    padded = F.pad(mirrored, (SHIFT,) * 4, value=255)
+    y, x = torch.randint(2 * SHIFT + 1, (2,)).tolist()
+    return padded[:, :, y : y + SIZE, x : x + SIZE]
+
+
+def train(model: nn.Module, pictures: Pictures, epochs: int, learning_rate: float, batch_size: int = 64) -> None:
+    """Train `model` in place, in an order that is the same every time."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
+    batches = len(pictures.images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=epochs * batches, pct_start=0.15
+    )
+    model.train()
+    for _ in tqdm(range(epochs), desc="training", unit="epoch"):
+        for batch in torch.randperm(len(pictures.images)).split(batch_size)[:batches]:
+            logits = model(normalize(augment(pictures.images[batch])))
+            loss = F.cross_entropy(logits, pictures.classes[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def finetuned(model: VisionTransformer, pictures: Pictures, way: Way) -> VisionTransformer:
+    """A copy of `model`, trained further with its tokens reduced."""
+    twin = copy.deepcopy(model)
+    with way.applied(twin):
+        train(twin, pictures, FINETUNE_EPOCHS, FINETUNE_RATE)
+    return twin

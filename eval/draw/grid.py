@@ -1,0 +1,124 @@
+"""What is compared: every combination of methods, shares kept, options and rivals that a command asks for."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+import yaml
+
+from arguments import checks
+from arguments.options import option
+from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
+from draw.configuration import Configuration
+from draw.rivals import Rival
+
+METHODS: dict[str, Callable[[float], MergeConfig]] = {
+    "atc": lambda r: ATCConfig(r=r),
+    "paper": ATCConfig.paper,
+    "tome": lambda r: ToMeConfig(r=r),
+    "kmedoids": lambda r: KMedoidsConfig(r=r),
+    "dpc-knn": lambda r: DPCKNNConfig(r=r),
+}
+Shares = tuple[float, float | None]  # kept of queries and of keys; None: the same
+Options = Mapping[str, Sequence[Any]]  # fields of a configuration, with the values to try
+
+
+def parse_shares(text: str) -> Shares:
+    """The shares of queries and of keys kept that "100/10" asks for, in percent; "50" is for both."""
+    queries, _, keys = text.partition("/")
+    return checks.percent(queries) / 100, checks.percent(keys) / 100 if keys else None
+
+
+def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
+    """A field of `ATCConfig` and the values to try, as in "linkage=average,ward"; values are YAML."""
+    field, _, values = text.partition("=")
+    known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
+    if field not in known or not values:
+        raise ValueError(f"expected FIELD=VALUE[,VALUE...] with a field of {', '.join(known)}; got {text!r}")
+    parsed = yaml.safe_load(f"[{values}]")
+    if any(isinstance(value, dict | list) for value in parsed):
+        raise ValueError(f"expected plain values, got {text!r}")
+    return field, tuple(parsed)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """what is compared"""
+
+    keep: tuple[Shares, ...] = option(
+        "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 40 50 60 70 80 90)",
+        default=tuple((keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)),
+        parse=parse_shares,
+        nargs="+",
+        metavar="PERCENT",
+    )
+    method: tuple[str, ...] = option(
+        "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; kmedoids and "
+        "dpc-knn: the paper's other baselines; none: only the unmerged model, which is always drawn (default: paper)",
+        default=("paper",),
+        nargs="+",
+        choices=[*METHODS, "none"],
+    )
+    options: tuple[tuple[str, tuple[Any, ...]], ...] = option(
+        "fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; other "
+        "methods take the fields that they have",
+        default=(),
+        parse=parse_option,
+        flag="--set",
+        nargs="+",
+        metavar="FIELD=VALUES",
+    )
+    rival: tuple[Rival, ...] = option(
+        "other ways to draw faster: steps:0.7 (that share of the steps), todo:2 and pooled:2 (keys downsampled by that "
+        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), ca-tome:0.7 (least similarity)",
+        default=(),
+        parse=Rival.parse,
+        nargs="+",
+        metavar="NAME:STRENGTH",
+    )
+    together: tuple[Rival, ...] = option(
+        "rivals that every way of merging is also drawn together with, such as deepcache:2",
+        default=(),
+        parse=Rival.parse,
+        flag="--with",
+        nargs="+",
+        metavar="NAME:STRENGTH",
+    )
+
+    def __post_init__(self) -> None:
+        self.configurations()  # refuses what no configuration can be
+
+    def configurations(self) -> list[Configuration]:
+        """The unmerged model, every way of merging, each rival alone, and merging together with rivals."""
+        merged = grid(self.method, self.keep, dict(self.options))
+        alone = [Configuration(rival=rival) for rival in self.rival]
+        both = [replace(each, rival=rival) for rival in self.together for each in merged if each.merge is not None]
+        return list(dict.fromkeys([*merged, *alone, *both]))
+
+
+def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> list[Configuration]:
+    """The unmerged model, then every method at every pair of shares kept with every combination of options.
+
+    ToMe is left out where it cannot keep so few tokens, and takes the options that it has.
+
+    Raises:
+        ValueError: for a value that the configuration refuses.
+    """
+    combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+    shares = [(r, r_keys) for r, r_keys in keeps if min(r, r_keys or r) < 1]
+    merges = [
+        _merge(method, *share, combination)
+        for method in methods
+        if method != "none"
+        for combination in combinations
+        for share in shares
+        if method != "tome" or min(filter(None, share)) * ToMeConfig.stride**2 >= 1
+    ]
+    return list(dict.fromkeys([Configuration(), *map(Configuration, merges)]))
+
+
+def _merge(method: str, r: float, r_keys: float | None, options: Mapping[str, Any]) -> MergeConfig:
+    base = replace(METHODS[method](r), r_keys=r_keys)
+    own = {field.name for field in fields(base)}
+    return replace(base, **{name: value for name, value in options.items() if name in own})

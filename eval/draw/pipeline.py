@@ -1,0 +1,151 @@
+"""How pictures are sampled: the model, its scheduler, and whatever else changes the bits of a picture."""
+
+import hashlib
+import platform
+import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
+import atc_diffusion
+from arguments import checks
+from arguments.options import option
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EMOJI_DIFFUSION = Path(__file__).resolve().parents[2] / "examples" / "emoji_diffusion"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity", "scipy")
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """how they are sampled"""
+
+    model: str = option(
+        "hub id or folder of a pipeline (default: %(default)s)", default=STABLE_DIFFUSION, parse=checks.model
+    )
+    steps: int = option("denoising steps (default: %(default)s)", default=50, parse=checks.whole(1))
+    guidance: float | None = option(
+        "classifier-free guidance scale (default: %(default)s; None: the pipeline's own)", default=7.5, parse=float
+    )
+    size: int | None = option(
+        "height and width in pixels (default: the model's own, 512 in SD v1.5)", default=None, parse=checks.whole(1)
+    )
+    scheduler: str | None = option("(default: the model's own)", default=None, choices=list(SCHEDULERS))
+    batch_size: int = option(
+        "prompts in a batch; part of what a picture is, for rounding can depend on it (default: %(default)s)",
+        default=8,
+        parse=checks.whole(1),
+        metavar="N",
+    )
+    dtype: str | None = option(
+        "of the model (default: float16 on a CUDA GPU, else float32)",
+        default=None,
+        choices=["float16", "bfloat16", "float32"],
+    )
+    device: str = option(
+        "(default: auto, the fastest there is)", default="auto", choices=["auto", "cpu", "cuda", "mps"]
+    )
+
+    @property
+    def name(self) -> str:
+        """The model in a report."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is called with."""
+        size = {} if self.size is None else {"height": self.size, "width": self.size}
+        return size | ({} if self.guidance is None else {"guidance_scale": self.guidance})
+
+    def dtype_on(self, device: torch.device) -> str:
+        return self.dtype or ("float16" if device.type == "cuda" else "float32")
+
+    def json(self, device: torch.device) -> dict[str, Any]:
+        """What every set has in common: whatever changes the bits of a picture besides prompt, seed and merging.
+
+        The batch size and the number of CPU threads are among them, for they decide how matrix products are rounded,
+        and so which tokens are the most similar; and a digest of the weights, which may be trained further.
+
+        Raises:
+            ValueError: if another device was asked for.
+        """
+        if self.device not in ("auto", device.type):
+            raise ValueError(f"--device {self.device}, but the device here is {device.type}")
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        found = {"dtype": self.dtype_on(device), "device": device.type, "threads": threads}
+        return asdict(self) | {"weights": weights_digest(self.model)} | found
+
+
+def weights_digest(model: str) -> str:
+    """The first digits of a SHA-256 over the weights in the folder `model`; "hub" for a model of the hub."""
+    if not Path(model).is_dir():
+        return "hub"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(model).rglob("*") if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            for chunk in iter(partial(file.read, 2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of `sampling` on `device`, with no safety checker.
+
+    Raises:
+        ValueError: if the hub does not give the model, or the scheduler does not fit it.
+    """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    dtype = getattr(torch, sampling.dtype_on(device))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
+            pipe = DiffusionPipeline.from_pretrained(
+                sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
+    except OSError as error:
+        raise ValueError(
+            f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
+            f"none; give --model FOLDER, or connect once and run: hf download {sampling.model}"
+        ) from error
+    if sampling.scheduler:
+        pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def make_scheduler(name: str, own: Any) -> Any:
+    """The scheduler `name` for a model whose own scheduler is `own`."""
+    class_name, options = SCHEDULERS[name]
+    if class_name not in {each.__name__ for each in own.compatibles} | {type(own).__name__}:
+        raise ValueError(f"--scheduler {name} does not fit this model, which comes with {type(own).__name__}")
+    return getattr(diffusers, class_name).from_config(own.config, **options)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make and score the pictures, as far as they are installed."""
+    packages = {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))}
+    return {"atc_diffusion": atc_diffusion.__version__, "python": platform.python_version()} | packages
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

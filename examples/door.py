@@ -1,0 +1,19 @@
+"""The way out of every command here: a result, or one sentence and a status."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def door(command: str, extra: str = "") -> Iterator[None]:
+    """Turns what can go wrong in `command`, which needs an `extra` of the package, into one sentence."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        needed = f"{command} needs the package {error.name}, which is not installed"
+        sys.exit(f"{needed}; in the repository's folder: pip install -e '.[{extra}]'")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{command}: stopped")

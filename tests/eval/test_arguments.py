@@ -1,0 +1,105 @@
+"""What the commands refuse before the first picture is drawn, each in one sentence that names the value."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fid
+import speed
+import tune
+from arguments.options import parse
+from draw.picture_set import claim_folder
+from draw.pictures import Prompts
+from draw.sampler import Sampler
+from draw.timing import Times
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A command of fid.py that would draw, in a folder with files to name in the wrong places; nothing may be drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("something was drawn"))
+    Path("names.txt").write_text("ant\nbee\ncat\n")
+    Path("gap.txt").write_text("ant\n\ncat\n")
+    Path("latin.txt").write_bytes("ant\nélan\n".encode("latin-1"))
+    Path("file").touch()
+    Path("empty").mkdir()
+    draw_pictures("few", 3)
+    draw_pictures("damaged", 5)
+    Path("damaged/3.png").write_bytes(Path("damaged/3.png").read_bytes()[:200])
+    return (
+        f"--model {model} --class-names names.txt --prompt {{}} --steps 2 --features efficientnet-lite0 --device cpu "
+        f"--reference {draw_pictures('reference', 5)}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("--model /nonexistent", "there is no folder /nonexistent"),
+        ("--model ./nonexistent", "there is no folder ./nonexistent"),
+        ("--model empty", "the folder empty holds no diffusers pipeline: it has no model_index.json"),
+        ("--model no/model", "cannot load the model 'no/model'"),
+        ("--reference nowhere", "there is no folder nowhere"),
+        ("--reference few", "few has 3 pictures; 4 at least are needed"),
+        ("--reference damaged", r"unreadable pictures: damaged/3\.png$"),
+        ("--report file", "file is a file; give a folder"),
+        ("--out file", "file is a file; give a folder"),
+        ("--out file/out", "file/out cannot be made, because .*file is a file"),
+        ("--class-names nowhere.txt", "there is no file nowhere.txt"),
+        ("--class-names empty", "empty is a folder; give a file"),
+        ("--class-names gap.txt", "line 2 of gap.txt is empty"),
+        ("--class-names latin.txt", "latin.txt is not text in UTF-8"),
+        ("--prompt dog", "expected a prompt with {} for the name of the class, got 'dog'"),
+        ("--classes 4", "does not name different classes of 0..2"),
+        ("--classes 1 --images-per-class 1", "1 pictures are too few to score; 4 at least"),
+        ("--show 3", "--show 3, but there are no pictures of that class"),
+        ("--batch-size 0", "expected a whole number from 1 up, got '0'"),
+        ("--size many", "expected a whole number from 1 up, got 'many'"),
+        ("--bootstrap 1", "expected a whole number from 2 up, got '1'"),
+        ("--device cuda", "--device cuda, but the device here is cpu"),
+        ("--features inception --inception-weights nowhere.pth", "there is no file nowhere.pth"),
+    ],
+)
+def test_fid_draws_nothing(experiment: str, refused: Refused, wrong: str, text: str) -> None:
+    assert re.search(text, refused(fid.main, f"{experiment} {wrong}".split()))
+    assert not list(Path().glob("out/**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("--model /nonexistent", "there is no folder /nonexistent"),
+        ("--model no/model", "cannot load the model 'no/model'"),
+        ("--json empty", "empty is a folder; give a file, such as empty/result.json"),
+        ("--json results", "results must end in .json"),
+        ("--html file/page.html", "file/page.html cannot be made, because .*file is a file"),
+    ],
+)
+@pytest.mark.usefixtures("experiment")
+def test_tune_draws_nothing(refused: Refused, wrong: str, text: str) -> None:
+    assert re.search(text, refused(tune.main, ["--device", "cpu", *wrong.split()]))
+
+
+@pytest.mark.usefixtures("experiment")
+def test_speed_measures_nothing(refused: Refused) -> None:
+    assert "empty is a folder; give a file, such as empty/result.md" in refused(speed.main, ["--out", "empty"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("ant\nbee\n", encoding="utf-8-sig")
+    prompts = parse(Prompts, None, ["--class-names", str(tmp_path / "names.txt")])
+    assert prompts.class_names == ("ant", "bee")
+
+
+def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Path) -> None:
+    for name in ("settings.json", "times.json"):
+        (tmp_path / name).write_text('{"steps": ')
+    with pytest.raises(ValueError, match=r"settings\.json is damaged .*; delete it and rerun the command"):
+        claim_folder(tmp_path, {"steps": 2}, write=True)
+    with pytest.raises(ValueError, match=r"times\.json is damaged .*; delete it and rerun the command"):
+        Times(tmp_path / "times.json")
