@@ -158,7 +158,7 @@ def main() -> None:
     for kept, config in configs.items():
         run = runs[kept] = draw(pipe, args, config, args.steps)
         figures = run.beside(runs["unmerged"])
-        print(f"{kept:32} {figures}")
+        print(f"{kept:32} {figures}", flush=True)
         columns[kept] = run.pictures, figures
         if config is not None:
             columns[f"difference x {GAIN}: {kept}"] = run.differences(runs["unmerged"]), ""

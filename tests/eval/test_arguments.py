@@ -1,6 +1,8 @@
 """What the commands refuse before the first picture is drawn, each in one sentence that names the value."""
 
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from draw.pictures import Prompts
 from draw.sampler import Sampler
 from draw.timing import Times
 
+ROOT = Path(__file__).parents[2]
+OURS = re.compile(r"(draw|score|report|benchmark|classification)\.|(overlay|comparison|display|form)$")
 Refused = Callable[..., str]
 
 
@@ -103,3 +107,27 @@ def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Pa
         claim_folder(tmp_path, {"steps": 2}, write=True)
     with pytest.raises(ValueError, match=r"times\.json is damaged .*; delete it and rerun the command"):
         Times(tmp_path / "times.json")
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("eval/tune.py", "pandas", "tune"),
+        ("eval/tune.py", "skimage", "tune"),
+        ("eval/fid.py", "torch_fidelity", "eval"),
+        ("eval/speed.py", "fastcluster", "eval"),
+        ("eval/classify.py", "timm", "eval,vision"),
+        ("examples/clusters.py", "matplotlib", "app"),
+        ("examples/app.py", "gradio", "app"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs_it(
+    command: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in filter(OURS.match, list(sys.modules)):
+        monkeypatch.delitem(sys.modules, name)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    expected = f"{Path(command).name} needs the package {package}"
+    with pytest.raises(SystemExit, match=f"^{expected}[.a-z]*, which is not .*: pip install -e '.\\[{extra}\\]'$"):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
