@@ -70,7 +70,7 @@ def test_odd_grids_keep_at_least_the_destinations():
 
 
 def test_a_grid_smaller_than_a_cell_is_refused():
-    with pytest.raises(ValueError, match="stride of 4 is larger than the grid of 2 x 8 tokens; draw a larger picture"):
+    with pytest.raises(ValueError, match="stride of 4 is larger than the grid of 2 x 8 tokens; draw a larger image"):
         draw_destinations(2, 8, stride=4, seed=0, step=torch.tensor(1))
 
 

@@ -307,7 +307,7 @@ def test_half_precision_and_autocast_stay_near():
     [
         ({}, "give either r, .* or t, .*; got r=None, t=None"),
         ({"r": 0.5, "t": 3}, "give either r, .*; got r=0.5, t=3"),
-        ({"r": 50}, r"r is the share of tokens kept, in \(0, 1\], got 50; did you mean 0.5?"),
+        ({"r": 50}, r"r is the fraction of tokens to keep, in \(0, 1\], got 50; did you mean 0.5?"),
         ({"r": 0}, "got 0$"),
         ({"t": 0}, "t must be a number of tokens from 1 up, got 0"),
         ({"r": 0.5, "blocks": (0, 3)}, r"blocks must number blocks from 1 up, such as \(4, 7, 10\), got \(0, 3\)"),
@@ -340,7 +340,7 @@ def test_models_that_do_not_fit_are_refused_before_anything_changes(model, optio
 def test_masks_over_all_tokens_are_refused():
     model = make()
     apply_patch(model, ViTConfig(t=2))
-    with pytest.raises(ValueError, match="attn_mask and is_causal are for all tokens"):
+    with pytest.raises(ValueError, match="attn_mask and is_causal apply to all tokens"):
         model(pictures(), attn_mask=torch.zeros(26, 26))
 
 

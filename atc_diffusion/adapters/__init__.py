@@ -1,4 +1,4 @@
-"""Model families: where their self-attentions are, and how tokens go in and out of them."""
+"""What an adapter of a model family provides: its self-attentions, and how tokens go in and out of them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,9 +17,9 @@ class Layer:
 
     Attributes:
         name: its path in the network.
-        block: the transformer block that it is in.
-        attention: the module that is called with the tokens `[B, N, C]`.
-        level: the factor by which its grid of tokens is smaller than the latents.
+        block: the transformer block that contains it.
+        attention: the module that receives the tokens `[B, N, C]`.
+        level: the downsampling factor of its grid of tokens, relative to the latents.
         channels: `C`.
     """
 
@@ -30,20 +30,21 @@ class Layer:
     channels: int
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of its grid of tokens, for latents of a `size`."""
+        """Height and width of its grid of tokens, for latents of `size` (height, width)."""
         height, width = size
         return -(-height // self.level), -(-width // self.level)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged in one call of a self-attention; None: nothing.
+    """How the tokens of one call of a self-attention are merged.
 
     Attributes:
-        num_tokens: how many tokens there are.
-        queries: merges what queries are made of, and copies the output back.
-        keys: merges what keys and values are made of; the same object as `queries` where as many are kept.
-        weigh: whether keys weigh as much as their members did (proportional attention).
+        num_tokens: `N`, before merging.
+        queries: merges the tokens of the queries and copies the output back; None keeps all of them.
+        keys: merges the tokens of keys and values; None keeps all of them. The same object as `queries` if as many are
+            kept.
+        weigh: add the logarithm of a cluster's size to the logits of its key (proportional attention).
     """
 
     num_tokens: int
@@ -53,7 +54,7 @@ class Merge:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many queries and how many keys there are."""
+        """The numbers of queries and of keys after merging."""
         return self._kept(self.queries), self._kept(self.keys)
 
     def _kept(self, merge_map: MergeMap | None) -> int:
@@ -70,25 +71,25 @@ class Merge:
 
 
 class Family(Protocol):
-    """What an adapter answers for the networks of one family."""
+    """The adapter of one model family."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
-        """The self-attentions of `network`; none if it is of another family."""
+        """The self-attentions of `network`; empty if it belongs to another family."""
 
     def attach(self, layer: Layer) -> None:
-        """Put in what merging needs besides hooks, unless it is there; called before every call of the network."""
+        """Install what merging needs besides hooks, unless it is there; called before every call of the network."""
 
     def detach(self, layer: Layer) -> None:
-        """Undo `attach`, to the bit."""
+        """Undo `attach` exactly."""
 
     def check(self, layer: Layer, keys_apart: bool) -> None:
-        """Raise ValueError if the attention's processor cannot merge, or not keys apart from queries."""
+        """Raise ValueError if the attention's processor cannot merge or, if `keys_apart`, merge keys unlike queries."""
 
     def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
-        """Keys or values `[B, N, C]` that the attention makes of `tokens` `[B, N, C]`."""
+        """Keys or values `[B, N, C]` that the attention projects from `tokens` `[B, N, C]`."""
 
     def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
-        """The arguments of the attention with its tokens merged and, where asked, their weights in the softmax."""
+        """The arguments of the attention with its tokens merged and, if `merge.weigh`, weighted in the softmax."""
 
     def unmerge(self, output: Any, merge: Merge) -> Any:
-        """The attention's output with that of every cluster copied to its members."""
+        """The attention's output, with the output of every cluster copied to its members."""

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 and their ControlNets: diffusers' joint attention of picture and text."""
+"""Stable Diffusion 3 and 3.5 and their ControlNets: diffusers' joint attention of image and text."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
 
 
 class SD3Family:
-    """Merges the picture's tokens, never the text's. diffusers' joint processor ignores masks, so ours stands in."""
+    """Merges image tokens, never text tokens. Replaces diffusers' joint processor, which ignores its mask."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
         if not isinstance(network, SD3Transformer2DModel | SD3ControlNetModel):
@@ -41,12 +41,12 @@ class SD3Family:
         kind = type(layer.attention.processor)
         if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
             raise ValueError(
-                f"{layer.name} has a {kind.__name__}: merging in Stable Diffusion 3 works with JointAttnProcessor2_0"
-                " alone; set that one, or remove_patch"
+                f"{layer.name} has a {kind.__name__}: merging in Stable Diffusion 3 needs JointAttnProcessor2_0;"
+                " set that one, or call remove_patch"
             )
 
     def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
-        """As the attention sees them, so keys are normed where the model norms them."""
+        """Keys after the model's key norm, if it has one, or values."""
         attn: Any = layer.attention
         return _keys(attn, tokens).transpose(1, 2).flatten(2) if which == "keys" else attn.to_v(tokens)
 
@@ -63,13 +63,13 @@ class SD3Family:
 
     def unmerge(self, output: Any, merge: Merge) -> Any:
         if isinstance(output, tuple):
-            picture, text = output
-            return merge.unmerge(picture), text
+            image, text = output
+            return merge.unmerge(image), text
         return merge.unmerge(output)
 
 
 class MergedJointAttnProcessor:
-    """`JointAttnProcessor2_0` with keys and values of other tokens than the queries, and with weights for them."""
+    """`JointAttnProcessor2_0` whose keys and values come from merged tokens, with weights for them."""
 
     def __init__(self, original: JointAttnProcessor2_0) -> None:
         self.original = original
@@ -86,12 +86,12 @@ class MergedJointAttnProcessor:
         """Attend from `hidden_states` `[B, Q, C]` and the text to `merged_keys` `[B, K, C]` and the text.
 
         Args:
-            attn: the attention, of several heads.
-            hidden_states: what the picture's queries are made of.
-            encoder_hidden_states: the text `[B, T, C]`, or None.
-            attention_mask: ignored, as it is by the original.
-            merged_keys: what the picture's keys and values are made of; None: the original takes over.
-            log_weights: `[B, K]`, added to the logits of the picture's keys; None for zeros.
+            attn: the multi-head attention.
+            hidden_states: tokens that the image's queries are projected from.
+            encoder_hidden_states: text tokens `[B, T, C]`, or None.
+            attention_mask: ignored, as in the original.
+            merged_keys: tokens that the image's keys and values are projected from; None calls the original.
+            log_weights: `[B, K]`, added to the logits of the image's keys; None adds nothing.
         """
         if merged_keys is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
@@ -100,21 +100,21 @@ class MergedJointAttnProcessor:
         mask = None if log_weights is None else log_weights[:, None, None, :]
         if encoder_hidden_states is not None:
             query, key, value = (
-                torch.cat([picture, text], dim=2)
-                for picture, text in zip((query, key, value), _text(attn, encoder_hidden_states), strict=True)
+                torch.cat([image, text], dim=2)
+                for image, text in zip((query, key, value), _text(attn, encoder_hidden_states), strict=True)
             )
             mask = None if mask is None else F.pad(mask, (0, encoder_hidden_states.shape[1]))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
-        picture, text = attended.split([hidden_states.shape[1], attended.shape[1] - hidden_states.shape[1]], dim=1)
-        picture = attn.to_out[1](attn.to_out[0](picture))
+        image, text = attended.split([hidden_states.shape[1], attended.shape[1] - hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image))
         if encoder_hidden_states is None:
-            return picture
-        return picture, text if attn.context_pre_only else attn.to_add_out(text)
+            return image
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
-    """`[B, H, N, C / H]` of `x` `[B, N, C]`."""
+    """Split `x` `[B, N, C]` into heads `[B, H, N, C / H]`."""
     return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
@@ -127,7 +127,7 @@ def _keys(attn: Any, tokens: Tensor) -> Tensor:
 
 
 def _text(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of the text, by its own projections."""
+    """Queries, keys and values of the text, from its own projections."""
     query, key, value = (_heads(attn, project(text)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     return _normed(attn.norm_added_q, query), _normed(attn.norm_added_k, key), value
 

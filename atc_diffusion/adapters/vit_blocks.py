@@ -1,14 +1,14 @@
 """The forward hooks that merge tokens inside one block of timm's VisionTransformer.
 
 A block computes `x = x + attention(norm1(x))`, then `x = x + mlp(norm2(x))`, and tokens merge in between. No hook can
-change `x` there, but one can change all that it is made of: a merging block is given 0 for `x`, `norm1` is given the
-tokens, and the last module of the attention's branch returns their sum, merged. What follows sees clusters.
+change `x` there, but hooks can change everything that `x` is computed from: a merging block receives 0 for `x`, `norm1`
+receives the tokens, and the last module of the attention branch returns their sum, merged. The MLP then sees clusters.
 
-Between blocks the sequence always has its full length: every token is a copy of its cluster, and the next block
-merges the copies again. So whatever timm does with the features of any block (intermediate feature maps, pooling by any
-rule) sees all patches, each cluster weighing as much as its members. The map of the merges goes from block to block as
-an attribute of the tensor: it belongs to the call, whichever thread runs it, and is found again when a checkpointed
-block is recomputed.
+Between blocks the sequence always has its full length: every token is a copy of its cluster, and the next block merges
+the copies again. So everything that timm does with features (intermediate feature maps, any kind of pooling) sees all
+patches, and each cluster weighs as much as its members. The map of the merges travels from block to block as an
+attribute of the tensor. It therefore belongs to the call, whichever thread runs it, and a checkpointed block finds it
+again when it is recomputed.
 """
 
 import threading
@@ -29,7 +29,7 @@ _MERGED = "_atc_merged"
 
 @dataclass
 class BlockCall:
-    """What the hooks of one block tell each other during one call; `num_clusters` is None where nothing merges."""
+    """State that the hooks of one block share during one call; `num_clusters` is None if the block merges nothing."""
 
     tokens: Tensor
     merged: Merged | None
@@ -45,7 +45,7 @@ _thread = _Thread()
 
 
 class BlockHooks:
-    """One block: merges again what is merged already, and merges further where the configuration says so."""
+    """The hooks of one block: they repeat earlier merges and, if the configuration asks for it, merge further."""
 
     def __init__(self, config: ViTConfig, index: int, depth: int, num_prefix_tokens: int) -> None:
         self.config = config
@@ -65,7 +65,7 @@ class BlockHooks:
 
     def _enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError("attn_mask and is_causal are for all tokens, but merging leaves fewer; call remove_patch")
+            raise ValueError("attn_mask and is_causal apply to all tokens, but merging leaves fewer; call remove_patch")
         x, merged = args[0], getattr(args[0], _MERGED, None)
         num_clusters = self._num_clusters(x.shape[1] - self.num_prefix_tokens)
         if merged is not None:
@@ -75,7 +75,7 @@ class BlockHooks:
         return (x if num_clusters is None else x.new_zeros(()), *args[1:]), kwargs
 
     def _num_clusters(self, num_patches: int) -> int | None:
-        """How many clusters of patches this block leaves, if it merges any."""
+        """How many clusters of patches this block leaves; None if it merges nothing."""
         kept = (num_patches, *self.config.kept(num_patches, self.depth))[self.index : self.index + 2]
         return None if kept[0] == kept[1] else kept[1] + (self.config.method in PRUNING)
 

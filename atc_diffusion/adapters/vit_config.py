@@ -1,4 +1,4 @@
-"""What to merge in a vision transformer and how: choices, validated when they are made."""
+"""Configuration of token merging in vision transformers, with validation."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,24 +15,24 @@ PRUNING = ("topk", "evit")
 class ViTConfig:
     """How tokens of a vision transformer are merged (Haurum et al. 2024, sections 4.1, 4.2 and 4.4).
 
-    Give either `r` (a share of the tokens present is kept at a few blocks) or `t` (tokens are removed in every block).
+    Give either `r` (keep a fraction of the tokens at a few blocks) or `t` (remove tokens in every block).
     Class, distillation and register tokens are never merged.
 
     Attributes:
-        method: what clusters: "atc"; the baselines "tome" (bipartite matching of alternating tokens, Bolya et al.
-            2023), "kmedoids" and "dpc_knn" (as in Haurum et al. 2023); or the pruning baselines "topk" and "evit"
-            (Liang et al. 2022), which keep what the class token attends to and drop or fuse the rest.
-        r: share of tokens **kept** at each of `blocks`, in (0, 1]: `N` patches become `max(1, round(r * N))`.
-        blocks: the blocks that merge, counted from 1.
+        method: "atc"; the baselines "tome" (bipartite matching of alternating tokens, Bolya et al. 2023), "kmedoids"
+            and "dpc_knn" (as in Haurum et al. 2023); or the pruning baselines "topk" and "evit" (Liang et al. 2022),
+            which keep the tokens that the class token attends to and drop or fuse the rest.
+        r: fraction of tokens to **keep** at each of `blocks`, in (0, 1]: `N` patches become `max(1, round(r * N))`.
+        blocks: the blocks that merge tokens, counted from 1.
         t: tokens removed per block, on average over the blocks.
         schedule: "constant" removes `t` in every block (Eq. 4), "linear" goes from `2t` in the first to none in the
             last (Eq. 5).
-        linkage: of "atc": "average", "complete", "single" or "ward".
-        proportional_attention: add the logarithm of a cluster's size to its attention logits from then on (Bolya et
-            al. 2023, Eq. 1). Pruning never does.
+        linkage: for "atc": "average", "complete", "single" or "ward".
+        proportional_attention: add the logarithm of a cluster's size to its attention logits in all later blocks
+            (Bolya et al. 2023, Eq. 1). Pruning methods never do.
 
     Raises:
-        ValueError: naming the value that does not fit and what would.
+        ValueError: for an invalid value; the message names it and the valid ones.
     """
 
     method: Method = "atc"
@@ -51,8 +51,8 @@ class ViTConfig:
             raise ValueError(f"linkage={self.linkage!r} is for method='atc', got method={self.method!r}")
         if (self.r is None) == (self.t is None):
             raise ValueError(
-                "give either r, the share of tokens kept at each of blocks, or t, the tokens removed per block; "
-                f"got r={self.r!r}, t={self.t!r}"
+                "give either r, the fraction of tokens to keep at each of blocks, or t, the tokens to remove per block;"
+                f" got r={self.r!r}, t={self.t!r}"
             )
         if self.r is not None:
             self._check_share(self.r)
@@ -64,12 +64,12 @@ class ViTConfig:
     def _check_share(self, r: object) -> None:
         if not isinstance(r, int | float) or not 0 < r <= 1 or r is True:
             hint = f"; did you mean {r / 100:g}?" if isinstance(r, int | float) and 1 < r <= 100 else ""
-            raise ValueError(f"r is the share of tokens kept, in (0, 1], got {r!r}{hint}")
+            raise ValueError(f"r is the fraction of tokens to keep, in (0, 1], got {r!r}{hint}")
         if self.method == "tome" and r < 0.5:
             raise ValueError(f"method='tome' keeps at least half of the tokens, got r={r}; use a larger r or 'atc'")
 
     def removed(self, depth: int) -> tuple[int, ...]:
-        """Tokens that each of `depth` blocks removes when `t` is given (Eqs. 4 and 5)."""
+        """Tokens that each of `depth` blocks removes, if `t` is given (Eqs. 4 and 5)."""
         t = self.t or 0
         if self.schedule == "constant":
             return (t,) * depth
@@ -77,7 +77,7 @@ class ViTConfig:
         return tuple(2 * t * (last - block) // last for block in range(depth))
 
     def kept(self, num_patches: int, depth: int) -> tuple[int, ...]:
-        """Patches that are left after each of `depth` blocks."""
+        """Number of patches left after each of `depth` blocks."""
         kept, left = [], num_patches
         for block, removed in enumerate(self.removed(depth), start=1):
             if self.r is None:

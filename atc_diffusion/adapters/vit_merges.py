@@ -1,4 +1,4 @@
-"""How the tokens of one block are merged: what is compared, what clusters, and what clusters weigh from then on."""
+"""Clustering and pruning of the tokens of one block, and the weights of clusters in later blocks."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class Merged:
     """All merges of one call so far.
 
     Attributes:
-        merge_map: from the whole sequence, prefix tokens included, to what is left of it.
-        bias: `[B, 1, 1, K]`, added to the attention's logits; None: nothing.
+        merge_map: from the whole sequence, prefix tokens included, to the tokens that are left.
+        bias: `[B, 1, 1, K]`, added to the attention's logits; None adds nothing.
     """
 
     merge_map: MergeMap
@@ -30,13 +30,13 @@ class Merged:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What a block's self-attention has compared.
+    """Queries and keys of a block's self-attention.
 
     Attributes:
         queries: `[B, H, N, D]`, prefix tokens included.
-        keys: the same.
-        merged: the merges that came before.
-        num_prefix_tokens: `P`, tokens at the beginning that never merge.
+        keys: `[B, H, N, D]`, prefix tokens included.
+        merged: the merges of earlier blocks.
+        num_prefix_tokens: `P`, the first tokens, which are never merged.
     """
 
     queries: Tensor
@@ -48,12 +48,12 @@ class Attention:
     def features(self) -> Tensor:
         """Keys of the patches `[B, N - P, D]`, mean over heads, as in the authors' code and in ToMe's.
 
-        Concatenated heads are no more accurate on the demo of eval/classify.py, and cost a multiple.
+        Concatenated heads are no more accurate on the demo of eval/classify.py, and cost several times as much.
         """
         return self.keys[:, :, self.num_prefix_tokens :].mean(dim=1)
 
     def received(self, queries: slice) -> Tensor:
-        """Attention `[B, N - P]` that patches receive from some `queries` together, mean over heads."""
+        """Attention `[B, N - P]` that patches receive from `queries`, summed over these and averaged over heads."""
         logits = self.queries[:, :, queries] @ self.keys.mT * self.keys.shape[-1] ** -0.5
         if self.merged is not None and self.merged.bias is not None:
             logits = logits + self.merged.bias.to(logits.dtype)
@@ -61,7 +61,7 @@ class Attention:
 
 
 def cluster(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
-    """Merge tokens `x` `[B, N, C]` to means of clusters, over all the patches that these have absorbed so far."""
+    """Merge tokens `x` `[B, N, C]` to cluster means, weighted by the patches that each token has absorbed so far."""
     labels = _behind_prefix(_labels(attention, config, num_clusters), attention.num_prefix_tokens)
     if attention.merged is not None:
         labels = labels.gather(1, attention.merged.merge_map.labels)
@@ -85,9 +85,9 @@ def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tenso
 
 
 def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
-    """Keep the tokens of `x` `[B, N, C]` that the class token attends to; the rest is fused into one, or hidden.
+    """Keep the tokens of `x` `[B, N, C]` that the class token attends to; fuse the rest into one, or hide it.
 
-    Top-K's hidden token is computed, but nothing attends to it: all others are as if it were gone.
+    Top-K's hidden token is computed, but no token attends to it, so the others are as if it were removed.
     """
     prefix, merged = attention.num_prefix_tokens, attention.merged
     scores = attention.received(slice(0, 1))

@@ -1,11 +1,11 @@
-"""What clusterings by centres have in common: every token joins the nearest centre."""
+"""Assignment of tokens to their nearest centres, which K-Medoids and DPC-KNN share."""
 
 import torch
 from torch import Tensor
 
 
 def euclidean_distances(tokens: Tensor) -> Tensor:
-    """Distances `[B, N, N]` between tokens `[B, N, C]`, symmetric to the bit, so that rounding breaks no tie."""
+    """Distances `[B, N, N]` between tokens `[B, N, C]`, exactly symmetric, so that rounding breaks no tie."""
     distances = torch.cdist(tokens, tokens)
     distances = (distances + distances.mT) / 2
     distances.diagonal(dim1=1, dim2=2).zero_()

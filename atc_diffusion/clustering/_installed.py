@@ -1,4 +1,4 @@
-"""Which compilers are there."""
+"""Which compilers are installed."""
 
 import importlib.util
 from functools import cache
@@ -8,7 +8,7 @@ HAS_NUMBA, HAS_TRITON = (importlib.util.find_spec(name) is not None for name in 
 
 @cache
 def numba_works() -> bool:
-    """Numba refuses to be imported beside a NumPy that is newer than it knows."""
+    """Whether Numba can be imported; it refuses a NumPy that is newer than it supports."""
     try:
         import numba  # noqa: F401
     except ImportError:

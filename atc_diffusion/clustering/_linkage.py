@@ -1,4 +1,4 @@
-"""How far a cluster is from the union of two others (Lance & Williams 1967).
+"""Distance from a cluster to the union of two others (Lance & Williams 1967).
 
 `d_ki`, `d_kj` and `d_ij` are distances between clusters, `n_i`, `n_j` and `n_k` their sizes; all broadcast.
 ATC's Eqs. 2 and 3 define complete and average; `ward` follows SciPy's convention.

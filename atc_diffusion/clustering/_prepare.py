@@ -1,4 +1,4 @@
-"""What every backend does first."""
+"""Preparation of tokens, which all backends share."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ FAR = 1e14  # a sum of such squares over all channels and tokens stays finite in
 
 
 def prepare(tokens: Tensor, metric: str) -> Tensor:
-    """Tokens whose distances are finite: unit vectors for cosine, centred for Euclidean distance."""
+    """Make all distances finite, and tokens unit vectors for cosine or centred for Euclidean distance."""
     if metric == "precomputed":
         return tokens.nan_to_num(FAR, FAR, FAR).clamp(max=FAR)
     tokens = tokens.nan_to_num(0, 0, 0).clamp(-FAR, FAR)

@@ -1,4 +1,4 @@
-"""The reference: SciPy, one problem at a time, on the CPU."""
+"""The reference backend: SciPy, one problem at a time, on the CPU."""
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from atc_diffusion.clustering.tree import ClusterTree
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed); always the whole tree."""
+    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to one cluster, whatever `num_clusters` is."""
     from scipy.cluster import hierarchy
 
-    # SciPy refuses a single token, which has nothing to merge.
+    # SciPy raises for a single token.
     merges = hierarchy.linkage if tokens.shape[1] > 1 else lambda d, linkage: np.empty((0, 4))
     trees = [_replay(merges(d, linkage)) for d in _condensed(prepare(tokens, metric).double().cpu(), metric)]
     parents, heights, rounds = (torch.from_numpy(np.stack(x)).to(tokens.device) for x in zip(*trees, strict=True))
@@ -31,7 +31,7 @@ def _condensed(tokens: Tensor, metric: str) -> np.ndarray:
 
 
 def _replay(merges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parents, heights and rounds `[N]` of SciPy's `[N - 1, 4]` merges: the later first token joins the earlier."""
+    """Parents, heights and rounds `[N]` from SciPy's `[N - 1, 4]` merges; the later first token joins the earlier."""
     num_tokens = len(merges) + 1
     parents, heights, rounds = np.arange(num_tokens), np.full(num_tokens, np.inf), np.zeros(num_tokens, dtype=np.int64)
     first_tokens = list(range(num_tokens))

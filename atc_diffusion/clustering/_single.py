@@ -1,6 +1,6 @@
 """Single linkage by the minimum spanning tree (Gower & Ross 1969), one problem at a time, on the host.
 
-Where features are smooth, clusters grow by one token at a time, and reciprocal merging would take hundreds of rounds.
+If features are smooth, clusters grow by one token at a time, and reciprocal merging would take hundreds of rounds.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ def _spanning_tree(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     """Both ends and the length `[N - 1]` of the tree's edges, by Prim's algorithm."""
     num_tokens = len(distances)
     sources, targets = np.zeros(num_tokens, dtype=np.int64), np.empty(num_tokens - 1, dtype=np.int64)
-    lengths = np.full(num_tokens, np.inf, dtype=distances.dtype)  # from the tree to what is not in it yet
-    reached = np.zeros(num_tokens, dtype=distances.dtype)  # infinite for what is
+    lengths = np.full(num_tokens, np.inf, dtype=distances.dtype)  # from the tree to each token outside it
+    reached = np.zeros(num_tokens, dtype=distances.dtype)  # infinite for tokens inside it
     found, newest = np.empty(num_tokens - 1, dtype=distances.dtype), 0
     for step in range(num_tokens - 1):
         lengths[newest] = reached[newest] = np.inf
@@ -36,7 +36,7 @@ def _spanning_tree(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _join(sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parents, heights and rounds `[N]`: from the shortest edge on, the later first token joins the earlier."""
+    """Parents, heights and rounds `[N]`; edges are taken by length, and the later first token joins the earlier."""
     num_tokens = len(lengths) + 1
     roots = list(range(num_tokens))
     parents, heights = np.arange(num_tokens), np.full(num_tokens, np.inf, dtype=lengths.dtype)

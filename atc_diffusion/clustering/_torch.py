@@ -1,8 +1,8 @@
 """Batched reciprocal merging in plain torch (RAC, Sumengen et al. 2021, arXiv 2105.11653).
 
-Every linkage here is reducible: joining two clusters brings neither closer to a third. So every pair of clusters
-that are each other's nearest neighbour is joined in the final tree, and all such pairs are joined in one round.
-Single linkage, which is reducible too, has a quicker way.
+Every linkage here is reducible: the union of two clusters is never closer to a third than the nearer of the two was.
+So every pair of clusters that are each other's nearest neighbour is joined in the final tree, and a round joins all
+such pairs. Single linkage is reducible too, but a spanning tree is faster.
 """
 
 import math
@@ -16,22 +16,22 @@ from atc_diffusion.clustering._linkage import UPDATES
 from atc_diffusion.clustering._prepare import prepare
 from atc_diffusion.clustering.tree import ClusterTree
 
-TILE = 2**20  # distances looked at together; 4 MiB in float32 stays in a core's cache
+TILE = 2**20  # distances per tile; 4 MiB in float32 stays in a core's cache
 
 
 class Clusters(Protocol):
-    """What the active clusters, `[B, M]`, know of each other."""
+    """The active clusters, `[B, M]`, and the distances between them."""
 
     sizes: Tensor
 
     def distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        """Distances `[B, Q, M - start]`, or an increasing function of them, of slots `[B, Q]` to those from `start`."""
+        """Distances `[B, Q, M - start]`, or a monotone function of them, from `rows` `[B, Q]` to slots >= `start`."""
 
     def heights(self, merged: Tensor) -> Tensor:
-        """The distances proper."""
+        """Distances from values that `distances` returned."""
 
     def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        """Keep the slots `keep` `[B, M']`, each joined with its slot in `partners` (or itself), `d` apart."""
+        """Keep the slots `keep` `[B, M']`, each joined with its slot in `partners` (or itself) at distance `d`."""
 
 
 def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
@@ -82,7 +82,7 @@ class _Means:
     def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
         sizes, added = self.sizes.gather(1, keep), self.sizes.gather(1, partners)
         added = added.masked_fill(partners == keep, 0)
-        # A step towards the partner, not a sum: the mean of identical tokens stays that token to the bit.
+        # A step towards the partner, not a sum: the mean of identical tokens stays exactly that token.
         self.sizes = sizes + added
         self.means = torch.lerp(_rows(self.means, keep), _rows(self.means, partners), (added / self.sizes)[..., None])
 
@@ -155,9 +155,10 @@ class _Matrix:
 
 
 class _ReciprocalMerging:
-    """The active clusters, in slots `[B, M]`, the stale ones first, and what has been merged so far.
+    """The active clusters, in slots `[B, M]` with the stale ones first, and the merges so far.
 
-    A cluster keeps its nearest neighbour until that one merges; then its old distance is a lower bound on the new.
+    A cluster keeps its nearest neighbour until that neighbour merges. Then it is stale, and its old distance is a lower
+    bound on the new one.
     """
 
     def __init__(self, clusters: Clusters, num_clusters: int) -> None:
@@ -166,12 +167,12 @@ class _ReciprocalMerging:
         self.clusters = clusters
         self.num_tokens = num_tokens
         self.num_merges = num_tokens - num_clusters
-        self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: an empty slot
+        self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: empty
         self.neighbours = torch.zeros_like(self.ids)  # first tokens
         self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
-        self.formed = torch.full_like(clusters.sizes, -math.inf)  # height at which the cluster came to be
-        self.num_stale = num_tokens  # the greatest of the items' numbers of clusters whose neighbour is not known
-        # One column more than there are tokens takes what is scattered from empty slots.
+        self.formed = torch.full_like(clusters.sizes, -math.inf)  # height at which the cluster was formed
+        self.num_stale = num_tokens  # stale clusters, the maximum over the batch
+        # Empty slots are scattered to an extra column.
         self.parents = torch.arange(num_tokens + 1, device=device).repeat(batch, 1)
         self.heights = clusters.sizes.new_full((batch, num_tokens + 1), math.inf)
         self.rounds = torch.zeros_like(self.parents)
@@ -195,7 +196,7 @@ class _ReciprocalMerging:
     def _search(self) -> None:
         """Find the nearest neighbours of the stale clusters.
 
-        Of two tiles that are each other's mirror image, only that above the diagonal is looked at, in both ways.
+        Distances are symmetric, so only tiles on or above the diagonal are computed; each serves its rows and columns.
         """
         batch, num_slots = self.ids.shape
         self.bounds[:, : self.num_stale] = math.inf
@@ -210,7 +211,7 @@ class _ReciprocalMerging:
             start = stop
 
     def _distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        """As `Clusters.distances`; infinite from a cluster to itself and where a slot is empty."""
+        """As `Clusters.distances`, but infinite from a cluster to itself and for empty slots."""
         distances = self.clusters.distances(rows, start).scatter_(2, rows[:, :, None] - start, math.inf)
         empty = self.ids == self.num_tokens
         if empty.any():
@@ -218,7 +219,7 @@ class _ReciprocalMerging:
         return distances
 
     def _keep_nearer(self, slots: slice, start: int, distances: Tensor, dim: int) -> None:
-        """Give `slots` the nearest neighbours that the minimum along `dim`, counted from slot `start`, shows nearer."""
+        """Update the nearest neighbours of `slots` with minima of `distances` along `dim`, which begins at `start`."""
         nearest, places = distances.min(dim=dim)
         nearer = nearest < self.bounds[:, slots]
         neighbours = self.ids[:, start:].gather(1, places)
@@ -226,7 +227,7 @@ class _ReciprocalMerging:
         self.neighbours[:, slots] = torch.where(nearer, neighbours, self.neighbours[:, slots])
 
     def _merge(self, number: int) -> None:
-        """Join all reciprocal pairs, record them as round `number`, and drop what needs no further look."""
+        """Join all reciprocal pairs, record them as round `number`, and drop clusters that will not merge again."""
         partners, paired = self._pairs()
         heights = torch.stack([self.bounds, self.formed, self.formed.gather(1, partners)]).amax(dim=0)
         heights = torch.minimum(heights, heights.gather(1, partners))
@@ -242,7 +243,7 @@ class _ReciprocalMerging:
         self._compact(keep, stale, torch.where(paired, partners, self.slots), heights)
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Slots `[B, M]` of the nearest neighbours, and which of them are reciprocal."""
+        """Slots `[B, M]` of the nearest neighbours, and a mask of the reciprocal ones."""
         partners, paired = self._partners()
         tied = ~paired & (self.bounds < math.inf) & (self.bounds == self.bounds.gather(1, partners))
         if tied.any():
@@ -251,9 +252,9 @@ class _ReciprocalMerging:
         return partners, paired
 
     def _pair_off(self, tied: Tensor) -> None:
-        """Of equally near clusters choose the one of the smallest i XOR j, for those in the slots `tied` `[B, M]`.
+        """Break ties of the slots `tied` `[B, M]`: of equally near clusters, choose the one with the smallest i XOR j.
 
-        Being symmetric, that pairs equal tokens off instead of sending all of them to one.
+        XOR is symmetric, so equal tokens form pairs instead of all choosing the same one.
         """
         for rows in _where_first(tied).split(max(1, TILE // self.ids.numel()), dim=1):
             distances, row_ids = self._distances(rows), self.ids.gather(1, rows)
@@ -289,6 +290,6 @@ class _ReciprocalMerging:
 
 
 def _where_first(mask: Tensor) -> Tensor:
-    """Slots `[B, Q]` where `mask` `[B, M]` is not 0, the greatest first; items with fewer are filled with others."""
+    """Slots `[B, Q]` where `mask` `[B, M]` is nonzero, largest first; shorter items are padded with others."""
     longest = int(mask.count_nonzero(dim=1).max())
     return mask.sort(dim=1, descending=True, stable=True).indices[:, :longest]

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Sources, the most similar pairs first, and the destination that each of them joins.
+    """The destination that each source joins, most similar pairs first.
 
     Attributes:
-        sources: `[B, S]` int64, the tokens that may be absorbed, by falling similarity to their destination.
+        sources: `[B, S]` int64, the tokens that may be absorbed, by decreasing similarity to their destination.
         destinations: `[B, S]` int64, the destination of each source.
-        num_clusters: the fewest clusters that can be left: the number of destinations.
+        num_clusters: the smallest possible number of clusters, which is the number of destinations.
     """
 
     sources: Tensor
@@ -22,7 +22,7 @@ class Matching:
     num_clusters: int
 
     def cut(self, num_clusters: int) -> Tensor:
-        """Labels `[B, N]` of `num_clusters` clusters, numbered by first token; every cut refines the next coarser."""
+        """Labels `[B, N]` of `num_clusters` clusters, numbered by first token. Finer cuts refine coarser ones."""
         num_tokens = self.sources.shape[1] + self.num_clusters
         merged = slice(num_tokens - num_clusters)
         roots = torch.arange(num_tokens, device=self.sources.device).repeat(len(self.sources), 1)
@@ -31,7 +31,7 @@ class Matching:
 
 
 def match(tokens: Tensor, destinations: Tensor) -> Matching:
-    """Pair every token that is no destination with the most similar (cosine) destination.
+    """Pair every token that is not a destination with the most similar destination (cosine).
 
     Args:
         tokens: `[B, N, C]`.
@@ -50,12 +50,12 @@ def match(tokens: Tensor, destinations: Tensor) -> Matching:
 def bipartite_labels(tokens: Tensor, destinations: Tensor, num_clusters: int) -> Tensor:
     """Label every token with its cluster by one bipartite matching (Bolya & Hoffman 2023, section 3).
 
-    Every token that is no destination is a source; the sources most similar (cosine) to a destination join it.
+    Every token that is not a destination is a source. The sources most similar to a destination (cosine) join it.
 
     Args:
         tokens: `[B, N, C]`.
         destinations: `[D]` int64, indices of the tokens that others may join.
-        num_clusters: how many clusters to leave, from `D` to `N`.
+        num_clusters: from `D` to `N`.
 
     Returns:
         Labels `[B, N]` int64, clusters numbered by their first token.
@@ -64,17 +64,16 @@ def bipartite_labels(tokens: Tensor, destinations: Tensor, num_clusters: int) ->
 
 
 def draw_destinations(height: int, width: int, stride: int, seed: int, step: Tensor) -> Tensor:
-    """One token of every whole `stride` x `stride` cell of the grid, `[D]` int64.
+    """Draw one token of every complete `stride` x `stride` cell of the grid, `[D]` int64.
 
-    The draw is a function of cell, `seed` and `step` (a scalar tensor), so a picture does not depend on what was
-    drawn before it.
+    The draw depends only on the cell, `seed` and `step` (a scalar tensor), so images do not depend on earlier ones.
 
     Raises:
         ValueError: if the grid is smaller than one cell.
     """
     if min(height, width) < stride:
         raise ValueError(
-            f"ToMe's stride of {stride} is larger than the grid of {height} x {width} tokens; draw a larger picture or"
+            f"ToMe's stride of {stride} is larger than the grid of {height} x {width} tokens; draw a larger image or"
             " use a smaller stride"
         )
     rows, columns = height // stride, width // stride
@@ -86,14 +85,14 @@ def draw_destinations(height: int, width: int, stride: int, seed: int, step: Ten
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix 32 bits (the finaliser of MurmurHash3, in int64 that cannot overflow into the sign)."""
+    """Mix 32 bits with the finaliser of MurmurHash3, in int64 so that the sign bit is never reached."""
     for multiplier, shift in ((0x85EBCA6B, 16), (0x62B2AE35, 13), (1, 16)):
         x = (x ^ (x >> shift)) * multiplier & 0xFFFFFFFF
     return x
 
 
 def number_clusters(roots: Tensor) -> Tensor:
-    """Labels `[B, N]`, numbered by first token, of tokens that name a common `roots` `[B, N]`."""
+    """Labels `[B, N]`, numbered by first token; tokens with the same entry of `roots` `[B, N]` share a cluster."""
     tokens = torch.arange(roots.shape[1], device=roots.device).expand_as(roots)
     first = torch.full_like(roots, roots.shape[1]).scatter_reduce_(1, roots, tokens, "amin").gather(1, roots)
     numbers = (first == tokens).cumsum(dim=1) - 1

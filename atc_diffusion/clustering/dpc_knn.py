@@ -1,4 +1,4 @@
-"""A baseline: density peaks by nearest neighbours (DPC-KNN), as labels."""
+"""Density-peak clustering with nearest neighbours (DPC-KNN), a baseline."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ def dpc_knn_labels(tokens: Tensor, num_clusters: int, neighbors: int = 5) -> Ten
     """Label every token with its cluster by DPC-KNN (Du et al. 2016), as TCFormer does (Zeng et al. 2022, Eqs. 1-3).
 
     Centres are dense tokens that are far from any denser one; all others join the nearest centre (Euclidean distance).
-    TCFormer breaks ties of density with random noise; here the earlier token counts as the denser.
+    TCFormer breaks ties of density with random noise; here the earlier token counts as denser.
 
     Args:
         tokens: `[B, N, C]`.
         num_clusters: `K`, from 1 to `N`.
-        neighbors: how many nearest tokens tell a token's density; it is one of them itself.
+        neighbors: how many nearest tokens, itself included, determine a token's density.
 
     Returns:
         Labels `[B, N]` int64, clusters numbered by their first token.

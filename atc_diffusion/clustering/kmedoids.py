@@ -1,4 +1,4 @@
-"""A baseline: K-Medoids, as labels."""
+"""K-Medoids clustering, a baseline."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = 
     Args:
         tokens: `[B, N, C]`.
         num_clusters: `K`, from 1 to `N`.
-        weights: `[B, N]`, positive, how much each token matters; the heaviest are the first medoids. Haurum et al. use
-            the attention that a token receives. None: all weigh the same, and the most central are the first medoids.
-        iterations: how often the medoids move.
+        weights: `[B, N]`, positive; the heaviest tokens are the initial medoids. Haurum et al. use the attention that a
+            token receives. None weighs all the same and starts from the most central tokens.
+        iterations: how many times the medoids are updated.
 
     Returns:
         Labels `[B, N]` int64, clusters numbered by their first token.
@@ -37,12 +37,12 @@ def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = 
 
 
 def _centrality(distances: Tensor) -> Tensor:
-    """How far `[B, N]` each token is from all others, relative to how far those are (Park & Jun 2009, Eq. 3)."""
+    """Sum `[B, N]` of each token's normalised distances; central tokens have small sums (Park & Jun 2009, Eq. 3)."""
     return (distances / distances.sum(dim=1, keepdim=True).clamp(min=1e-12)).sum(dim=2)
 
 
 def _move(costs: Tensor, roots: Tensor, medoids: Tensor) -> Tensor:
-    """The member `[B, K]` of every medoid's cluster whose summed `costs` `[B, N, N]` to the members are least."""
+    """The member `[B, K]` of each cluster with the smallest sum of `costs` `[B, N, N]` to the other members."""
     together = roots[:, :, None] == roots[:, None]
     totals = (costs * together).sum(dim=2)
     is_member = roots[:, None] == medoids[:, :, None]

@@ -1,4 +1,4 @@
-"""How functions are compiled, and the search that all linkages share."""
+"""Compilation by Numba, and the nearest-neighbour search that all linkages share."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,16 +10,16 @@ from numba import njit
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FAR = 3e38  # beyond every distance, finite in float32
-LANES = 64  # places that are compared side by side: LLVM makes vector instructions of them
+LANES = 64  # independent comparisons, which LLVM turns into vector instructions
 
 # NumPy's rule for division by zero: Python's raises, and the test for it keeps loops from becoming vector instructions.
 inner = njit(nogil=True, error_model="numpy")
 
 
 def entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call, and kept on disk if any directory for that is writable.
+    """Compile `function` at its first call, and cache it on disk if a cache directory is writable.
 
-    What is kept is compiled anew after a change of the file that the entry stands in, not of others that it calls.
+    Numba recompiles it when its own file changes, but not when the files of functions that it calls change.
     """
     dispatcher = inner(function)
     with suppress(RuntimeError):
@@ -29,16 +29,16 @@ def entry(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @inner
 def nearest(distances: Array, gone: Array, i: int, least: Array, apart: Array) -> int:
-    """Of the nearest that are not gone, the one of the smallest i XOR j.
+    """The nearest cluster that is not gone; of equally near ones, the one with the smallest i XOR j.
 
-    Being symmetric, that pairs equal tokens off instead of sending all of them to one.
+    XOR is symmetric, so equal tokens form pairs instead of all choosing the same one.
 
     Args:
-        distances: `[N]`, from `i` to all.
+        distances: `[N]`, from `i` to all clusters.
         gone: `[N]`, 0 or `FAR`.
-        i: whose neighbour is looked for.
-        least: room for `LANES` distances.
-        apart: room for `LANES` int32.
+        i: the cluster whose neighbour is searched.
+        least: scratch space for `LANES` distances.
+        apart: scratch space for `LANES` int32.
     """
     n = len(distances)
     least[:] = np.inf

@@ -1,4 +1,4 @@
-"""Distances between the tokens of a problem."""
+"""Distance matrices, from tokens that are prepared by compiled loops."""
 
 import math
 
@@ -13,7 +13,7 @@ from atc_diffusion.clustering._torch import pairwise_distances
 
 
 def distance_matrices(tokens: Tensor, linkage: str, metric: str) -> Tensor:
-    """Distances `[B, N, N]`; squared for Ward's linkage, whose update is linear in squares."""
+    """Distances `[B, N, N]`; squared for Ward linkage, whose update is linear in squares."""
     if metric == "precomputed":
         given = prepare(tokens, metric)
         return given.square_() if linkage == "ward" else given
@@ -28,7 +28,7 @@ def distance_matrices(tokens: Tensor, linkage: str, metric: str) -> Tensor:
 
 @entry
 def _normalize(tokens: Array, prepared: Array) -> None:
-    """As `prepare` does for cosine distance, in one pass."""
+    """`prepare` for cosine distance, in one pass."""
     for item in range(len(tokens)):
         for i in range(tokens.shape[1]):
             _clean(tokens[item, i], prepared[item, i])
@@ -39,7 +39,7 @@ def _normalize(tokens: Array, prepared: Array) -> None:
 
 @entry
 def _centre(tokens: Array, prepared: Array) -> None:
-    """As `prepare` does for Euclidean distance, in two passes."""
+    """`prepare` for Euclidean distance, in two passes."""
     for item in range(len(tokens)):
         mean = np.zeros(tokens.shape[2])
         for i in range(tokens.shape[1]):

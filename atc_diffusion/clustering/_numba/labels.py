@@ -1,4 +1,4 @@
-"""Labels from a tree, in one pass: what absorbs a token comes before it, as a cluster is named by its first token."""
+"""Labels from a tree in one pass: clusters are named by their first token, so parents come before their children."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from atc_diffusion.clustering._numba.compiled import Array, entry
 
 
 def number_clusters(parents: Tensor, absorbed: Tensor) -> Tensor:
-    """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
+    """Labels `[B, N]` from the parent of each token that was absorbed (mask `absorbed`)."""
     labels = torch.empty_like(parents)
     _number(parents.numpy(), absorbed.numpy(), labels.numpy())
     return labels

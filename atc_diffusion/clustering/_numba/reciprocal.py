@@ -1,4 +1,4 @@
-"""Average, complete and Ward's linkage: a round joins every pair of clusters that are each other's nearest."""
+"""Average, complete and Ward linkage; a round joins every pair of clusters that are each other's nearest."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,20 @@ from atc_diffusion.clustering._numba.compiled import FAR, LANES, Array, entry, i
 
 LINKAGES = {"average": 0, "complete": 1, "ward": 2}
 AVERAGE, COMPLETE = LINKAGES["average"], LINKAGES["complete"]
-RESCANS = 8  # neighbours that a merge may leave to search anew
+RESCANS = 8  # stale clusters per merge above which the search is thrifty
 
 
 class _Clusters(NamedTuple):
-    """What is known of each cluster, `[N]`, in the place of its first token."""
+    """State of each cluster, `[N]`, at the index of its first token."""
 
     sizes: Array
-    formed: Array  # height at which it came to be
+    formed: Array  # height at which it was formed
     bounds: Array  # least possible distance to any other cluster
     neighbours: Array  # the nearest cluster
-    stale: Array  # whether that one may no longer be it
-    grown: Array  # the round in which it last took in another
-    gone: Array  # 0, or FAR for those that are merged or need no further look
-    least: Array  # room for `nearest`
+    stale: Array  # whether that neighbour may be out of date
+    grown: Array  # the last round in which it absorbed another
+    gone: Array  # FAR for clusters that were absorbed or will not merge again, otherwise 0
+    least: Array  # scratch space for `nearest`
     apart: Array
 
 
@@ -74,9 +74,9 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
 
 @inner
 def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) -> None:
-    """Find the nearest neighbours of stale clusters; if `thrifty`, of those alone that may be the closest of all.
+    """Find the nearest neighbours of stale clusters; if `thrifty`, only of those that may be in the closest pair.
 
-    Where one cluster is the neighbour of most others and grows by one at a time, all of them are stale every time.
+    If one cluster is the neighbour of most others and grows by one at a time, all of them become stale in every round.
     """
     limit = np.inf
     for i in active:
@@ -93,7 +93,7 @@ def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) ->
 
 @inner
 def _pair(matrix: Array, clusters: _Clusters, active: Array) -> _Pairs:
-    """The reciprocal pairs; rounding may leave none, so the closest pair is always one."""
+    """The reciprocal pairs. Rounding may leave none, so the closest pair is always included."""
     bounds, neighbours, stale = clusters.bounds, clusters.neighbours, clusters.stale
     closest = active[0]
     for i in active:
@@ -124,7 +124,7 @@ def _record(clusters: _Clusters, pairs: _Pairs, number: int, parents: Array, hei
 
 @inner
 def _smallest(values: Array, k: int) -> float:
-    """The value that is at `k` in order (Hoare's quickselect; NumPy's own takes five seconds to compile)."""
+    """The value at index `k` in sorted order (Hoare's quickselect; NumPy's takes five seconds to compile)."""
     values, low, high = values.copy(), 0, len(values) - 1
     while low < high:
         pivot, i, j = values[k], low, high
@@ -142,7 +142,7 @@ def _smallest(values: Array, k: int) -> float:
 
 @inner
 def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
-    """The active clusters that may still be joined below the height `last`."""
+    """The active clusters that may still merge below height `last`."""
     count = 0
     for i in active:
         if clusters.bounds[i] >= last:
@@ -155,7 +155,7 @@ def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
 
 @inner
 def _mark_stale(clusters: _Clusters, active: Array, number: int) -> int:
-    """A cluster needs a new neighbour once its own is gone or has grown; how many do."""
+    """Mark clusters whose neighbour is gone or has grown, and count the stale ones."""
     count = 0
     for i in active:
         neighbour = clusters.neighbours[i]
@@ -167,7 +167,7 @@ def _mark_stale(clusters: _Clusters, active: Array, number: int) -> int:
 
 @inner
 def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs: _Pairs) -> None:
-    """Distances of the unions: first in the rows of all pairs, then in their columns, row by row as memory lies."""
+    """Update distances to the unions: first the rows of all pairs, then their columns, in memory order."""
     sizes = clusters.sizes
     for pair in range(len(pairs.first)):
         i, j = pairs.first[pair], pairs.second[pair]
@@ -207,5 +207,5 @@ def _join_columns(linkage: int, row: Array, pairs: _Pairs, sizes: Array, n_k: fl
 
 @inner
 def _ward(d_ki: float, d_kj: float, d_ij: float, n_i: float, n_j: float, n_k: float) -> float:
-    """Ward's update, of squared distances."""
+    """Ward's update for squared distances."""
     return ((n_i + n_k) * d_ki + (n_j + n_k) * d_kj - n_k * d_ij) / (n_i + n_j + n_k)

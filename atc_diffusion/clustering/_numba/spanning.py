@@ -6,7 +6,7 @@ from atc_diffusion.clustering._numba.compiled import FAR, LANES, Array, entry, i
 
 
 def span(matrices: Array, parents: Array, heights: Array, rounds: Array) -> None:
-    """Fill in parents, heights and rounds `[B, N]` from distances `[B, N, N]`."""
+    """Write parents, heights and rounds `[B, N]`, given distances `[B, N, N]`."""
     sources, targets, lengths = (np.zeros_like(array[:, 1:]) for array in (parents, parents, heights))
     _find_edges(matrices, sources, targets, lengths)
     _join_edges(lengths.argsort(axis=1, kind="stable"), sources, targets, lengths, parents, heights, rounds)
@@ -38,7 +38,7 @@ def _span_one(matrix: Array, sources: Array, targets: Array, lengths: Array) -> 
 def _join_edges(
     orders: Array, sources: Array, targets: Array, lengths: Array, parents: Array, heights: Array, rounds: Array
 ) -> None:
-    """From the shortest edge on, the later first token joins the earlier."""
+    """Take the edges by length; the later first token joins the earlier."""
     for item in range(len(parents)):
         roots = np.arange(parents.shape[1])
         parents[item], heights[item], rounds[item] = roots, np.inf, 0
