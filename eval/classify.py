@@ -27,12 +27,10 @@ class Classification:
     emoji: DemoTask
     reductions: Reductions
     demo: bool = switch("a small model trained on emoji, instead of ImageNet")
-    batch_size: int = option("(default: %(default)s)", default=64, parse=checks.whole(1), metavar="N")
-    device: str = option("(default: auto, the fastest there is)", default="auto", choices=["auto", "cpu"])
-    out: Path = option(
-        "for results (default: %(default)s)", Path("out/classify"), checks.folder_to_write, metavar="DIR"
-    )
-    report: Path | None = option("for the report (default: the same)", None, checks.folder_to_write, metavar="DIR")
+    batch_size: int = option("pictures at a time", 64, checks.whole(1))
+    device: str = option("auto: the fastest there is", "auto", choices=["auto", "cpu"])
+    out: Path = option("folder for results", Path("out/classify"), checks.folder_to_write)
+    report: Path | None = option("folder for the report (default: the same)", None, checks.folder_to_write)
 
     def __post_init__(self) -> None:
         if self.reductions.finetune and not self.demo:

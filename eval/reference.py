@@ -20,9 +20,9 @@ with door("reference.py", extra="eval"):
 class Gathering:
     """What the command line asks for."""
 
-    imagenet_val: Path = option("the validation pictures", parse=checks.folder, metavar="DIR")
-    out: Path = option("folder to make, for the 5000 pictures", parse=checks.folder_to_write, metavar="DIR")
-    ground_truth: Path | None = option("the class of each picture, a line each", None, checks.file, metavar="FILE")
+    imagenet_val: Path = option("folder of the validation pictures", parse=checks.folder)
+    out: Path = option("folder to make, for the 5000 pictures", parse=checks.folder_to_write)
+    ground_truth: Path | None = option("the class of each picture, a line each", None, checks.file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,13 +42,11 @@ class Tuning:
     """What the command line asks for."""
 
     sampling: Sampling
-    prompt: tuple[str, ...] = option("what to draw (default: two prompts of our own)", default=(), nargs="+")
-    min_psnr: float = option(
-        "least PSNR to the unmerged picture (default: %(default)s)", default=40.0, parse=float, metavar="DB"
-    )
-    seed: int = option("of the first picture (default: 0)", default=0, parse=int)
-    json: Path | None = option("write the results there", None, checks.file_to_write(".json"), metavar="FILE")
-    html: Path | None = option("write a page with them there", None, checks.file_to_write(".html"), metavar="FILE")
+    prompt: tuple[str, ...] = option("what to draw (default: two prompts of our own)", ())
+    min_psnr: float = option("least PSNR to the unmerged picture, in dB", 40.0, float)
+    seed: int = option("of the first picture", 0, int)
+    json: Path | None = option("write the results there", None, checks.file_to_write(".json"))
+    html: Path | None = option("write a page with them there", None, checks.file_to_write(".html"))
 
     def pictures(self) -> list[Picture]:
         prompts = self.prompt or (EMOJI_PROMPTS if self.sampling.model == EMOJI else PROMPTS)

@@ -15,7 +15,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from atc_diffusion import ClusterTree, agglomerate, cluster_tree, clustering
+from atc_diffusion import ClusterTree, agglomerate, cluster_tree
 from atc_diffusion.clustering import _torch
 from atc_diffusion.clustering._installed import numba_works
 from atc_diffusion.clustering.placement import CPU, place

@@ -17,7 +17,8 @@ def door(command: str, extra: str, stopped: str = "rerun the command to resume")
     try:
         yield
     except ModuleNotFoundError as error:
-        needed = f"{command} needs the package {error.name}, which is not installed"
+        package = (error.name or "").partition(".")[0]
+        needed = f"{command} needs the package {package}, which is not installed"
         sys.exit(f"{needed}; in the repository's folder: pip install -e '.[{extra}]'")
     except (ValueError, OSError) as error:
         sys.exit(f"{command}: {error}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 T = TypeVar("T")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -19,8 +19,10 @@ def option(
 ) -> Any:
     """A field of a dataclass that is an option of the command line.
 
+    It takes several values where the field is a tuple.
+
     Args:
-        text: the help.
+        text: the help, to which the default is added.
         default: a string is parsed like the user's own; without a default the option is required.
         parse: turns text into a value, or raises ValueError with a sentence that says what is wrong.
         flag: the option's name, where that cannot be the field's.
@@ -63,19 +65,22 @@ def _add_options(parser: Any, kind: type) -> None:
     hints = get_type_hints(kind)
     for each in fields(kind):
         if each.metadata:
-            _add_option(parser, each)
+            _add_option(parser, each, is_tuple=get_origin(hints[each.name]) is tuple)
         else:
             group = hints[each.name]
             _add_options(parser.add_argument_group((group.__doc__ or "").partition(".")[0]), group)
 
 
-def _add_option(parser: Any, each: Any) -> None:
-    data, details = each.metadata, dict(each.metadata["details"])
+def _add_option(parser: Any, each: Any, is_tuple: bool) -> None:
+    data, text = each.metadata, each.metadata["text"]
+    details = {"nargs": "+"} if is_tuple else {}
     if "parse" in data:
         details |= {"type": _argument(data["parse"]), "required": each.default is MISSING}
+        if each.default not in (MISSING, None, ()) and "(default" not in text:
+            text += " (default: %(default)s)"
     name = data["flag"] or f"--{each.name.replace('_', '-')}"
     default = None if each.default is MISSING else each.default
-    parser.add_argument(name, dest=each.name, default=default, help=data["text"], **details)
+    parser.add_argument(name, dest=each.name, default=default, help=text, **details | data["details"])
 
 
 def _filled(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -12,6 +12,8 @@ from benchmark.models import MODELS
 from benchmark.step import CANDIDATES, Setting
 from benchmark.tables import NOT_MEASURED
 
+DTYPES = ("float32", "float16", "bfloat16")
+GROWTH = (1024, 2048, 4096, 8192, 16384)
 PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "compile")
 
 
@@ -57,68 +59,27 @@ def percentage(text: str) -> int:
 class Benchmark:
     """What the command line asks for."""
 
-    device: str = option("(default: cpu)", default="cpu", choices=list(DEFAULTS))
-    parts: Sequence[str] = option(
-        f"of {', '.join(PARTS)} (default: all; CPU: no compile; GPU: no small)",
-        default=(),
-        choices=PARTS,
-        nargs="+",
-        metavar="PART",
+    device: str = option("what is measured", "cpu", choices=list(DEFAULTS))
+    parts: tuple[str, ...] = option("(default: all; CPU: no compile; GPU: no small)", (), choices=PARTS)
+    model: tuple[str, ...] = option("(default: sd15; GPU: sd15 sdxl)", (), choices=list(MODELS))
+    blocks: int | None = option("so many of a transformer's blocks (default: all)", None, checks.whole(1))
+    dtype: str | None = option("of the steps (default: float32; GPU: float16)", None, choices=DTYPES)
+    size: tuple[int, ...] = option(
+        "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)", (), checks.whole(64, 64)
     )
-    model: Sequence[str] = option(
-        f"of {', '.join(MODELS)} (default: sd15; GPU: sd15 sdxl)",
-        default=(),
-        choices=list(MODELS),
-        nargs="+",
-        metavar="MODEL",
-    )
-    blocks: int | None = option(
-        "time so many of a transformer's blocks, which are all alike (default: all)", None, checks.whole(1), metavar="N"
-    )
-    dtype: str | None = option(
-        "of the steps: float32, float16 or bfloat16 (default: float32; GPU: float16)",
-        default=None,
-        choices=["float32", "float16", "bfloat16"],
-        metavar="DTYPE",
-    )
-    size: Sequence[int] = option(
-        "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)",
-        default=(),
-        parse=checks.whole(64, multiple=64),
-        nargs="+",
-        metavar="PIXELS",
-    )
-    keep: Sequence[int] = option(
+    keep: tuple[int, ...] = option(
         "percentages of the tokens kept; all but step and attention take the first (default: 60 40; GPU: 60 40 25)",
-        default=(),
-        parse=percentage,
-        nargs="+",
-        metavar="PERCENT",
+        (),
+        percentage,
     )
-    candidates: Sequence[str] = option(
-        f"of {', '.join(CANDIDATES)}, next to the unpatched network (default: all that fit it)",
-        default=CANDIDATES,
-        choices=CANDIDATES,
-        nargs="*",
-        metavar="NAME",
+    candidates: tuple[str, ...] = option("(default: all)", CANDIDATES, choices=CANDIDATES, nargs="*")
+    tokens: tuple[int, ...] = option("of the clustering (default: 4096; GPU: 1024 4096 16384)", (), checks.whole(1))
+    growth_tokens: tuple[int, ...] = option(
+        "of the clustering whose growth is measured (default: 1024 to 16384)", GROWTH, checks.whole(1)
     )
-    tokens: Sequence[int] = option(
-        "sizes of the clustering problems (default: 4096; GPU: 1024 4096 16384)",
-        default=(),
-        parse=checks.whole(1),
-        nargs="+",
-        metavar="N",
-    )
-    growth_tokens: Sequence[int] = option(
-        "sizes of those that grow (default: 1024 2048 4096 8192 16384)",
-        default=(1024, 2048, 4096, 8192, 16384),
-        parse=checks.whole(1),
-        nargs="+",
-        metavar="N",
-    )
-    repeats: int = option("timings of every candidate (default: 3)", default=3, parse=checks.whole(1), metavar="N")
+    repeats: int = option("timings of every candidate", 3, checks.whole(1))
     dry_run: bool = switch(f"measure nothing: '{NOT_MEASURED}' in every cell")
-    out: Path | None = option("a copy of what is printed", None, checks.file_to_write(".md", ".txt"), metavar="FILE")
+    out: Path | None = option("a copy of what is printed", None, checks.file_to_write(".md", ".txt"))
 
     def __post_init__(self) -> None:
         """What was left open is what the device's defaults say."""

@@ -13,6 +13,7 @@ from atc_diffusion import ViTConfig, patched
 from atc_diffusion.clustering import LINKAGES
 
 METHODS = {"atc": "ATC", "tome": "ToMe", "kmedoids": "K-Medoids", "dpc_knn": "DPC-KNN", "topk": "Top-K", "evit": "EViT"}
+SCHEDULES = ("constant", "linear")
 TOME_KEEPS = 50  # percent at least
 
 
@@ -68,28 +69,23 @@ class Way:
 class Reductions:
     """how tokens are reduced"""
 
-    method: tuple[str, ...] = option("(default: all)", tuple(METHODS), nargs="+", choices=list(METHODS))
+    method: tuple[str, ...] = option("(default: all)", tuple(METHODS), choices=list(METHODS))
     linkage: tuple[str, ...] = option(
-        "of atc (default: average complete single)", ("average", "complete", "single"), nargs="+", choices=LINKAGES
+        "of atc (default: average complete single)", ("average", "complete", "single"), choices=LINKAGES
     )
     keep: tuple[float, ...] = option(
         "percentages of the tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90)",
-        default=(25.0, 50.0, 70.0, 90.0),
-        parse=checks.percent,
+        (25.0, 50.0, 70.0, 90.0),
+        checks.percent,
         nargs="*",
-        metavar="PERCENT",
     )
     remove: tuple[int, ...] = option(
         "tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)",
-        default=(),
-        parse=checks.whole(1),
-        nargs="*",
-        metavar="T",
+        (),
+        checks.whole(1),
     )
-    schedule: tuple[str, ...] = option("of --remove", ("constant", "linear"), nargs="+", choices=["constant", "linear"])
-    finetune: tuple[float, ...] = option(
-        "for --demo: also trained further at these", (), checks.percent, nargs="*", metavar="PERCENT"
-    )
+    schedule: tuple[str, ...] = option("of --remove (default: both)", SCHEDULES, choices=SCHEDULES)
+    finetune: tuple[float, ...] = option("for --demo: percentages also trained further at", (), checks.percent)
 
     def ways(self) -> list[Way]:
         """The unreduced model first, then every method at every reduction that it can do; then those fine-tuned."""

@@ -23,11 +23,9 @@ NUM_SHOWN = 3
 class ImageNetTask:
     """ImageNet"""
 
-    imagenet_val: Path | None = option(
-        "ImageNet's validation pictures, one folder for each class", None, checks.folder, metavar="DIR"
-    )
-    model: str = option("a VisionTransformer of timm's (default: %(default)s)", default=DEIT)
-    weights: Path | None = option("of the model (default: downloaded)", None, checks.file, metavar="FILE")
+    imagenet_val: Path | None = option("validation pictures, one folder for each class", None, checks.folder)
+    model: str = option("a VisionTransformer of timm's", DEIT)
+    weights: Path | None = option("of the model (default: downloaded)", None, checks.file)
 
     def make(self, out: Path) -> Task:
         """The validation pictures, in a folder for each class, and a model of timm's."""
@@ -71,8 +69,8 @@ def load_model(name: str, weights: Path | None) -> torch.nn.Module:
 class DemoTask:
     """the demo"""
 
-    emoji_pictures: Path = option("(default: %(default)s)", default=Path("out/emoji"), parse=Path, metavar="DIR")
-    epochs: int = option("of training (default: %(default)s)", default=16, parse=checks.whole(1))
+    emoji_pictures: Path = option("folder of the three packages", Path("out/emoji"), Path)
+    epochs: int = option("of training", 16, checks.whole(1))
 
     def make(self, out: Path) -> Task:
         """The test pictures, and the model in `out`, trained first if there is none."""

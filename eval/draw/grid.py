@@ -48,42 +48,30 @@ class Ways:
 
     keep: tuple[Shares, ...] = option(
         "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 40 50 60 70 80 90)",
-        default=tuple((keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)),
-        parse=parse_shares,
-        nargs="+",
-        metavar="PERCENT",
+        tuple((keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)),
+        parse_shares,
     )
     method: tuple[str, ...] = option(
         "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; kmedoids and "
         "dpc-knn: the paper's other baselines; none: only the unmerged model, which is always drawn (default: paper)",
-        default=("paper",),
-        nargs="+",
+        ("paper",),
         choices=[*METHODS, "none"],
     )
     options: tuple[tuple[str, tuple[Any, ...]], ...] = option(
         "fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; other "
         "methods take the fields that they have",
-        default=(),
-        parse=parse_option,
+        (),
+        parse_option,
         flag="--set",
-        nargs="+",
-        metavar="FIELD=VALUES",
     )
     rival: tuple[Rival, ...] = option(
         "other ways to draw faster: steps:0.7 (that share of the steps), todo:2 and pooled:2 (keys downsampled by that "
         "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), ca-tome:0.7 (least similarity)",
-        default=(),
-        parse=Rival.parse,
-        nargs="+",
-        metavar="NAME:STRENGTH",
+        (),
+        Rival.parse,
     )
     together: tuple[Rival, ...] = option(
-        "rivals that every way of merging is also drawn together with, such as deepcache:2",
-        default=(),
-        parse=Rival.parse,
-        flag="--with",
-        nargs="+",
-        metavar="NAME:STRENGTH",
+        "rivals that every way of merging is also drawn together with, such as deepcache:2", (), Rival.parse, "--with"
     )
 
     def __post_init__(self) -> None:

@@ -29,28 +29,17 @@ class Picture:
 class Prompts:
     """the pictures"""
 
-    classes: str = option(
-        "'all', a count ('100': the first hundred) or a list of indices ('3,7,12') (default: all)",
-        default="all",
-        metavar="WHICH",
-    )
-    images_per_class: int = option("pictures of each class (default: 2)", default=2, parse=checks.whole(1), metavar="N")
+    classes: str = option("'all', a count (100: the first hundred) or a list of indices (3,7,12)", "all")
+    images_per_class: int = option("pictures of each class", 2, checks.whole(1))
     class_names: tuple[str, ...] = option(
-        "names of the classes, a line each (default: the 1000 of ImageNet)",
-        default=str(IMAGENET_NAMES),
-        parse=checks.lines,
-        metavar="FILE",
+        "a file with the names of the classes (default: the 1000 of ImageNet)",
+        str(IMAGENET_NAMES),
+        checks.lines,
+        nargs=None,
     )
-    prompt: str = option(
-        "prompt with {} for the class name (default: %(default)r)",
-        default="A high quality photograph of a {}.",
-        parse=checks.template,
-        metavar="TEXT",
-    )
-    seed: int = option("added to every picture's own seed (default: 0)", default=0, parse=int)
-    show: tuple[int, ...] = option(
-        "classes to show pictures of (default: the first)", default=(), parse=int, nargs="+", metavar="CLASS"
-    )
+    prompt: str = option("with {} for the class name", "A high quality photograph of a {}.", checks.template)
+    seed: int = option("added to every picture's own seed", 0, int)
+    show: tuple[int, ...] = option("classes to show pictures of (default: the first)", (), int)
 
     def __post_init__(self) -> None:
         count = len(self.plan())

@@ -22,6 +22,7 @@ from arguments.options import option
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[2] / "examples" / "emoji_diffusion"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity", "scipy")
+DTYPES = ("float16", "bfloat16", "float32")
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -36,31 +37,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Sampling:
     """how they are sampled"""
 
-    model: str = option(
-        "hub id or folder of a pipeline (default: %(default)s)", default=STABLE_DIFFUSION, parse=checks.model
-    )
-    steps: int = option("denoising steps (default: %(default)s)", default=50, parse=checks.whole(1))
-    guidance: float | None = option(
-        "classifier-free guidance scale (default: %(default)s; None: the pipeline's own)", default=7.5, parse=float
-    )
-    size: int | None = option(
-        "height and width in pixels (default: the model's own, 512 in SD v1.5)", default=None, parse=checks.whole(1)
-    )
-    scheduler: str | None = option("(default: the model's own)", default=None, choices=list(SCHEDULERS))
-    batch_size: int = option(
-        "prompts in a batch; part of what a picture is, for rounding can depend on it (default: %(default)s)",
-        default=8,
-        parse=checks.whole(1),
-        metavar="N",
-    )
-    dtype: str | None = option(
-        "of the model (default: float16 on a CUDA GPU, else float32)",
-        default=None,
-        choices=["float16", "bfloat16", "float32"],
-    )
-    device: str = option(
-        "(default: auto, the fastest there is)", default="auto", choices=["auto", "cpu", "cuda", "mps"]
-    )
+    model: str = option("hub id or folder of a pipeline", STABLE_DIFFUSION, checks.model)
+    steps: int = option("denoising steps", 50, checks.whole(1))
+    guidance: float | None = option("classifier-free guidance scale; None: the pipeline's own", 7.5, float)
+    size: int | None = option("height and width in pixels (default: the model's own)", None, checks.whole(1))
+    scheduler: str | None = option("(default: the model's own)", None, choices=list(SCHEDULERS))
+    batch_size: int = option("prompts in a batch; part of what a picture is, for rounding", 8, checks.whole(1))
+    dtype: str | None = option("of the model (default: float16 on a CUDA GPU, else float32)", None, choices=DTYPES)
+    device: str = option("auto: the fastest there is", "auto", choices=["auto", "cpu", "cuda", "mps"])
 
     @property
     def name(self) -> str:

@@ -27,21 +27,9 @@ from score.scorer import Scorer
 class Output:
     """where it goes"""
 
-    out: Path = option(
-        "for pictures and features (default: %(default)s)",
-        default=Path("out/fid"),
-        parse=checks.folder_to_write,
-        metavar="DIR",
-    )
-    report: Path | None = option(
-        "for the report (default: the same)", default=None, parse=checks.folder_to_write, metavar="DIR"
-    )
-    time: int = option(
-        "time N batches of each configuration, in turn, with nothing else running (default: %(default)s, no times)",
-        default=0,
-        parse=checks.whole(0),
-        metavar="N",
-    )
+    out: Path = option("folder for pictures and features", Path("out/fid"), checks.folder_to_write)
+    report: Path | None = option("folder for the report (default: the same)", None, checks.folder_to_write)
+    time: int = option("time so many batches of each configuration, in turn", 0, checks.whole(0))
 
 
 def run(ways: Sequence[Configuration], prompts: Prompts, sampling: Sampling, scoring: Scoring, output: Output) -> None:

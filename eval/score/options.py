@@ -21,24 +21,12 @@ class Scoring:
     """how they are scored"""
 
     reference: tuple[Path, ...] = option(
-        "the reference pictures; eval/reference.py makes the paper's", default=(), parse=checks.pictures, metavar="DIR"
+        "folder of the reference pictures; eval/reference.py makes the paper's", (), checks.pictures, nargs=None
     )
-    features: str = option(
-        "network whose features are compared; weights of the second come with a package (default: %(default)s)",
-        default="inception",
-        choices=list(LAYERS),
-    )
-    inception_weights: Path | None = option(
-        "torch-fidelity's Inception weights (default: downloaded)", default=None, parse=checks.file, metavar="FILE"
-    )
-    resize: str = option(
-        "as in the original FID, or as clean-fid, which the paper used (default: %(default)s)",
-        default="tensorflow",
-        choices=list(RESIZERS),
-    )
-    bootstrap: int = option(
-        "draws for the intervals (default: %(default)s)", default=200, parse=checks.whole(2), metavar="N"
-    )
+    features: str = option("network whose features are compared", "inception", choices=list(LAYERS))
+    inception_weights: Path | None = option("torch-fidelity's (default: downloaded)", None, checks.file)
+    resize: str = option("as in the original FID, or as clean-fid (the paper)", "tensorflow", choices=list(RESIZERS))
+    bootstrap: int = option("draws for the intervals", 200, checks.whole(2))
     lpips: bool = switch("LPIPS too, with AlexNet's weights, which are downloaded")
 
     def prepare(self, cache: Path, device: torch.device) -> Callable[[PictureSet], Scorer]:
