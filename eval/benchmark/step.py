@@ -1,8 +1,8 @@
 """Tables of a network's denoising steps: unpatched, merged by this project, and patched by its peers.
 
 Reusing a clustering makes steps unequal, so what is timed is a *period*: as many consecutive steps of one long run as
-a clustering serves, of which exactly one clusters. A candidate warms up by one period, in which the halves of
-guidance are found, and each of its turns continues the run by another. The mean step of a turn is that of any long run.
+a clustering serves, of which exactly one clusters, because its latents are new. A candidate warms up by one period, and
+each of its turns continues the run by another. The mean step of a turn is that of any long run.
 """
 
 import copy
@@ -175,10 +175,15 @@ class Denoising:
         self.latents, self.inputs = make_inputs(setting.model, network, setting.size)
         # Entries of one tensor, as a scheduler's are: their order is known without waiting for a GPU.
         self.timesteps = cycle(torch.arange(999, -1, -1, device=network.device))
+        self.noise = torch.Generator().manual_seed(0)  # the same for every candidate
         self.clusterings = 0
 
     def turn(self) -> None:
         before = self._clusterings_so_far()
+        if self.candidate.name != FREE:
+            self.latents = (
+                torch.randn(self.latents[:1].shape, generator=self.noise).repeat(BATCH, 1, 1, 1).to(self.latents)
+            )
         for timestep in islice(self.timesteps, self.period):
             self.output = self.network(self.latents, timestep=timestep.expand(BATCH), **self.inputs).sample
         self.clusterings = self._clusterings_so_far() - before

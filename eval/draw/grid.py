@@ -94,16 +94,19 @@ def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> l
         ValueError: for a value that the configuration refuses.
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
-    shares = [(r, r_keys) for r, r_keys in keeps if min(r, r_keys or r) < 1]
     merges = [
         _merge(method, *share, combination)
-        for method in methods
-        if method != "none"
-        for combination in combinations
-        for share in shares
-        if method != "tome" or min(filter(None, share)) * ToMeConfig.stride**2 >= 1
+        for method, combination, share in product(methods, combinations, keeps)
+        if method != "none" and _can_keep(method, min(filter(None, share)), combination)
     ]
     return list(dict.fromkeys([Configuration(), *map(Configuration, merges)]))
+
+
+def _can_keep(method: str, share: float, options: Mapping[str, Any]) -> bool:
+    """Keeping all is a way to draw only where steps are forecast."""
+    if share == 1:
+        return bool(options.get("forecast_tolerance"))
+    return method != "tome" or share * ToMeConfig.stride**2 >= 1
 
 
 def _merge(method: str, r: float, r_keys: float | None, options: Mapping[str, Any]) -> MergeConfig:

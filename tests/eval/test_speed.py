@@ -192,7 +192,7 @@ TRANSFORMERS = ["tome", "atc", "atc-share-2", "atc-fast"]
 )
 def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
     plain, changed = (denoising(model, each) for each in (Candidate("unpatched", 100), Candidate(name, 25)))
-    changed.latents, changed.inputs = plain.latents, plain.inputs
+    changed.inputs = plain.inputs
     changed.turn()
     plain.turn()
     network = plain.setting.load()
@@ -214,7 +214,7 @@ def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("_tiny")
 def test_an_output_that_is_not_finite_is_refused() -> None:
     run = denoising("sd15", Candidate("unpatched", 100))
-    run.latents = run.latents * torch.inf
+    run.inputs["encoder_hidden_states"] *= torch.inf
     run.turn()
     with pytest.raises(ValueError, match="the output of unpatched 100 % is not finite"):
         run.check_output()
