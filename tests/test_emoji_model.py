@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -50,3 +50,18 @@ def test_the_autoencoder_rebuilds_the_pictures(vae):
         rebuilt = vae(pictures).sample.clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (rebuilt - pictures).square().mean())
     assert psnr > 30
+
+
+def four_steps(pipe: StableDiffusionPipeline, guidance: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 4, "guidance_scale": guidance, "output_type": "latent"}
+    return pipe(THINGS[0], generator=generator, **arguments).images
+
+
+def test_four_steps_of_the_lora_need_no_guidance():
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    guided, unguided = four_steps(pipe, 3.0), four_steps(pipe, 1.0)
+    pipe.load_lora_weights(MODEL / "four_steps")
+    distance = (four_steps(pipe, 1.0) - guided).square().mean()
+    assert distance < (unguided - guided).square().mean() / 2

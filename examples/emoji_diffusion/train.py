@@ -61,7 +61,7 @@ class Training:
 
     def __init__(self, modules: Mapping[str, nn.Module], phase: Phase, work: Path) -> None:
         self.phase, self.step, self.checkpoint = phase, 0, work / f"{phase.name}.pt"
-        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-3, fused=True)
         self.ema = EMAModel(self.parameters, decay=0.99, foreach=True)
         self.parts: dict[str, Any] = {**modules, "optimizer": self.optimizer, "ema": self.ema}
@@ -210,14 +210,17 @@ def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManag
     return patched(pipe.unet, r=1, r_keys=0.1, window=16, refresh_every=1) if merged else nullcontext()
 
 
-def draw_sheet(folder: Path, target: Path, cell: int = 128, columns: int = 8) -> None:
-    """Draw 32 things, spread evenly over the list, once each and from one seed, over their prompts."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+def draw_sheet(
+    pipe: StableDiffusionPipeline, target: Path, cell: int = 128, columns: int = 8, **arguments: float
+) -> None:
+    """Draw 32 things, spread evenly over the list, once each and from one seed, over their prompts.
+
+    The arguments are those of the pipeline's call.
+    """
     sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(SHOWN) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, thing in enumerate(SHOWN):
-        generator = torch.Generator().manual_seed(0)
-        picture = pipe(thing, num_inference_steps=20, guidance_scale=3.0, generator=generator).images[0]
+        picture = pipe(thing, generator=torch.Generator().manual_seed(0), **arguments).images[0]
         left, top = cell * (i % columns), (cell + 16) * (i // columns)
         sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
         pen.text((left + cell // 2, top + cell), thing, "black", anchor="ma")
@@ -250,7 +253,8 @@ def main() -> None:
     if not args.sheet:
         torch.manual_seed(0)
         train(args.pictures, args.work, args.output)
-    draw_sheet(args.output, args.output / "contact_sheet.png")
+    pipe = StableDiffusionPipeline.from_pretrained(args.output)
+    draw_sheet(pipe, args.output / "contact_sheet.png", num_inference_steps=20, guidance_scale=3.0)
 
 
 if __name__ == "__main__":
