@@ -1,6 +1,6 @@
 """Which networks of a model can be merged, and which of their self-attentions a configuration asks for."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -34,12 +34,9 @@ def find_networks(model: object) -> dict[str, nn.Module]:
     return networks
 
 
-def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The diffusers models within torch.compile's, PEFT's and parallel wrappers, and within MultiControlNets."""
-    for wrapper in ("_orig_mod", "module"):
-        network = getattr(network, wrapper, network)
-    if hasattr(network, "get_base_model"):
-        network = network.get_base_model()
+def _unwrapped(name: str, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The networks within wrappers and MultiControlNets."""
+    network = _innermost(network)
     if isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
         for i, net in enumerate(nets):
             yield from _unwrapped(f"{name}.nets.{i}".lstrip("."), net)
@@ -47,43 +44,51 @@ def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
         yield name, network
 
 
+def _innermost(network: Any) -> nn.Module:
+    """What is within torch.compile's, PEFT's and parallel wrappers, in whichever order they are."""
+    if hasattr(network, "get_base_model"):
+        return _innermost(network.get_base_model())
+    for wrapper in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(network, wrapper, None), nn.Module):
+            return _innermost(inner)
+    return network
+
+
 def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[str, NetworkPatch]":
-    """A patch for every network that has self-attention; of a pipeline the first must."""
+    """A patch for every network that has self-attention at the levels that `config` asks for; the first must have some.
+
+    The first network decides which levels are meant, so that a ControlNet is merged where the denoiser is.
+    """
     from atc_diffusion.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
 
-    patches = {}
-    for name, network in networks.items():
-        family = family_of(network)
-        layers = family.layers(network) if family else []
-        if family and layers:
-            patches[name] = NetworkPatch(name, network, family, _select(layers, config), config)
-        elif not patches:
-            raise ValueError(
-                f"{type(network).__name__} has no self-attention that can be merged; supported are {_SUPPORTED}"
-            )
-    return patches
+    families = {name: family_of(network) for name, network in networks.items()}
+    layers = {name: family.layers(networks[name]) if family else [] for name, family in families.items()}
+    first = next(iter(networks))
+    if not layers[first]:
+        raise ValueError(
+            f"{type(networks[first]).__name__} has no self-attention that can be merged; supported are {_SUPPORTED}"
+        )
+    wanted = _levels(config, layers[first], {layer.level for each in layers.values() for layer in each})
+    return {
+        name: NetworkPatch(name, networks[name], family, chosen, config)
+        for name, family in families.items()
+        if family and (chosen := [layer for layer in layers[name] if layer.level in wanted])
+    }
 
 
-def _select(layers: list[Layer], config: MergeConfig) -> list[Layer]:
-    """Those at the levels that `config` asks for."""
-    wanted = _levels(config, layers)
-    return [layer for layer in layers if layer.level in wanted]
-
-
-def _levels(config: MergeConfig, layers: list[Layer]) -> list[int]:
-    """Those, from the finest on, that `config` asks for."""
-    levels = sorted({layer.level for layer in layers})
-    there_are = f"the levels that have self-attention are {', '.join(map(str, levels))}"
+def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Collection[int]:
+    """The levels that `config` asks for, of the `layers` of the denoiser; `existing` are those of all networks."""
+    there_are = f"the levels that have self-attention are {', '.join(map(str, sorted(existing)))}"
     if config.levels is not None:
-        if missing := config.levels - set(levels):
+        if missing := config.levels - existing:
             raise ValueError(f"a share is given for level {min(missing)}, but {there_are}; use some of them")
-        return list(config.levels)
+        return config.levels
     if isinstance(config.max_downsample, str):
         return _costly_levels(layers)
-    coarsest = config.max_downsample or levels[0]
-    if coarsest < levels[0]:
+    coarsest = config.max_downsample or min(layer.level for layer in layers)
+    if coarsest < min(existing):
         raise ValueError(f"max_downsample={coarsest}, but {there_are}; use one of them, or None for the finest")
-    return [level for level in levels if level <= coarsest]
+    return {level for level in existing if level <= coarsest}
 
 
 def _costly_levels(layers: list[Layer]) -> list[int]:

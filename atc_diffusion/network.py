@@ -17,6 +17,7 @@ from atc_diffusion.config import MergeConfig
 from atc_diffusion.layer_hooks import LayerHooks
 from atc_diffusion.report import LayerSummary, RecordedMerge
 from atc_diffusion.schedule import Moment, Run, Schedule, progress_by_value
+from atc_diffusion.tracing import refuse_tracing
 
 
 class NetworkPatch:
@@ -36,7 +37,7 @@ class NetworkPatch:
         self._network = network
         self._family = family
         self._layers = layers
-        self._parameters = list(inspect.signature(type(network).forward).parameters)[1:]
+        self._parameters = _parameters(type(network))
         self._schedule = Schedule()
         self._last_run = Run()
         self._unrecognised = 0
@@ -69,7 +70,7 @@ class NetworkPatch:
 
     @torch.compiler.disable
     def _begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        _refuse_tracing()
+        refuse_tracing()
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         sample, timestep = _latents(given), given["timestep"]
         moment = Moment.of(timestep)
@@ -167,6 +168,11 @@ def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:
     return names
 
 
-def _refuse_tracing() -> None:
-    if torch._C._is_tracing() or torch.compiler.is_exporting():
-        raise ValueError("a patched network cannot be exported or traced; call remove_patch first")
+def _parameters(kind: type) -> list[str]:
+    """Names of the forward's parameters, of the nearest base class that does not take *args."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            parameters = inspect.signature(vars(base)["forward"]).parameters.values()
+            if all(parameter.kind != parameter.VAR_POSITIONAL for parameter in parameters):
+                return [parameter.name for parameter in parameters][1:]
+    raise ValueError(f"{kind.__name__}.forward takes *args, and so does that of its base classes; name its parameters")

@@ -1,4 +1,4 @@
-"""The public calls: find the networks of a model, attach merging to them, report it, and take it off again."""
+"""The public functions: patch the networks of a model, report what was merged, and remove the patch."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,33 +45,31 @@ def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **o
     config = _config(config, options)
     networks = find_networks(model)
     patches = _patches(networks, config)
-    remove_patch(model)
-    for name, patch in patches.items():
-        patch.attach()
-        setattr(networks[name], _PATCH, patch)
-    _forget_compiled()
+    _detach(networks)
+    _attach(networks, patches)
     return model
 
 
 def remove_patch(model: Model) -> Model:
-    """Undo `apply_patch`: outputs are again those of the model as it was, to the bit. Returns `model`."""
-    for network in find_networks(model).values():
-        if (patch := _patch_of(network)) is not None:
-            patch.detach()
-            delattr(network, _PATCH)
-            _forget_compiled()
+    """Undo `apply_patch`: restores the original, bit for bit. Returns `model`."""
+    _detach(find_networks(model))
     return model
 
 
 @contextmanager
 def patched(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Iterator[Model]:
-    """`apply_patch` for the length of a `with` block; what was there before is restored, after an exception too."""
-    before = next(iter(_patches_of(model).values()), None)
+    """`apply_patch` for the length of a `with` block.
+
+    Afterwards, even after an exception, every network has the patch that it had before, or none.
+    """
+    networks = find_networks(model)
+    before = _attached(networks)
     apply_patch(model, config, **options)
     try:
         yield model
     finally:
-        remove_patch(model) if before is None else apply_patch(model, before.config)
+        _detach(networks)
+        _attach(networks, before)
 
 
 def summary(model: object) -> Any:
@@ -117,16 +115,26 @@ def _patches(networks: dict[str, nn.Module], config: MergeConfig | ViTConfig) ->
     return make_patches(networks, config)
 
 
-def _patch_of(network: nn.Module) -> "Patch | None":
-    return getattr(network, _PATCH, None)
+def _attached(networks: dict[str, nn.Module]) -> "dict[str, Patch]":
+    return {name: patch for name, network in networks.items() if (patch := getattr(network, _PATCH, None))}
 
 
-def _patches_of(model: object) -> dict[str, Patch]:
-    return {name: patch for name, network in find_networks(model).items() if (patch := _patch_of(network))}
+def _attach(networks: dict[str, nn.Module], patches: "Mapping[str, Patch]") -> None:
+    for name, patch in patches.items():
+        patch.attach()
+        setattr(networks[name], _PATCH, patch)
+    _forget_compiled()
+
+
+def _detach(networks: dict[str, nn.Module]) -> None:
+    for name, patch in _attached(networks).items():
+        patch.detach()
+        delattr(networks[name], _PATCH)
+        _forget_compiled()
 
 
 def _patches_of_patched(model: object) -> list[Patch]:
-    patches = list(_patches_of(model).values())
+    patches = list(_attached(find_networks(model)).values())
     if not patches:
         raise ValueError(f"this {type(model).__name__} is not patched; call apply_patch first")
     return patches

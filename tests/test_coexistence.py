@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from tests.conftest import UNET
@@ -148,6 +148,49 @@ def test_a_unet_inside_a_peft_model(unet):
     assert not torch.equal(run(apply_patch(wrapped)), before)
     assert len(summary(wrapped).layers) == LAYERS
     assert torch.equal(run(remove_patch(wrapped)), before)
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel and FSDP wrap."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def compile_eager(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def wrap_peft(module: nn.Module) -> nn.Module:
+    return get_peft_model(module, LORA)
+
+
+@pytest.mark.parametrize(
+    "wrappers", [(Wrapper, compile_eager), (compile_eager, Wrapper), (wrap_peft, Wrapper, compile_eager)]
+)
+def test_a_unet_inside_wrappers_in_any_order(unet, wrappers):
+    wrapped = unet
+    for wrap in wrappers:
+        wrapped = wrap(wrapped)
+    assert len(summary(apply_patch(wrapped)).layers) == LAYERS
+    assert any(module._forward_hooks for module in unet.modules())
+    remove_patch(wrapped)
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+class Subclass(UNet2DConditionModel):  # type: ignore[misc]  # diffusers is not annotated
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_subclass_whose_forward_takes_any_arguments(unet):
+    expected = run(apply_patch(unet))
+    unet.__class__ = Subclass
+    assert torch.equal(run(apply_patch(unet)), expected)
 
 
 def test_both_attentions_of_dual_cross_attention_are_found():

@@ -2,11 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import atc_diffusion
@@ -23,7 +24,9 @@ from atc_diffusion import (
     remove_patch,
     summary,
 )
+from tests.conftest import UNET
 
+CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 CONFIGS = [
     ATCConfig(),
     ATCConfig.paper(0.4),
@@ -189,6 +192,23 @@ def test_patched_restores_what_was_there_also_after_an_exception(unet):
     assert summary(unet).config == ATCConfig(r=0.8)
 
 
+def test_patched_restores_what_each_network_had(unet):
+    pipe = SimpleNamespace(unet=unet, controlnet=ControlNetModel.from_unet(unet, **CONDITION))
+    apply_patch(pipe.unet, r=0.5)
+    with patched(pipe, r=0.8):
+        assert {layer.network for layer in summary(pipe).layers} == {"unet", "controlnet"}
+    assert summary(unet).config == ATCConfig(r=0.5)
+    with pytest.raises(ValueError, match="is not patched"):
+        summary(pipe.controlnet)
+    apply_patch(pipe.controlnet, r=0.7)
+    with patched(pipe, r=0.8):
+        pass
+    assert [summary(network).config for network in (pipe.unet, pipe.controlnet)] == [
+        ATCConfig(r=0.5),
+        ATCConfig(r=0.7),
+    ]
+
+
 def test_an_exception_in_the_forward_leaves_no_trace(unet):
     expected = run(apply_patch(unet))
     handle = unet.mid_block.register_forward_pre_hook(lambda module, args: 1 / 0)
@@ -267,6 +287,45 @@ SDXL_LAYOUT = {
 def test_the_costly_levels_depend_on_the_model(layout, levels):
     unet = apply_patch(bare_unet(**layout), ATCConfig.fast())
     assert {layer.level for layer in summary(unet).layers} == levels
+
+
+def pipeline_with_a_small_controlnet() -> SimpleNamespace:
+    """As controlnet-canny-sdxl-1.0-small: the UNet has attention at levels 2 and 4, the ControlNet at level 4."""
+    unet = UNet2DConditionModel(
+        **UNET
+        | {
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        }
+    )
+    sizes = {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "cross_attention_dim": 12}
+    heads = {"attention_head_dim": 2, "norm_num_groups": 4}
+    small = ControlNetModel(down_block_types=("DownBlock2D",) * 3, **sizes, **heads, **CONDITION)
+    return SimpleNamespace(unet=unet, controlnet=small)
+
+
+BOTH_LEVELS = {("unet", 2), ("unet", 4), ("controlnet", 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {("unet", 2)}),
+        ({"max_downsample": 4}, BOTH_LEVELS),
+        ({"r": {2: 0.5, 4: 0.5}}, BOTH_LEVELS),
+        ({"r": {4: 0.5}}, {("unet", 4), ("controlnet", 4)}),
+    ],
+)
+def test_a_controlnet_is_merged_at_the_levels_of_the_denoiser(options, expected):
+    pipe = apply_patch(pipeline_with_a_small_controlnet(), **options)
+    assert {(layer.network, layer.level) for layer in summary(pipe).layers} == expected
+
+
+def test_a_level_that_no_network_has_is_refused():
+    message = "a share is given for level 8, but the levels that have self-attention are 2, 4; use some of them"
+    with pytest.raises(ValueError, match=message):
+        apply_patch(pipeline_with_a_small_controlnet(), r={2: 0.5, 8: 0.5})
 
 
 def bare_unet(**changes: Any) -> UNet2DConditionModel:

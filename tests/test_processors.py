@@ -1,13 +1,23 @@
 """Attention processors: the known ones work, before and after patching; any other is refused before the first step."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from accelerate import cpu_offload
+from accelerate.hooks import SequentialHook, add_hook_to_module
+from diffusers import (
+    ControlNetModel,
+    PyramidAttentionBroadcastConfig,
+    UNet2DConditionModel,
+    apply_pyramid_attention_broadcast,
+)
 from diffusers.models.attention_processor import (
+    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     CustomDiffusionAttnProcessor,
@@ -22,7 +32,8 @@ from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
 from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero as text_to_video_zero
 from torch import Tensor, nn
 
-from atc_diffusion import apply_patch, remove_patch, summary
+from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
+from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from tests.conftest import UNET
 from tests.test_patch import run
 from tests.test_pipelines import MASK, PARTS, PICTURE, draw, text
@@ -73,7 +84,7 @@ def test_fused_projections_work_where_keys_are_those_of_the_queries(unet, patch_
 def test_fused_projections_are_refused_with_keys_of_their_own(unet):
     expected = run(apply_patch(unet, r_keys=0.2))
     unet.fuse_qkv_projections()
-    message = f"{LAYER} has a FusedAttnProcessor2_0: keys merged apart from queries need .* unfuse_qkv_projections()"
+    message = f"{LAYER} has a .*FusedAttnProcessor2_0: keys merged apart from queries need .* unfuse_qkv_projections()"
     with pytest.raises(ValueError, match=message):
         run(unet)
     with pytest.raises(ValueError, match=message):
@@ -100,7 +111,8 @@ OTHERS = [
 
 @pytest.mark.parametrize("processor", OTHERS)
 def test_any_other_processor_is_refused_before_the_first_step(unet, processor):
-    message = f"{LAYER} has a {type(processor).__name__}: that processor is not known to work with merged tokens"
+    kind = type(processor)
+    message = f"{LAYER} has a {kind.__module__}.{kind.__name__}: it is not known to work with merged tokens"
     ordinary = attention(unet).processor
     attention(unet).set_processor(processor)
     before = [(type(module), len(module._forward_pre_hooks)) for module in unet.modules()]
@@ -160,12 +172,113 @@ def test_merging_with_perturbed_attention_equals_merging_each_part(unet, process
     assert torch.allclose(attn(equal)[-2:], exact, atol=1e-6)
 
 
-def test_perturbed_attention_is_refused_with_keys_of_their_own(unet):
-    attention(unet).set_processor(PAGCFGIdentitySelfAttnProcessor2_0())
-    with pytest.raises(
-        ValueError, match="perturbed-attention guidance needs as many keys as queries; leave r_keys out"
-    ):
-        apply_patch(unet, r_keys=0.2)
+def softmax_attention(attn: Any, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """Attention written out, from `queries` `[B, Q, C]` to `keys` `[B, K, C]` with a mask `[B, 1, K]`."""
+    q, k, v = (
+        project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        for project, x in ((attn.to_q, queries), (attn.to_k, keys), (attn.to_v, keys))
+    )
+    weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask[:, None]).softmax(dim=-1)
+    return attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("processor", "parts"), PERTURBED)
+def test_perturbed_attention_with_merged_keys_is_softmax_attention_and_the_identity(unet, processor, parts):
+    attn = attention(unet)
+    attended = 2 * (parts - 1)
+    queries, keys, mask = torch.randn(2 * parts, 16, 16), torch.randn(2 * parts, 4, 16), torch.randn(attended, 1, 4)
+    attn.set_processor(MergedPerturbedAttnProcessor(processor))
+    output = attn(queries, encoder_hidden_states=keys, attention_mask=mask)
+    expected = softmax_attention(attn, queries[:attended], keys[:attended], mask)
+    assert torch.allclose(output[:attended], expected, atol=1e-6)
+    assert torch.allclose(output[attended:], attn.to_out[0](attn.to_v(queries[attended:])), atol=1e-6)
+
+
+@pytest.mark.parametrize(("processor", "parts"), PERTURBED)
+def test_perturbed_attention_without_keys_of_its_own_is_diffusers(unet, processor, parts):
+    tokens = torch.randn(2 * parts, 16, 16)
+    attention(unet).set_processor(processor)
+    expected = attention(unet)(tokens)
+    attention(unet).set_processor(MergedPerturbedAttnProcessor(processor))
+    assert torch.equal(attention(unet)(tokens), expected)
+
+
+def test_the_processor_of_perturbed_attention_is_put_back(unet):
+    attention(unet).set_processor(processor := PAGIdentitySelfAttnProcessor2_0())
+    run(apply_patch(unet, ATCConfig.fast()))
+    assert type(attention(unet).processor) is MergedPerturbedAttnProcessor
+    assert attention(remove_patch(unet)).processor is processor
+
+
+def tile(attn: Any) -> None:
+    """Self-attention within the halves of the sequence, as HyperTile does within tiles."""
+    inner = attn.forward
+
+    @functools.wraps(inner)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([inner(half, *args, **kwargs) for half in hidden_states.chunk(2, dim=1)], dim=1)
+
+    attn.forward = forward
+
+
+def cache(unet: UNet2DConditionModel) -> None:
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    apply_pyramid_attention_broadcast(unet, config)
+
+
+def cache_and_hook(unet: UNet2DConditionModel) -> None:
+    cache(unet)
+    add_hook_to_module(attention(unet), SequentialHook())
+
+
+HOOKS: dict[str, Callable[[UNet2DConditionModel], Any]] = {
+    "nothing": lambda unet: None,
+    "accelerate": lambda unet: cpu_offload(unet, torch.device("cpu"), preload_module_classes=["BasicTransformerBlock"]),
+    "sequential": lambda unet: add_hook_to_module(attention(unet), SequentialHook()),
+    "casting": lambda unet: unet.enable_layerwise_casting(torch.float32, torch.float32),
+    "offloading": lambda unet: unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level"),
+    "caching": cache,
+    "both": cache_and_hook,
+}
+
+
+@pytest.mark.parametrize("tiled_first", [True, False])
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_a_replaced_forward_is_refused_and_hooks_around_diffusers_own_are_not(unet, hooks, tiled_first):
+    if tiled_first:
+        tile(attention(unet))
+    HOOKS[hooks](unet)
+    if tiled_first:
+        with pytest.raises(ValueError, match=f"{LAYER} has its forward replaced by code of {__name__}, "):
+            apply_patch(unet)
+        return
+    apply_patch(unet)
+    run(unet)
+    tile(attention(unet))
+    with pytest.raises(ValueError, match=f"{LAYER} has its forward replaced by"):
+        run(unet)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused(unet):
+    class Tiled(Attention):  # type: ignore[misc]  # diffusers is not annotated
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.cat([super(Tiled, self).forward(half) for half in hidden_states.chunk(2, dim=1)], dim=1)
+
+    attention(unet).__class__ = Tiled
+    with pytest.raises(ValueError, match=f"{LAYER} has its forward replaced by code of {__name__}, "):
+        apply_patch(unet)
+
+
+def test_a_processor_of_the_same_name_from_another_package_is_named_with_its_module(unet):
+    foreign = type("AttnProcessor2_0", (), {"__call__": AttnProcessor2_0.__call__, "__module__": "foo.attn"})
+    attention(unet).set_processor(foreign())
+    message = (
+        f"{LAYER} has a foo.attn.AttnProcessor2_0: it is not known to work .*; known are diffusers' AttnProcessor,"
+    )
+    with pytest.raises(ValueError, match=message):
+        apply_patch(unet)
 
 
 IMAGE: dict[str, Any] = {"image": PICTURE, "strength": 0.9}
@@ -205,16 +318,17 @@ def embeddings(name: str) -> dict[str, Tensor]:
     return text(1) | (pooled if "XL" in name else {})
 
 
+@pytest.mark.parametrize("config", [ATCConfig(r=0.5), ATCConfig.fast()])
 @pytest.mark.parametrize(("name", "options"), PAG_PIPELINES)
-def test_perturbed_attention_guidance_works_in_its_pipelines(components, name, options):
+def test_perturbed_attention_guidance_works_in_its_pipelines(components, name, options, config):
     pipe, prompt = pag_pipeline(name, components), embeddings(name)
     before = draw(pipe, prompt, pag_scale=3.0, **options)
-    apply_patch(pipe, r=0.5)
+    apply_patch(pipe, config)
     merged = draw(pipe, prompt, pag_scale=3.0, **options)
     assert np.isfinite(merged).all()
     assert not np.array_equal(merged, before)
     assert not np.array_equal(merged, draw(pipe, prompt, pag_scale=0.0, **options))
-    assert {kept < layer.tokens for layer in summary(pipe).layers for kept in layer.kept} == {True}
+    assert {kept < layer.tokens for layer in summary(pipe).layers for kept in layer.kept_keys} == {True}
     assert np.array_equal(draw(apply_patch(pipe, r=1), prompt, pag_scale=3.0, **options), before)
     assert np.array_equal(draw(remove_patch(pipe), prompt, pag_scale=3.0, **options), before)
 

@@ -348,3 +348,14 @@ def test_the_summary_prints_a_row_for_every_block():
     lines = str(summary(apply_patch(make(), ViTConfig(**TWICE)))).splitlines()
     assert lines[0].startswith("ViTConfig(method='atc', r=0.6, blocks=(2, 3)")
     assert [line.split() for line in lines[2:4]] == [["blocks.0", "25", "25"], ["blocks.1", "25", "15"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("config", [ViTConfig(**TWICE), ViTConfig(t=2)])
+def test_export_and_tracing_are_refused_in_one_sentence(config):
+    model = apply_patch(make(), config)
+    message = "a patched network cannot be exported or traced; call remove_patch first"
+    with pytest.raises(ValueError, match=message):
+        torch.jit.trace(model, pictures())
+    with pytest.raises(Exception, match=message):
+        torch.export.export(model, (pictures(),), strict=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+from atc_diffusion.adapters.forward import check_forward
 
 
 class SD3Family:
@@ -38,11 +39,12 @@ class SD3Family:
             attn.processor = attn.processor.original
 
     def check(self, layer: Layer, keys_apart: bool) -> None:
+        check_forward(layer)
         kind = type(layer.attention.processor)
         if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
             raise ValueError(
-                f"{layer.name} has a {kind.__name__}: merging in Stable Diffusion 3 needs JointAttnProcessor2_0;"
-                " set that one, or call remove_patch"
+                f"{layer.name} has a {kind.__module__}.{kind.__name__}: merging in Stable Diffusion 3 needs diffusers'"
+                " JointAttnProcessor2_0; set that one, or call remove_patch"
             )
 
     def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:

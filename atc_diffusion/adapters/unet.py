@@ -13,24 +13,26 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 
 _MASKED = -1e4  # as good as -inf, and finite in float16
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
 
 # By name: which of them exist depends on the version of diffusers.
 _ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "AttnProcessorNPU")
-_PERTURBED = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}  # and parts of the batch
 _KEYS_OF_QUERIES = {  # those that make keys of the queries' tokens alone, and the way out
     "FusedAttnProcessor2_0": "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()",
     "CustomDiffusionAttnProcessor": "custom diffusion needs as many keys as queries; leave r_keys out",
-} | dict.fromkeys(_PERTURBED, "perturbed-attention guidance needs as many keys as queries; leave r_keys out")
+}
 
 
 def _classes(names: Iterable[str]) -> set[type]:
     return {kind for name in names if (kind := getattr(attention_processor, name, None))}
 
 
-_ANY_CLASSES, _KEYS_OF_QUERIES_CLASSES = _classes(_ANY), _classes(_KEYS_OF_QUERIES)
+_ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor}
+_KEYS_OF_QUERIES_CLASSES = _classes(_KEYS_OF_QUERIES)
 
 
 class UNetFamily:
@@ -44,22 +46,28 @@ class UNetFamily:
         ]
 
     def attach(self, layer: Layer) -> None:
-        """Nothing: hooks are enough."""
+        """Hooks are enough, except for perturbed attention, which makes keys of the queries' tokens."""
+        attn: Any = layer.attention
+        if type(attn.processor) in PERTURBED:
+            attn.processor = MergedPerturbedAttnProcessor(attn.processor)
 
     def detach(self, layer: Layer) -> None:
-        """Nothing: hooks are enough."""
+        attn: Any = layer.attention
+        if isinstance(attn.processor, MergedPerturbedAttnProcessor):
+            attn.processor = attn.processor.original
 
     def check(self, layer: Layer, keys_apart: bool) -> None:
         if type(layer.block).__name__ == "ToMeBlock":
             raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
+        check_forward(layer)
         kind = type(layer.attention.processor)
         if kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not keys_apart):
             return
         if kind in _KEYS_OF_QUERIES_CLASSES:
             way_out = _KEYS_OF_QUERIES[kind.__name__]
         else:
-            way_out = f"that processor is not known to work with merged tokens; known are {', '.join(_ANY)}"
-        raise ValueError(f"{layer.name} has a {kind.__name__}: {way_out}, or remove_patch")
+            way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
+        raise ValueError(f"{layer.name} has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch")
 
     def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
         attn: Any = layer.attention
@@ -114,9 +122,7 @@ def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Te
     weights = torch.ones(()) if mask is None else merge.keys.merge(_per_key(mask).float().exp().mT).mT
     if merge.weigh:
         weights = weights * merge.keys.sizes[:, None, :]
-    parts = _PERTURBED.get(type(layer.attention.processor).__name__)
-    attended = len(tokens) if parts is None else len(tokens) // parts * (parts - 1)
-    return weights.log().clamp(min=_MASKED).to(tokens.dtype)[:attended]
+    return weights.log().clamp(min=_MASKED).to(tokens.dtype)[: attended_items(layer.attention, len(tokens))]
 
 
 def _per_key(mask: Tensor) -> Tensor:

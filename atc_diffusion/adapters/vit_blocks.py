@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters.vit_config import PRUNING, ViTConfig
 from atc_diffusion.adapters.vit_merges import Attention, Merged, cluster, prune
+from atc_diffusion.tracing import refuse_tracing
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -64,6 +65,7 @@ class BlockHooks:
         ]
 
     def _enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        refuse_tracing()
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError("attn_mask and is_causal apply to all tokens, but merging leaves fewer; call remove_patch")
         x, merged = args[0], getattr(args[0], _MERGED, None)

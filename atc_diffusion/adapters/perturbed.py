@@ -1,0 +1,51 @@
+"""Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): diffusers' processors, with keys of their own."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
+from torch import Tensor
+
+# Into how many parts they split the batch; the last part's attention is replaced by the identity.
+PERTURBED: dict[type, int] = {PAGIdentitySelfAttnProcessor2_0: 2, PAGCFGIdentitySelfAttnProcessor2_0: 3}
+
+
+class MergedPerturbedAttnProcessor:
+    """A processor of `PERTURBED` that can take keys and values of other tokens than the queries."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self._attention = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, except in the last part.
+
+        In the last part every token is its own only key. Without `encoder_hidden_states` the original takes over.
+        """
+        if encoder_hidden_states is None:
+            return self.original(attn, hidden_states, attention_mask=attention_mask, temb=temb)
+        attended = attended_items(attn, len(hidden_states))
+        queries, perturbed = hidden_states.tensor_split([attended])
+        keys = encoder_hidden_states[:attended]
+        output = self._attention(attn, queries, keys, attention_mask, temb)
+        return torch.cat([output, attn.to_out[1](attn.to_out[0](attn.to_v(perturbed)))])
+
+
+def attended_items(attn: Any, batch: int) -> int:
+    """How many of a batch of items the attention's processor attends in; the rest is perturbed."""
+    processor = attn.processor
+    if isinstance(processor, MergedPerturbedAttnProcessor):
+        processor = processor.original
+    parts = PERTURBED.get(type(processor))
+    return batch if parts is None else batch // parts * (parts - 1)
