@@ -75,7 +75,8 @@ class Configuration:
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
         merge, rival = dict(values["merge"] or {}), values["rival"]
         kind = _KINDS[merge.pop("kind")] if merge else None
-        return cls(kind(**merge) if kind else None, Rival(**rival) if rival else None)
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()}
+        return cls(kind(**fields) if kind else None, Rival(**rival) if rival else None)
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Draw]:

@@ -48,7 +48,6 @@ interval of the mean. A star marks intervals that exclude zero; each interval ho
 
 def write_report(study: Study, folder: Path) -> None:
     """Write `results.json`, `results.csv`, and the report as HTML and Markdown to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results.json", study.json.encode())
     write_atomically(folder / "results.csv", study.frame.to_csv(index=False).encode())
     make_page(study).write(folder)
