@@ -73,7 +73,7 @@ def _add_options(parser: Any, kind: type) -> None:
 
 def _add_option(parser: Any, each: Any, is_tuple: bool) -> None:
     data, text = each.metadata, each.metadata["text"]
-    details = {"nargs": "+"} if is_tuple else {}
+    details: dict[str, Any] = {"nargs": "+"} if is_tuple else {}
     if "parse" in data:
         details |= {"type": _argument(data["parse"]), "required": each.default is MISSING}
         if each.default not in (MISSING, None, ()) and "(default" not in text:
