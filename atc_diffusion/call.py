@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ class Call:
         timestep: scalar tensor.
         log: of the run that the call is part of.
         size: height and width of the latents; None where an attention is called outside its network.
+        after: how many tokens follow the image's in the sequences of its attentions.
         step: the entry of the scheduler's timesteps; 0 if unknown.
         guidance_parts: how many parts of the batch are the same pictures under different guidance.
         clusters: what serves it; what is missing is added.
         hidden_states: what each layer's block was given.
+        rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
         running: whether the network has not returned yet.
@@ -36,10 +39,12 @@ class Call:
     timestep: Tensor
     log: RunLog = field(default_factory=RunLog)
     size: tuple[int, int] | None = None
+    after: int = 0
     step: int = 0
     guidance_parts: int = 1
     clusters: Clusters = field(default_factory=Clusters)
     hidden_states: dict[str, Tensor] = field(default_factory=dict)
+    rotary: dict[str, Any] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
     running: bool = True

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from atc_diffusion.network import NetworkPatch
 
 _DENOISERS = ("unet", "transformer")
-_SUPPORTED = "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, ControlNets of these, and with a ViTConfig timm's ViTs"
+_SUPPORTED = (
+    "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, Flux.1 and Qwen-Image, ControlNets of these, Z-Image,"
+    " and with a ViTConfig timm's ViTs"
+)
 
 
 def find_networks(model: object) -> dict[str, nn.Module]:

@@ -1,12 +1,13 @@
 """The hooks around one self-attention: cluster its tokens or recall their clusters, cut, merge, un-merge."""
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, Place, first
 from atc_diffusion.call import Call, enter_block, leave_block, present
 from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.tree import Cuttable
@@ -40,7 +41,7 @@ class LayerHooks:
         ]
 
     def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        hidden_states = _first(args, kwargs)
+        hidden_states = first(args, kwargs)
         call = enter_block(hidden_states)
         if call is not None and self.config.features == "hidden_states":
             call.hidden_states[self.layer.name] = hidden_states
@@ -49,9 +50,10 @@ class LayerHooks:
         leave_block()
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        tokens = _first(args, kwargs)
-        call = present.get() or self._call_of_its_own(tokens)
-        merge = self._cut(call, tokens)
+        call = present.get() or self._call_of_its_own(first(args, kwargs))
+        place = self._place(call, first(args, kwargs))
+        call.rotary[self.layer.name] = self.family.rotary(kwargs, place)
+        merge = self._cut(call, self.family.tokens(args, kwargs, place), place)
         call.merges[self.layer.name] = merge
         return self.family.merge(self.layer, args, kwargs, merge)
 
@@ -72,15 +74,19 @@ class LayerHooks:
         present.set(call)
         return call
 
-    def _cut(self, call: Call, tokens: Tensor) -> Merge:
+    def _place(self, call: Call, sequence: Tensor) -> Place:
+        """Where the image is in a `sequence` `[B, S, C]`; of an attention outside of its network, it is all of it."""
+        return Place(sequence.shape[1] if call.size is None else math.prod(self.layer.grid(call.size)), call.after)
+
+    def _cut(self, call: Call, tokens: Tensor, place: Place) -> Merge:
         """What this call merges of `tokens` `[B, N, C]`: two cuts of one tree."""
         num_tokens = tokens.shape[1]
         kept = call.kept[self.layer.level]
         if min(kept) == num_tokens:
-            return Merge(num_tokens, None, None, False)
+            return Merge(place, None, None, False)
         tree = self._tree(call, tokens)
         queries, keys = (self._map(call, tree, count, tokens) for count in kept)
-        return Merge(num_tokens, queries, keys, self.config.proportional_attention)
+        return Merge(place, queries, keys, self.config.proportional_attention)
 
     def _map(self, call: Call, tree: Cuttable, count: int, tokens: Tensor) -> MergeMap | None:
         """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""
@@ -106,21 +112,22 @@ class LayerHooks:
     def _features(self, call: Call, tokens: Tensor) -> Tensor:
         """What tokens are compared by, `[B, N, C]`; of guidance parts only the last."""
         if self.config.features == "hidden_states":
-            return call.hidden_states.get(self.layer.name, tokens).chunk(call.guidance_parts)[-1]
+            given = call.hidden_states.get(self.layer.name, tokens)  # of several images, the one to merge comes first
+            return given[:, : tokens.shape[1]].chunk(call.guidance_parts)[-1]
         last = tokens.chunk(call.guidance_parts)[-1]
         if self.config.features == "keys_values":
-            keys, values = (self._projections(last, which) for which in ("keys", "values"))
+            keys, values = (self._projections(call, last, which) for which in ("keys", "values"))
             return torch.cat([_unit_deviation(keys), _unit_deviation(values)], dim=2)
-        return self._projections(last, self.config.features)
+        return self._projections(call, last, self.config.features)
 
-    def _projections(self, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+    def _projections(self, call: Call, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
         """Keys or values `[B, N, C]` of `tokens` `[B, N, C]`, for which weights are needed ahead of the attention."""
         if any(map(_waits_for_weights, self.layer.attention.modules())):
             raise ValueError(
                 f"the weights of {self.layer.name} are loaded only when it is called, after its tokens are compared;"
                 " use features='hidden_states', or offload without its class in preload_module_classes"
             )
-        return self.family.features(self.layer, tokens, which)
+        return self.family.features(self.layer, tokens, call.rotary[self.layer.name], which)
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         if call.size is None:
@@ -132,10 +139,6 @@ class LayerHooks:
                 " this layout cannot be merged, so call remove_patch"
             )
         return height, width
-
-
-def _first(args: Args, kwargs: Kwargs) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _waits_for_weights(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer
@@ -42,7 +42,7 @@ class NetworkPatch:
         self._last_run = Run()
         self._unrecognised = 0
         self._handles: list[RemovableHandle] = []
-        self._check_processors(self._kept((64, 64), progress=0.0))
+        self._check_processors((64, 64), self._kept((64, 64), progress=0.0))
 
     def attach(self) -> None:
         names = _cluster_names(self._layers, self.config.share_layers)
@@ -71,17 +71,16 @@ class NetworkPatch:
     @torch.compiler.disable
     def _begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         refuse_tracing()
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        sample, timestep = _latents(given), given["timestep"]
+        image = self._family.image(dict(zip(self._parameters, args, strict=False)) | kwargs)
+        timestep, size = image.timestep, image.size
         moment = Moment.of(timestep)
-        size = _size(given)
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
-        self._check_processors(kept)
+        self._check_processors(size, kept)
         self._warn_of_no_reuse(moment)
         run = self._schedule.run(moment)
         step = 0 if moment is None else moment.index
         lane = run.lane(step)
-        lane.advance(sample, step, self.config.refresh_every, self.config.share_guidance)
+        lane.advance(image.latents, step, self.config.refresh_every, self.config.share_guidance)
         lane.clusters.keep_maps({count for counts in kept.values() for count in counts})
         for layer in self._layers:
             self._family.attach(layer)
@@ -93,6 +92,7 @@ class NetworkPatch:
                 timestep=torch.as_tensor(timestep).float().max(),
                 log=run.log,
                 size=size,
+                after=image.after,
                 step=step,
                 guidance_parts=lane.guidance_parts,
                 clusters=lane.clusters,
@@ -129,10 +129,11 @@ class NetworkPatch:
         serving = [now, *(self._kept(size, progress) for progress in later)]
         return {level: min(min(kept[level]) for kept in serving) for level in now}
 
-    def _check_processors(self, kept: dict[int, tuple[int, int]]) -> None:
+    def _check_processors(self, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> None:
         for layer in self._layers:
             queries, keys = kept[layer.level]
-            self._family.check(layer, keys_apart=queries != keys)
+            all_queries = queries == math.prod(layer.grid(size))
+            self._family.check(layer, all_queries, keys_apart=queries != keys)
 
     def _warn_of_no_reuse(self, moment: Moment | None) -> None:
         """Once, at the second call that is not recognised: a single one could not have reused anything."""
@@ -145,18 +146,6 @@ class NetworkPatch:
                 " refresh_every=1 and share_guidance=False",
                 stacklevel=2,
             )
-
-
-def _latents(given: Kwargs) -> Tensor:
-    """The latents `[B, C, ..., H, W]` that a network was called with, or their patches `[B, N, C]`."""
-    return given["sample"] if "sample" in given else given["hidden_states"]
-
-
-def _size(given: Kwargs) -> tuple[int, int]:
-    """Height and width of the latents; beside patches there are the condition's, of the same size."""
-    latents = _latents(given)
-    height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
-    return height, width
 
 
 def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:

@@ -9,14 +9,19 @@ from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
     ControlNetXSAdapter,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
     MotionAdapter,
     MultiControlNetModel,
     PixArtTransformer2DModel,
+    QwenImageControlNetModel,
+    QwenImageTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNetControlNetXSModel,
     UNetMotionModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 
@@ -57,6 +62,35 @@ SD35_LARGE_CONTROLNET: dict[str, Any] = SD3_CONTROLNET | {
     "joint_attention_dim": None,
     "use_pos_embed": False,
 }
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": (2, 2, 4),
+}
+QWEN_IMAGE: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "axes_dims_rope": (2, 2, 4),
+}
+Z_IMAGE: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 16,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 12,
+    "axes_dims": [2, 2, 4],
+    "axes_lens": [256, 32, 32],
+}
 CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 
 
@@ -69,12 +103,21 @@ class Family:
         inputs: arguments for a batch of two pictures with latents of a height and a width.
         layers: how many self-attentions are merged.
         level: at which level.
+        timestep: the argument that tells a timestep `[B]` of the scheduler, by its name.
+        merges_queries: whether it can merge more than keys.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int], dict[str, Any]]
     layers: int
     level: int
+    timestep: Callable[[Tensor], dict[str, Tensor]] = lambda timestep: {"timestep": timestep}
+    merges_queries: bool = True
+
+    @property
+    def half(self) -> dict[str, float]:
+        """Shares that keep half of what can merge."""
+        return {"r": 0.5} if self.merges_queries else {"r": 1, "r_keys": 0.5}
 
     def make(self) -> nn.Module:
         network = self.build().eval().requires_grad_(False)
@@ -86,7 +129,7 @@ class Family:
     @torch.no_grad()
     def run(self, network: nn.Module, timestep: Any = 10, size: tuple[int, int] = (8, 12), **changes: Any) -> Tensor:
         """All outputs of one call, in a row; the input is the same at every call."""
-        inputs = self.inputs(*size) | {"timestep": torch.as_tensor(timestep).expand(2)} | changes
+        inputs = self.inputs(*size) | self.timestep(torch.as_tensor(timestep).expand(2)) | changes
         return torch.cat([tensor.flatten() for tensor in _tensors(network(**inputs, return_dict=False))])
 
 
@@ -167,6 +210,69 @@ def sd35_large_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
     }
 
 
+def flux_inputs(height: int, width: int) -> dict[str, Any]:
+    """Latents that are packed two by two; no text's tokens are on the grid."""
+    return {
+        "hidden_states": draw(2, height * width // 4, 16),
+        "encoder_hidden_states": draw(2, 5, 12),
+        "pooled_projections": draw(2, 10),
+        "img_ids": flux_ids(height // 2, width // 2),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def flux_ids(height: int, width: int, picture: int = 0) -> Tensor:
+    """Which picture, row and column every token is of, `[N, 3]`."""
+    return torch.cartesian_prod(torch.tensor([picture]), torch.arange(height), torch.arange(width)).float()
+
+
+def kontext_inputs(height: int, width: int) -> dict[str, Any]:
+    """A reference picture of another shape follows the picture."""
+    inputs = flux_inputs(height, width)
+    ids = torch.cat([inputs["img_ids"], flux_ids(3, 5, picture=1)])
+    return inputs | {"hidden_states": torch.cat([inputs["hidden_states"], draw(2, 15, 16)], dim=1), "img_ids": ids}
+
+
+def flux_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
+    return flux_inputs(height, width) | {"controlnet_cond": draw(2, height * width // 4, 16)}
+
+
+def qwen_image_inputs(height: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_states": draw(2, height * width // 4, 16),
+        "encoder_hidden_states": draw(2, 5, 12),
+        "encoder_hidden_states_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2]),
+        "img_shapes": [[(1, height // 2, width // 2)]] * 2,
+    }
+
+
+def qwen_image_edit_inputs(height: int, width: int) -> dict[str, Any]:
+    """A picture to edit of another shape follows the picture."""
+    inputs = qwen_image_inputs(height, width)
+    shapes = [[*inputs["img_shapes"][0], (1, 3, 5)]] * 2
+    return inputs | {
+        "hidden_states": torch.cat([inputs["hidden_states"], draw(2, 15, 16)], dim=1),
+        "img_shapes": shapes,
+    }
+
+
+def qwen_image_controlnet_inputs(height: int, width: int) -> dict[str, Any]:
+    return qwen_image_inputs(height, width) | {"controlnet_cond": draw(2, height * width // 4, 16)}
+
+
+def z_image_inputs(height: int, width: int) -> dict[str, Any]:
+    """Texts of five and of forty tokens: the first is padded, and masked behind that."""
+    return {"x": list(draw(2, 4, 1, height, width)), "cap_feats": [draw(5, 12), draw(40, 12)]}
+
+
+def per_mille(timestep: Tensor) -> dict[str, Tensor]:
+    return {"timestep": timestep / 1000}
+
+
+def risen(timestep: Tensor) -> dict[str, Tensor]:
+    return {"t": (1000 - timestep) / 1000}
+
+
 def unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**UNET)
 
@@ -194,6 +300,7 @@ def animatediff() -> UNetMotionModel:
     return UNetMotionModel.from_unet2d(unet(), adapter)
 
 
+KEYS: dict[str, Any] = {"level": 2, "timestep": per_mille, "merges_queries": False}
 FAMILIES = {
     "sd15": Family(unet, unet_inputs, layers=3, level=1),
     "sdxl": Family(lambda: UNet2DConditionModel(**SDXL), sdxl_inputs, layers=8, level=2),
@@ -210,5 +317,18 @@ FAMILIES = {
     "sd3_controlnet": Family(lambda: SD3ControlNetModel(**SD3_CONTROLNET), sd3_controlnet_inputs, layers=2, level=2),
     "sd35_large_controlnet": Family(
         lambda: SD3ControlNetModel(**SD35_LARGE_CONTROLNET), sd35_large_controlnet_inputs, layers=2, level=2
+    ),
+    "flux": Family(lambda: FluxTransformer2DModel(**FLUX), flux_inputs, layers=4, **KEYS),
+    "flux_kontext": Family(lambda: FluxTransformer2DModel(**FLUX), kontext_inputs, layers=4, **KEYS),
+    "flux_controlnet": Family(lambda: FluxControlNetModel(**FLUX), flux_controlnet_inputs, layers=4, **KEYS),
+    "qwen_image": Family(lambda: QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_inputs, layers=2, **KEYS),
+    "qwen_image_edit": Family(
+        lambda: QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_edit_inputs, layers=2, **KEYS
+    ),
+    "qwen_image_controlnet": Family(
+        lambda: QwenImageControlNetModel(**QWEN_IMAGE), qwen_image_controlnet_inputs, layers=2, **KEYS
+    ),
+    "z_image": Family(
+        lambda: ZImageTransformer2DModel(**Z_IMAGE), z_image_inputs, layers=2, **KEYS | {"timestep": risen}
     ),
 }

@@ -1,12 +1,12 @@
 """Every supported family of networks: identity, removal, shares, reuse, and attention beside an explicit reference."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     UNet2DConditionModel,
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, RecordedMerge, ToMeConfig, apply_patch, merge_maps, remove_patch, summary
 from tests.conftest import UNET
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, QWEN_IMAGE, Family
 
 SHARES = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 TIMESTEPS = torch.tensor([900, 750, 600, 450, 300, 150])
@@ -33,6 +33,12 @@ def network(family: Family) -> nn.Module:
     return family.make()
 
 
+def allowed(family: Family, shares: dict[str, float]) -> None:
+    """Skip where queries should merge and cannot."""
+    if shares.get("r") != 1 and not family.merges_queries:
+        pytest.skip("merges keys alone")
+
+
 def tokens_of(family: Family, height: int = 8, width: int = 12) -> int:
     return height // family.level * (width // family.level)
 
@@ -46,6 +52,7 @@ def test_keeping_all_is_the_identity_to_the_bit(family, network):
 @pytest.mark.parametrize("shares", SHARES)
 def test_merging_changes_the_output_and_removal_restores_it_to_the_bit(family, network, shares):
     before = family.run(network)
+    allowed(family, shares)
     apply_patch(network, **shares)
     merged = family.run(network)
     assert merged.isfinite().all()
@@ -63,7 +70,7 @@ def processors(network: nn.Module) -> list[object]:
 
 def test_nothing_is_left_behind(family, network):
     before, weights = processors(network), network.state_dict()
-    family.run(apply_patch(network, r=0.5))
+    family.run(apply_patch(network, **family.half))
     assert list(network.state_dict()) == list(weights)
     remove_patch(network)
     assert all(a is b for a, b in zip(processors(network), before, strict=True))
@@ -72,12 +79,12 @@ def test_nothing_is_left_behind(family, network):
 
 
 def test_applying_twice_is_applying_once(family, network):
-    once = family.run(apply_patch(network, r=0.5))
-    assert torch.equal(family.run(apply_patch(network, r=0.5)), once)
+    once = family.run(apply_patch(network, **family.half))
+    assert torch.equal(family.run(apply_patch(network, **family.half)), once)
 
 
 def test_a_deep_copy_is_independent(family, network):
-    before, merged = family.run(network), family.run(apply_patch(network, r=0.5))
+    before, merged = family.run(network), family.run(apply_patch(network, **family.half))
     clone = copy.deepcopy(network)
     remove_patch(network)
     assert torch.equal(family.run(clone), merged)
@@ -97,6 +104,7 @@ def test_a_deep_copy_is_independent(family, network):
     ],
 )
 def test_every_way_of_clustering(family, network, config):
+    config = config if family.merges_queries else replace(config, r=1.0, r_keys=config.r)
     before = family.run(network)
     merged = family.run(apply_patch(network, config))
     assert merged.isfinite().all()
@@ -105,14 +113,14 @@ def test_every_way_of_clustering(family, network, config):
 
 
 def test_levels_may_be_named(family, network):
-    apply_patch(network, r={family.level: 0.5})
+    apply_patch(network, **{name: {family.level: share} for name, share in family.half.items()})
     assert len(summary(network).layers) == family.layers
     with pytest.raises(ValueError, match=r"a share is given for level 8, but the levels that have self-attention are"):
         apply_patch(network, r={8: 0.5})
 
 
 def test_the_clusters_are_recorded_in_the_order_of_the_layers(family, network):
-    family.run(apply_patch(network, r=0.5, record=True))
+    family.run(apply_patch(network, **family.half, record=True))
     merges, layers = merge_maps(network), summary(network).layers
     assert len(layers) == family.layers
     assert [(m.network, m.layer) for m in merges] == [(x.network, x.name) for x in layers]
@@ -121,7 +129,9 @@ def test_the_clusters_are_recorded_in_the_order_of_the_layers(family, network):
 
 def test_clusters_serve_steps_and_both_parts_of_guidance(family, network):
     """Shared from the fourth step on: at the second, parts of the batch are found to be the same picture."""
-    apply_patch(network, r=0.5, refresh_every=3, record=True)
+    if not family.merges_queries:
+        pytest.skip("is called with timesteps that are no entries of the scheduler's")
+    apply_patch(network, **family.half, refresh_every=3, record=True)
     first, _ = half_and_half(family)
     for timestep in TIMESTEPS:
         family.run(network, timestep, **first)
@@ -131,7 +141,7 @@ def test_clusters_serve_steps_and_both_parts_of_guidance(family, network):
 
 
 def test_different_pictures_are_never_clustered_as_one(family, network):
-    apply_patch(network, r=0.5, refresh_every=1, record=True)
+    apply_patch(network, **family.half, refresh_every=1, record=True)
     _, second = half_and_half(family)
     for timestep in TIMESTEPS[:2]:
         family.run(network, timestep, **second)
@@ -139,27 +149,29 @@ def test_different_pictures_are_never_clustered_as_one(family, network):
 
 
 def labels_of(network: nn.Module, steps: set[int]) -> list[Tensor]:
-    return [merge.queries.labels for merge in merge_maps(network) if merge.queries and merge.step in steps]
+    return [merge.keys.labels for merge in merge_maps(network) if merge.keys and merge.step in steps]
 
 
 def half_and_half(family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs with one picture under guidance, and with two pictures; conditions are the same for both halves."""
     inputs = family.inputs(8, 12)
-    name = "sample" if "sample" in inputs else "hidden_states"
+    name = next(name for name in ("sample", "x", "hidden_states") if name in inputs)
     pictures = inputs[name]
-    same = {name: pictures[:1].repeat(2, *[1] * (pictures.ndim - 1))}
     condition = inputs.get("controlnet_cond")
     shared = {} if condition is None else {"controlnet_cond": repeat_first(condition)}
-    return shared | same, shared | {name: pictures}
+    same = pictures[:1] * 2 if isinstance(pictures, list) else pictures[:1].repeat(2, *[1] * (pictures.ndim - 1))
+    return shared | {name: same}, shared | {name: pictures}
 
 
 def repeat_first(condition: Any) -> Any:
     if isinstance(condition, list):
         return [repeat_first(each) for each in condition]
-    return condition[:1].repeat(2, 1, 1, 1)
+    return condition[:1].repeat(2, *[1] * (condition.ndim - 1))
 
 
 def test_a_schedule_of_shares(family, network):
+    if not family.merges_queries:
+        pytest.skip("tells the progress by the timestep's value")
     apply_patch(network, r=lambda progress: 0.25 + 0.5 * progress, r_keys=0.25)
     for timestep in TIMESTEPS[:3]:
         family.run(network, timestep)
@@ -168,9 +180,21 @@ def test_a_schedule_of_shares(family, network):
     assert {layer.kept_keys for layer in summary(network).layers} == {(tokens_of(family) // 4,) * 3}
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "z_image"])
+def test_a_schedule_of_shares_by_the_value_of_the_timestep(name):
+    family = FAMILIES[name]
+    network = apply_patch(family.make(), r=1, r_keys=lambda progress: 0.25 + 0.5 * progress)
+    for timestep in (1000, 500, 0):
+        family.run(network, timestep)
+        kept = round((0.75 - 0.5 * timestep / 1000) * tokens_of(family))
+        assert {layer.kept_keys[-1] for layer in summary(network).layers} == {kept}
+
+
 @pytest.mark.parametrize("shares", SHARES)
 def test_attention_is_softmax_over_logits_plus_log_sizes(family, network, shares):
     """Bolya et al. 2023, Eq. 1, written out; a text's columns have size 1."""
+    if not family.merges_queries:
+        pytest.skip("has a reference of its own")
     calls = recorded_calls(network)
     family.run(apply_patch(network, record=True, **shares))
     results = outputs(network)
@@ -281,30 +305,17 @@ def test_fused_projections_of_sd3_are_refused_and_work_again_unfused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["pixart", "sd35"])
+@pytest.mark.parametrize("name", ["pixart", "sd35", "flux", "flux_kontext", "qwen_image", "z_image"])
 def test_transformers_compile_whole(name):
     torch.compiler.reset()
     family = FAMILIES[name]
-    network = apply_patch(family.make(), r=0.5, r_keys=0.25, refresh_every=2)
+    network = apply_patch(family.make(), **family.half | {"r_keys": 0.25}, refresh_every=2)
     expected = [family.run(network, timestep) for timestep in TIMESTEPS[:3]]
     compiled: Any = torch.compile(network, fullgraph=True, backend="eager")
     steps = TIMESTEPS.clone()
     for timestep, output in zip(steps, expected, strict=False):
         assert torch.allclose(family.run(compiled, timestep), output, atol=1e-5)
-    assert {layer.clusterings for layer in summary(compiled).layers} == {2}
-
-
-def flux() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(2, 2, 0),
-    )
+    assert {layer.clusterings for layer in summary(compiled).layers} == {2 if family.merges_queries else 1}
 
 
 def sana() -> SanaTransformer2DModel:
@@ -313,9 +324,8 @@ def sana() -> SanaTransformer2DModel:
     return SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, sample_size=8, **heads, **widths)
 
 
-def qwen_image() -> QwenImageTransformer2DModel:
-    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 8, "axes_dims_rope": (4, 2, 2)}
-    return QwenImageTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, **heads)
+def qwen_image_layered() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(**QWEN_IMAGE, use_layer3d_rope=True)
 
 
 def stable_cascade() -> StableCascadeUNet:
@@ -371,10 +381,10 @@ def stable_video_diffusion() -> UNetSpatioTemporalConditionModel:
 
 
 @pytest.mark.parametrize(
-    "build", [flux, sana, qwen_image, stable_cascade, kandinsky, latent_upscaler, stable_video_diffusion]
+    "build", [sana, qwen_image_layered, stable_cascade, kandinsky, latent_upscaler, stable_video_diffusion]
 )
 def test_other_models_are_refused_in_one_sentence(build):
     network = build()
-    expected = f"^{type(network).__name__} has no self-attention that can be merged; supported are [^.]+3.5, [^.]+$"
+    expected = f"^{type(network).__name__} has no self-attention that can be merged; supported are Stable .+ ViTs$"
     with pytest.raises(ValueError, match=expected):
         apply_patch(network)

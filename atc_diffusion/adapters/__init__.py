@@ -1,7 +1,8 @@
 """What an adapter of a model family provides: its self-attentions, and how tokens go in and out of them."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,21 +37,65 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """The image in a call of a network.
+
+    Attributes:
+        latents: `[B, C, ...]`, or their tokens `[B, N, C]`.
+        size: height and width of the latents.
+        timestep: on a scale from 1000 (noise) to 0.
+        others: all other arguments of the call.
+        after: how many tokens follow the image's in the sequences of its attentions.
+    """
+
+    latents: Tensor
+    size: tuple[int, int]
+    timestep: Any
+    others: Kwargs
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the image's tokens are in a sequence that also has others, such as text tokens.
+
+    Attributes:
+        num_tokens: `N`, how many tokens the image has.
+        after: how many tokens follow them.
+    """
+
+    num_tokens: int
+    after: int = 0
+
+    def split(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """The parts of a sequence `x` before the image, of the image, and after it."""
+        return x.split([x.shape[dim] - self.num_tokens - self.after, self.num_tokens, self.after], dim=dim)
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """The image's part of a sequence `x`."""
+        return x.narrow(dim, x.shape[dim] - self.num_tokens - self.after, self.num_tokens)
+
+
+@dataclass(frozen=True)
 class Merge:
     """How the tokens of one call of a self-attention are merged.
 
     Attributes:
-        num_tokens: `N`, before merging.
+        place: which tokens are the image's; no others are merged.
         queries: merges the tokens of the queries and copies the output back; None keeps all of them.
-        keys: merges the tokens of keys and values; None keeps all of them. The same object as `queries` if as many are
-            kept.
+        keys: merges the tokens of keys and values, or for rotary families keys and values themselves; None keeps all of
+            them. The same object as `queries` if as many are kept.
         weigh: add the logarithm of a cluster's size to the logits of its key (proportional attention).
     """
 
-    num_tokens: int
+    place: Place
     queries: MergeMap | None
     keys: MergeMap | None
     weigh: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.place.num_tokens
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -70,26 +115,52 @@ class Merge:
         return x if self.queries is None else self.queries.unmerge(x)
 
 
-class Family(Protocol):
+class Family(ABC):
     """The adapter of one model family."""
 
+    @abstractmethod
     def layers(self, network: nn.Module) -> list[Layer]:
         """The self-attentions of `network`; empty if it belongs to another family."""
 
-    def attach(self, layer: Layer) -> None:
+    def image(self, given: Kwargs) -> ImageInput:
+        """The image in a call of a network, from the arguments of its forward method."""
+        others = dict(given)
+        timestep, latents = others.pop("timestep"), others.pop("sample" if "sample" in given else "hidden_states")
+        # A ControlNet that is given tokens is also given its condition, which has the size of the latents.
+        height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
+        return ImageInput(latents, (height, width), timestep, others)
+
+    def attach(self, layer: Layer) -> None:  # noqa: B027
         """Install what merging needs besides hooks, unless it is there; called before every call of the network."""
 
-    def detach(self, layer: Layer) -> None:
+    def detach(self, layer: Layer) -> None:  # noqa: B027
         """Undo `attach` exactly."""
 
-    def check(self, layer: Layer, keys_apart: bool) -> None:
-        """Raise ValueError if the attention's processor cannot merge or, if `keys_apart`, merge keys unlike queries."""
+    @abstractmethod
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
+        """Raise ValueError if the attention cannot merge queries, unless `all_queries` stay, or keys unlike queries."""
 
-    def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
-        """Keys or values `[B, N, C]` that the attention projects from `tokens` `[B, N, C]`."""
+    def tokens(self, args: Args, kwargs: Kwargs, place: Place) -> Tensor:
+        """The image's tokens `[B, N, C]` among the arguments of an attention."""
+        return first(args, kwargs)
 
+    def rotary(self, kwargs: Kwargs, place: Place) -> Any:
+        """The rotary embedding of the image's tokens among the arguments of an attention, if it has one."""
+        return None
+
+    @abstractmethod
+    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+        """Keys or values `[B, N, C]` that the attention makes of `tokens` `[B, N, C]`, keys rotated by `rotary`."""
+
+    @abstractmethod
     def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
         """The arguments of the attention with its tokens merged and, if `merge.weigh`, weighted in the softmax."""
 
+    @abstractmethod
     def unmerge(self, output: Any, merge: Merge) -> Any:
         """The attention's output, with the output of every cluster copied to its members."""
+
+
+def first(args: Args, kwargs: Kwargs) -> Tensor:
+    """The first argument of a block or an attention: its tokens `[B, N, C]`."""
+    return args[0] if args else kwargs["hidden_states"]

@@ -9,9 +9,14 @@ from atc_diffusion.adapters import Family
 
 # diffusers' class -> its adapter; of a network's classes the most derived one decides.
 _ADAPTERS = {
+    "FluxControlNetModel": "flux:FluxFamily",
+    "FluxTransformer2DModel": "flux:FluxFamily",
     "ModelMixin": "unet:UNetFamily",
+    "QwenImageControlNetModel": "qwen_image:QwenImageFamily",
+    "QwenImageTransformer2DModel": "qwen_image:QwenImageFamily",
     "SD3ControlNetModel": "sd3:SD3Family",
     "SD3Transformer2DModel": "sd3:SD3Family",
+    "ZImageTransformer2DModel": "z_image:ZImageFamily",
 }
 
 

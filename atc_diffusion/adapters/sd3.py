@@ -10,11 +10,11 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
 from atc_diffusion.adapters.forward import check_forward
 
 
-class SD3Family:
+class SD3Family(Family):
     """Merges image tokens, never text tokens. Replaces diffusers' joint processor, which ignores its mask."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
@@ -38,7 +38,7 @@ class SD3Family:
         if isinstance(attn.processor, MergedJointAttnProcessor):
             attn.processor = attn.processor.original
 
-    def check(self, layer: Layer, keys_apart: bool) -> None:
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
         check_forward(layer)
         kind = type(layer.attention.processor)
         if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
@@ -47,7 +47,7 @@ class SD3Family:
                 " JointAttnProcessor2_0; set that one, or call remove_patch"
             )
 
-    def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         """Keys after the model's key norm, if it has one, or values."""
         attn: Any = layer.attention
         return _keys(attn, tokens).transpose(1, 2).flatten(2) if which == "keys" else attn.to_v(tokens)

@@ -12,7 +12,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Args, Kwargs, Layer, Merge
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
 from atc_diffusion.adapters.forward import check_forward
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 
@@ -35,7 +35,7 @@ _ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor}
 _KEYS_OF_QUERIES_CLASSES = _classes(_KEYS_OF_QUERIES)
 
 
-class UNetFamily:
+class UNetFamily(Family):
     """Merges what is passed to `attn1`, and puts the weights into the additive mask that its processors take."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
@@ -56,7 +56,7 @@ class UNetFamily:
         if isinstance(attn.processor, MergedPerturbedAttnProcessor):
             attn.processor = attn.processor.original
 
-    def check(self, layer: Layer, keys_apart: bool) -> None:
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
         if type(layer.block).__name__ == "ToMeBlock":
             raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
         check_forward(layer)
@@ -69,7 +69,7 @@ class UNetFamily:
             way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
         raise ValueError(f"{layer.name} has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch")
 
-    def features(self, layer: Layer, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
+    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         attn: Any = layer.attention
         projection = attn.to_k if which == "keys" else attn.to_v
         return projection(tokens)
