@@ -1,4 +1,4 @@
-"""Which networks of a model can be merged, and which of their self-attentions a configuration asks for."""
+"""Finds the networks of a model that can be merged, and the self-attentions that a configuration selects."""
 
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ _SUPPORTED = (
 
 
 def find_networks(model: object) -> dict[str, nn.Module]:
-    """The denoising networks of a model, by their names in reports; first the one that denoises."""
+    """The networks of a model by the names that reports use: the denoiser first, then ControlNets."""
     if isinstance(model, nn.Module):
         return dict(_unwrapped("", model))
     named = {name: getattr(model, name, None) for name in (*_DENOISERS, "controlnet")}
@@ -48,7 +48,7 @@ def _unwrapped(name: str, network: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _innermost(network: Any) -> nn.Module:
-    """What is within torch.compile's, PEFT's and parallel wrappers, in whichever order they are."""
+    """The network inside wrappers of torch.compile, PEFT and data parallelism, nested in any order."""
     if hasattr(network, "get_base_model"):
         return _innermost(network.get_base_model())
     for wrapper in ("_orig_mod", "module"):
@@ -58,9 +58,9 @@ def _innermost(network: Any) -> nn.Module:
 
 
 def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[str, NetworkPatch]":
-    """A patch for every network that has self-attention at the levels that `config` asks for; the first must have some.
+    """A patch for every network with self-attention at the levels that `config` selects; the first must have some.
 
-    The first network decides which levels are meant, so that a ControlNet is merged where the denoiser is.
+    The first network decides which levels these are, so that a ControlNet is merged at the levels of the denoiser.
     """
     from atc_diffusion.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
 
@@ -80,7 +80,7 @@ def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[s
 
 
 def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Collection[int]:
-    """The levels that `config` asks for, of the `layers` of the denoiser; `existing` are those of all networks."""
+    """The levels that `config` selects, given the denoiser's `layers` and the levels `existing` in any network."""
     there_are = f"the levels that have self-attention are {', '.join(map(str, sorted(existing)))}"
     if config.levels is not None:
         if missing := config.levels - existing:
@@ -95,7 +95,7 @@ def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Col
 
 
 def _costly_levels(layers: list[Layer]) -> list[int]:
-    """Those whose attention costs at least half as much as the finest's; N^2 C, of N tokens by the level's grid."""
+    """Levels whose attention costs at least half as much as the finest level's, counting N^2 C operations a layer."""
     costs: dict[int, float] = {}
     for layer in layers:
         costs[layer.level] = costs.get(layer.level, 0) + layer.channels / layer.level**4

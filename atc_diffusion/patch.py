@@ -23,24 +23,24 @@ _PATCH = "_atc_diffusion"
 
 
 def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Model:
-    """Merge similar tokens in the self-attention of a diffusers pipeline, network or vision transformer, from now on.
+    """Merge similar tokens in the self-attention of a diffusers pipeline, a network or a vision transformer.
 
     A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Networks
     that are built from it later (`ControlNetModel.from_unet`, `AnimateDiffPipeline`) are copies without the patch.
-    Whatever was compiled with `torch.compile` is compiled again at its next call.
+    Everything compiled with `torch.compile` is recompiled at its next call.
 
     Args:
-        model: a pipeline, or a UNet, transformer or ControlNet of one; or timm's `VisionTransformer`.
+        model: a pipeline; a UNet, transformer or ControlNet; or timm's `VisionTransformer`.
         config: an `ATCConfig`, or the configuration of a baseline, such as `ToMeConfig`; for a vision transformer a
             `ViTConfig`.
-        options: fields of `ATCConfig`, in place of `config`: `apply_patch(pipe, r=0.6, linkage="average")`.
+        options: fields of `ATCConfig`, instead of `config`: `apply_patch(pipe, r=0.6, linkage="average")`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: for a value that does not fit, both `config` and `options`, a model without self-attention that can
-            be merged, or an attention processor that is not known to work. The model is then as it was.
+        ValueError: for an invalid value, both `config` and `options`, a model without self-attention that can merge,
+            or an attention processor that is not supported. The model is left unchanged.
     """
     config = _config(config, options)
     networks = find_networks(model)
@@ -58,7 +58,7 @@ def remove_patch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Iterator[Model]:
-    """`apply_patch` for the length of a `with` block.
+    """Apply a patch inside a `with` block.
 
     Afterwards, even after an exception, every network has the patch that it had before, or none.
     """
@@ -73,7 +73,7 @@ def patched(model: Model, config: MergeConfig | ViTConfig | None = None, **optio
 
 
 def summary(model: object) -> Any:
-    """What is patched in `model`, and what happened there in its last run: a `Summary`, or a `ViTSummary`.
+    """Report the patched layers of `model` and their last run, as a `Summary` or a `ViTSummary`.
 
     Raises:
         ValueError: if the model is not patched.
@@ -86,14 +86,14 @@ def summary(model: object) -> Any:
 
 
 def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
-    """The clusters of the last run, one entry for each layer and step, in the order in which they were used.
+    """The clusters of the last run, one entry for each layer and step, in order of use.
 
     Raises:
         ValueError: if the model is not patched with `record=True`.
     """
     patches = [patch for patch in _patches_of_patched(model) if not isinstance(patch, ViTPatch)]
     if not patches or not patches[0].config.record:
-        raise ValueError("the clusters of the last run were not kept; patch with record=True")
+        raise ValueError("the clusters of the last run were not recorded; patch with record=True")
     return tuple(merge for patch in patches for merge in patch.merges())
 
 

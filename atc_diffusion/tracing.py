@@ -1,4 +1,4 @@
-"""Patched networks cannot be traced: which tokens are merged depends on their values."""
+"""Patched networks cannot be traced, because the values of tokens decide which of them merge."""
 
 import torch
 

@@ -138,7 +138,7 @@ def test_the_clusters_of_a_run_are_recorded_on_request(unet):
     ]
     assert {(m.queries and m.queries.num_clusters, m.keys and m.keys.num_clusters) for m in merges} == {(32, 16)}
     run(apply_patch(unet, r=0.5))
-    with pytest.raises(ValueError, match="were not kept; patch with record=True"):
+    with pytest.raises(ValueError, match="were not recorded; patch with record=True"):
         merge_maps(unet)
 
 

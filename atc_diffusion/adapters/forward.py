@@ -1,4 +1,4 @@
-"""Whether an attention's forward is diffusers' own: what computes attention is the processor and the forward."""
+"""Checks that an attention's forward is diffusers' own, as both the processor and the forward compute attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from atc_diffusion.adapters import Layer
 
 
 def check_forward(layer: Layer) -> None:
-    """Raise ValueError if other code stands in for the forward of the layer's attention, as HyperTile's does."""
+    """Raise ValueError if the forward of the layer's attention was replaced, as HyperTile does."""
     forward = _innermost(layer.attention)
     function = getattr(forward, "__func__", forward)
     if function is not type(layer.attention).forward or not _source(function).startswith("diffusers."):
@@ -18,12 +18,12 @@ def check_forward(layer: Layer) -> None:
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """The module that defines a function; `__module__` may name the one that it wraps."""
+    """The module that defines a function; `__module__` may name that of a wrapped function."""
     return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
 
 
 def _innermost(attention: Any) -> Callable[..., Any]:
-    """The forward within accelerate's and diffusers' hooks (offloading, casting, caching), which call it as it is."""
+    """The forward inside the hooks of accelerate and diffusers (offloading, casting, caching), which only wrap it."""
     forward = attention.forward
     hooked = list(getattr(getattr(attention, "_diffusers_hook", None), "_fn_refs", ()))
     while maker := getattr(getattr(forward, "func", None), "__module__", None):

@@ -1,4 +1,4 @@
-"""Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): diffusers' processors, with keys of their own."""
+"""Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): diffusers' processors with separate keys."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ PERTURBED: dict[type, int] = {PAGIdentitySelfAttnProcessor2_0: 2, PAGCFGIdentity
 
 
 class MergedPerturbedAttnProcessor:
-    """A processor of `PERTURBED` that can take keys and values of other tokens than the queries."""
+    """A processor of `PERTURBED` whose keys and values may come from other tokens than its queries."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -31,7 +31,7 @@ class MergedPerturbedAttnProcessor:
     ) -> Tensor:
         """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, except in the last part.
 
-        In the last part every token is its own only key. Without `encoder_hidden_states` the original takes over.
+        In the last part, each token attends only to itself. Without `encoder_hidden_states`, calls the original.
         """
         if encoder_hidden_states is None:
             return self.original(attn, hidden_states, attention_mask=attention_mask, temb=temb)
@@ -43,7 +43,7 @@ class MergedPerturbedAttnProcessor:
 
 
 def attended_items(attn: Any, batch: int) -> int:
-    """How many of a batch of items the attention's processor attends in; the rest is perturbed."""
+    """How many items of a batch have attention; the others are perturbed."""
     processor = attn.processor
     if isinstance(processor, MergedPerturbedAttnProcessor):
         processor = processor.original
