@@ -41,6 +41,7 @@ MODELS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
+    "black-forest-labs/FLUX.1-dev": "flux",
     "latent-consistency/lcm-lora-sdv1-5": "lcm",
     "ByteDance/SDXL-Lightning": "lightning",
     "h94/IP-Adapter": "ip_adapter",
@@ -77,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     for name in ("sketch.png", "edges.png", "style.png", "photos/dog.png"):
         Image.linear_gradient("L").resize((128, 128)).convert("RGB").save(folder / name)
-    for name in ("sd15", "sdxl", "sd3", "pixart", "controlnet"):
+    for name in ("sd15", "sdxl", "sd3", "pixart", "flux", "controlnet"):
         getattr(tiny_pipelines, name)().save_pretrained(folder / name)
     save_lora(tiny_pipelines.sd15(), folder / "lcm")
     save_lora(tiny_pipelines.sdxl(), folder / "lightning", weight_name="sdxl_lightning_4step_lora.safetensors")
@@ -136,6 +137,7 @@ SPECIAL = {
     "A fair comparison with fewer steps",
     "A FastAPI endpoint",
     "Clustering by itself",
+    "Flux, Qwen-Image and Z-Image",
     "LoRA training",
     "Vision transformers",
     "What was merged",
@@ -186,6 +188,11 @@ def test_the_fraction_changes_during_denoising(run):
     kept = summary(run("A fraction that changes during denoising")["pipe"]).layers[0].kept_keys
     assert list(kept) == sorted(set(kept))
     assert (kept[0], kept[-1]) == (13, 51)  # of 256 tokens: 5 % and 20 %
+
+
+@pytest.mark.xfail(reason="timesteps outside of a scheduler's are warned of")
+def test_flux_draws_a_merged_image(run):
+    assert summary(run("Flux, Qwen-Image and Z-Image")["pipe"]).work_saved > 0
 
 
 @pytest.mark.xfail(reason="timesteps outside of a scheduler's are warned of")

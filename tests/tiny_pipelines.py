@@ -9,6 +9,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 from tests.conftest import UNET
-from tests.families import PIXART, SD3, SDXL
+from tests.families import FLUX, PIXART, SD3, SDXL
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji_diffusion"
 TEXT = 128  # width of the text encoder of emoji_diffusion
@@ -73,6 +75,19 @@ def sd3() -> StableDiffusion3Pipeline:
         tokenizer_2=_tokenizer(),
         text_encoder_3=_t5(2 * TEXT),
         tokenizer_3=_t5_tokenizer(),
+    )
+
+
+def flux() -> FluxPipeline:
+    texts = {"pooled_projection_dim": TEXT, "guidance_embeds": True}
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_t5(12),
+        tokenizer_2=_t5_tokenizer(),
+        transformer=FluxTransformer2DModel(**FLUX | texts),
     )
 
 
