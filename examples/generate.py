@@ -8,7 +8,7 @@ Without `--model` it draws emoji with the small Stable Diffusion that ships in `
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,7 @@ from pipeline import EMOJI, load
 
 SIDE, MARGIN = 256, 28  # pixels of a picture and of a line of text
 GAIN = 20  # of differences
+Column = tuple[str, list[Image.Image], str]  # name, pictures, figures
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -134,12 +135,12 @@ def warm_up(pipe: Any, args: argparse.Namespace, configs: Mapping[str, MergeConf
             draw(pipe, args, config, steps=2)
 
 
-def contact_sheet(columns: Mapping[str, tuple[list[Image.Image], str]]) -> Image.Image:
+def contact_sheet(columns: Sequence[Column]) -> Image.Image:
     """Columns of pictures, each under its name and above its figures."""
-    rows = len(next(iter(columns.values()))[0])
+    rows = len(columns[0][1])
     sheet = Image.new("RGB", (SIDE * len(columns), SIDE * rows + 2 * MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for x, (name, (pictures, figures)) in enumerate(columns.items()):
+    for x, (name, pictures, figures) in enumerate(columns):
         for text, middle in ((name, MARGIN / 2), (figures, sheet.height - MARGIN / 2)):
             pen.text(((x + 0.5) * SIDE, middle), text, "black", font, anchor="mm")
         for y, picture in enumerate(pictures):
@@ -154,14 +155,14 @@ def main() -> None:
     pipe = load(args.model)
     warm_up(pipe, args, configs)
     runs: dict[str, Run] = {}
-    columns = {}
+    columns: list[Column] = []
     for kept, config in configs.items():
         run = runs[kept] = draw(pipe, args, config, args.steps)
         figures = run.beside(runs["unmerged"])
         print(f"{kept:32} {figures}", flush=True)
-        columns[kept] = run.pictures, figures
+        columns.append((kept, run.pictures, figures))
         if config is not None:
-            columns[f"difference x {GAIN}: {kept}"] = run.differences(runs["unmerged"]), ""
+            columns.append((f"difference x {GAIN}", run.differences(runs["unmerged"]), ""))
     contact_sheet(columns).save(args.out)
     print(f"wrote {args.out}")
 
