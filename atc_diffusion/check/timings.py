@@ -1,0 +1,58 @@
+"""One clustering, and one attention with and without merging."""
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+from atc_diffusion.check.finding import Finding
+from atc_diffusion.clustering.windows import cluster_windows
+
+ROUNDS = 3
+SIDE, CHANNELS, HEADS, KEYS = (
+    64,
+    320,
+    8,
+    408,
+)  # the finest level of Stable Diffusion 1 at 512 x 512, a tenth of its keys
+
+
+def check_speed(device: torch.device) -> Iterator[Finding]:
+    subject = f"speed on {device}, 512 x 512"
+    try:
+        full, merged, clustering = _medians(device)
+    except Exception as problem:  # whatever a driver, a compiler or a missing operation raises
+        yield Finding(subject, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
+        return
+    note = (
+        f"attention {full * 1e3:.2f} ms; merged {merged / full:.2f} of it, a clustering {clustering / full:.2f} of it"
+    )
+    yield Finding(subject, note=note)
+
+
+@torch.no_grad()
+def _medians(device: torch.device) -> list[float]:
+    """Seconds that an attention, one with merged keys, and a clustering take; measured in turn."""
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    num_tokens = SIDE * SIDE
+    tokens = torch.randn(1, num_tokens, CHANNELS).to(device, dtype)
+    heads = tokens.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    keys, mask = heads[:, :, :KEYS].contiguous(), torch.zeros(1, 1, 1, KEYS, device=device, dtype=dtype)
+    work: list[Callable[[], object]] = [
+        lambda: F.scaled_dot_product_attention(heads, heads, heads),
+        lambda: F.scaled_dot_product_attention(heads, keys, keys, attn_mask=mask),
+        lambda: cluster_windows(tokens, (SIDE, SIDE), 32, "ward").cut(KEYS),
+    ]
+    for function in work:
+        _seconds(function, device)  # compiles
+    return [median(times) for times in zip(*([_seconds(f, device) for f in work] for _ in range(ROUNDS)), strict=True)]
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
