@@ -9,13 +9,17 @@ from atc_diffusion.clustering import check_choices, check_member
 Share = float | Callable[[float], float]
 Features = Literal["keys", "values", "keys_values", "hidden_states"]
 
+ALIGNMENT = 8  # keys: what xFormers asks of an attention mask in half precision, and tensor cores work best with
+FEWEST_ALIGNED = 64  # tokens from which the rounding changes a share by less than a sixteenth
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """The choices that every way of merging has; use `ATCConfig`, `ToMeConfig` or another baseline.
 
     Attributes:
-        r: share of the tokens **kept**, in (0, 1]: `N` tokens become `max(1, round(r * N))`. Or a function that gives
+        r: share of the tokens **kept**, in (0, 1]: of `N` tokens the nearest whole number to `r * N` is kept,
+            from 64 up the nearest multiple of 8, which xFormers and tensor cores ask for. Or a function that gives
             the share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched,
             by their downsampling factor, to either: `{1: 0.4, 2: 0.8}`. It sets how many queries there are, and so how
             many outputs are computed. A configuration that holds a lambda cannot be pickled; a named function can.
@@ -106,7 +110,7 @@ class MergeConfig:
         """
         r = self._share("r", level, progress)
         r_keys = r if self.r_keys is None else self._share("r_keys", level, progress)
-        return max(1, round(r * num_tokens)), max(1, round(r_keys * num_tokens))
+        return _num_kept(r, num_tokens), _num_kept(r_keys, num_tokens)
 
     def _share(self, name: str, level: int, progress: float | None) -> float:
         shares = getattr(self, name)
@@ -229,6 +233,14 @@ class DPCKNNConfig(MergeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_count("neighbors", self.neighbors, "a whole number from 1 up")
+
+
+def _num_kept(share: float, num_tokens: int) -> int:
+    """The count nearest to the share; of many, a multiple of `ALIGNMENT`, unless all are kept."""
+    exact = share * num_tokens
+    if share == 1 or exact < FEWEST_ALIGNED:
+        return max(1, round(exact))
+    return min(ALIGNMENT * round(exact / ALIGNMENT), num_tokens)
 
 
 def _is_count(value: object) -> bool:

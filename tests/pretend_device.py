@@ -16,7 +16,7 @@ DEVICE, CPU = torch.device("mps:0"), torch.device("cpu")
 
 # What merging adds to a network's own operations; PyTorch 2.6 has each of them on MPS, or composes it of such, as
 # `native_functions.yaml` in its macOS wheel says.
-OPERATIONS = {  # fmt: skip
+OPERATIONS = {
     "__rshift__",
     "_unsafe_view",
     "bitwise_and",

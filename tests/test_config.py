@@ -56,7 +56,21 @@ def test_the_shares_may_depend_on_level_and_progress():
         config.num_kept(100, 1, None)
 
 
-@pytest.mark.parametrize(("r", "num_tokens", "kept"), [(1, 10, 10), (0.6, 4096, 2458), (0.001, 10, 1), (0.25, 15, 4)])
+@pytest.mark.parametrize(
+    ("r", "num_tokens", "kept"),
+    [
+        (1, 10, 10),
+        (1, 100, 100),
+        (0.001, 10, 1),
+        (0.25, 15, 4),
+        (0.6, 105, 63),
+        (0.6, 108, 64),  # of 64.8: from 64 up a multiple of 8
+        (0.6, 4096, 2456),
+        (0.1, 4096, 408),
+        (0.99, 100, 96),
+        (0.999, 101, 101),  # no more than there are
+    ],
+)
 def test_the_share_is_of_tokens_kept(r, num_tokens, kept):
     assert ATCConfig(r=r).num_kept(num_tokens, 1, None) == (kept, kept)
 
@@ -99,3 +113,15 @@ def test_atc_clusters_by_its_linkage(linkage):
 def test_tome_names_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         ToMeConfig(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1024, 2304, 4096, 5850])
+@pytest.mark.parametrize("r", [0.1, 0.25, 0.6])
+def test_xformers_takes_masks_of_as_many_keys(dtype, num_tokens, r):
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    keys = torch.zeros(1, ATCConfig(r=r).num_kept(num_tokens, 1, None)[1], 8, 40, dtype=dtype)
+    queries = torch.zeros(1, num_tokens, 8, 40, dtype=dtype)
+    mask = torch.zeros(1, 8, 1, keys.shape[1], dtype=dtype).expand(-1, -1, num_tokens, -1)
+    reasons = fmha.cutlass.FwOp.not_supported_reasons(fmha.Inputs(queries, keys, keys, attn_bias=mask))
+    assert not [reason for reason in reasons if "attn_bias" in reason]

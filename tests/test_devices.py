@@ -1,13 +1,15 @@
 """Devices that need not be there: what runs on them, what crosses to the CPU, and what does not depend on defaults."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
 from atc_diffusion.clustering import placement
@@ -19,6 +21,8 @@ from tests.pretend_device import DEVICE, OPERATIONS, PretendDevice
 
 CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)
+
+unrecognised = pytest.mark.filterwarnings("ignore:.*no entry of scheduler.timesteps")
 
 
 def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
@@ -37,7 +41,7 @@ def step(network: Any, family: Family, config: MergeConfig | None) -> tuple[Tens
         return run_on(DEVICE, family, network).cpu(), device
 
 
-@pytest.mark.filterwarnings("ignore:.*no entry of scheduler.timesteps")
+@unrecognised
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_on_mps_needs_what_it_has_and_gives_what_the_cpu_gives(name, config):
@@ -102,3 +106,43 @@ def test_without_triton_the_cpu_clusters_what_is_on_cuda_and_says_so_once(monkey
         places = [place(x, "average", "cosine") for x in (tokens, tokens, many)]
     assert places == [("numba", CPU), ("numba", CPU), ("torch", CUDA)]
     assert len(warned) == 1
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@unrecognised
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_does_not_depend_on_the_default_dtype(name, default):
+    family = FAMILIES[name]
+    network = family.make()
+    inputs = family.inputs(8, 12)
+    apply_patch(network, ATCConfig(r_keys=0.3))
+    expected = family.run(network, **inputs)
+    with default_dtype(default):
+        output = family.run(network, **inputs)
+    assert torch.allclose(output, expected, atol=1e-5)
+
+
+@unrecognised
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
+    """Tensors of two devices do not mix in FakeTensorMode either, and reading a tensor's data raises there."""
+    family = FAMILIES[name]
+    inputs = family.inputs(8, 12) | {"timestep": torch.tensor([10, 10])}
+    with FakeTensorMode(), torch.no_grad():
+        with CUDA:
+            network = family.build()
+        apply_patch(network, config)
+        there = tree_map(lambda x: torch.empty_like(x, device=CUDA) if isinstance(x, Tensor) else x, inputs)
+        outputs = network(**there, return_dict=False)
+    assert {x.device for x in tree_flatten(outputs)[0]} == {CUDA}

@@ -59,7 +59,7 @@ class SD3Family(Family):
         merged = {
             "hidden_states": merge.merge_queries(tokens),
             "merged_keys": merge.merge_keys(tokens),
-            "log_weights": None if weights is None else weights.log().to(tokens.dtype),
+            "log_weights": None if weights is None else weights.float().log().to(tokens.dtype),
         }
         return (), given | merged
 

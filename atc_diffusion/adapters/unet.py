@@ -20,7 +20,7 @@ _MASKED = -1e4  # as good as -inf, and finite in float16
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
 
 # By name: which of them exist depends on the version of diffusers.
-_ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor", "AttnProcessorNPU")
+_ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 _KEYS_OF_QUERIES = {  # those that make keys of the queries' tokens alone, and the way out
     "FusedAttnProcessor2_0": "keys merged apart from queries need unfused projections; call unfuse_qkv_projections()",
     "CustomDiffusionAttnProcessor": "custom diffusion needs as many keys as queries; leave r_keys out",
@@ -119,7 +119,9 @@ def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Te
     """
     if merge.keys is None or (mask is None and not merge.weigh):
         return mask
-    weights = torch.ones(()) if mask is None else merge.keys.merge(_per_key(mask).float().exp().mT).mT
+    weights = tokens.new_ones((), dtype=torch.float32)
+    if mask is not None:
+        weights = merge.keys.merge(_per_key(mask).float().exp().mT).mT
     if merge.weigh:
         weights = weights * merge.keys.sizes[:, None, :]
     return weights.log().clamp(min=_MASKED).to(tokens.dtype)[: attended_items(layer.attention, len(tokens))]

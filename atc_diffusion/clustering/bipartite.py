@@ -38,7 +38,7 @@ def match(tokens: Tensor, destinations: Tensor) -> Matching:
         destinations: `[D]` int64, indices of the tokens that others may join.
     """
     is_source = torch.ones(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    is_source[destinations] = False
+    is_source.scatter_(0, destinations, False)
     # A stable sort instead of nonzero keeps the shape static.
     sources = is_source.sort(descending=True, stable=True).indices[: tokens.shape[1] - len(destinations)]
     units = F.normalize(tokens.detach().float(), dim=2)
