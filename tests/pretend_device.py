@@ -34,6 +34,7 @@ OPERATIONS = {
     "gather",
     "log",
     "max",
+    "new_ones",
     "norm",
     "ones",
     "remainder",
