@@ -138,6 +138,8 @@ class NetworkPatch:
     def _warn_of_no_reuse(self, moment: Moment | None) -> None:
         """Once, at the second call that is not recognised: a single one could not have reused anything."""
         wants_reuse = self.config.refresh_every > 1 or self.config.share_guidance
+        if self._family.scales_timesteps:
+            return
         self._unrecognised += moment is None and wants_reuse
         if moment is None and wants_reuse and self._unrecognised == 2:
             warnings.warn(

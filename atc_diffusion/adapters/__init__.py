@@ -116,7 +116,13 @@ class Merge:
 
 
 class Family(ABC):
-    """The adapter of one model family."""
+    """The adapter of one model family.
+
+    Attributes:
+        scales_timesteps: whether its pipelines call networks with multiples of the scheduler's timesteps.
+    """
+
+    scales_timesteps = False
 
     @abstractmethod
     def layers(self, network: nn.Module) -> list[Layer]:
