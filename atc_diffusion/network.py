@@ -62,7 +62,8 @@ class NetworkPatch:
     def summaries(self) -> list[LayerSummary]:
         """What the layers did in the last run."""
         logs = self._last_run.log
-        return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels) for x in self._layers]
+        projects_all = self._family.projects_all
+        return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels, projects_all) for x in self._layers]
 
     def merges(self) -> list[RecordedMerge]:
         """The clusters of the last run, if the configuration records them."""

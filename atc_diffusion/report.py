@@ -40,6 +40,7 @@ class LayerSummary:
         kept: queries kept, by step.
         kept_keys: keys and values kept, by step.
         clusterings: how often its tokens were clustered.
+        projects_all: whether all tokens are projected, and keys and values merge after that.
     """
 
     network: str
@@ -50,6 +51,7 @@ class LayerSummary:
     kept: tuple[int, ...] = ()
     kept_keys: tuple[int, ...] = ()
     clusterings: int = 0
+    projects_all: bool = False
 
     @property
     def work(self) -> float:
@@ -62,7 +64,8 @@ class LayerSummary:
         return len(self.kept) * self._work(self.tokens, self.tokens)
 
     def _work(self, queries: int, keys: int) -> float:
-        return 2 * self.channels * (self.channels * (queries + keys) + queries * keys)
+        projected = 2 * self.tokens if self.projects_all else queries + keys
+        return 2 * self.channels * (self.channels * projected + queries * keys)
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ class LayerLog:
         self.kept[step] = kept
         self.clusterings += clustered
 
-    def summary(self, network: str, name: str, level: int, channels: int) -> LayerSummary:
+    def summary(self, network: str, name: str, level: int, channels: int, projects_all: bool) -> LayerSummary:
         queries, keys = zip(*self.kept.values(), strict=True) if self.kept else ((), ())
-        return LayerSummary(network, name, level, channels, self.tokens, queries, keys, self.clusterings)
+        return LayerSummary(network, name, level, channels, self.tokens, queries, keys, self.clusterings, projects_all)
 
 
 @dataclass

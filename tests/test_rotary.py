@@ -232,6 +232,15 @@ def test_pictures_of_several_sizes_in_one_call_of_z_image_are_refused():
         family.run(network, x=[draw(4, 1, 8, 12), draw(4, 1, 8, 8)])
 
 
+def test_the_summary_counts_the_projections_of_all_tokens():
+    family = FAMILIES["flux"]
+    network = apply_patch(family.make(), **FEW_KEYS)
+    family.run(network)
+    channels, kept = 16, NUM_TOKENS // 4
+    saved = NUM_TOKENS * (NUM_TOKENS - kept) / (2 * channels * NUM_TOKENS + NUM_TOKENS**2)
+    assert summary(network).work_saved == pytest.approx(saved)
+
+
 def test_no_token_of_a_reference_picture_is_merged():
     family: Family = FAMILIES["flux_kontext"]
     network = apply_patch(family.make(), **FEW_KEYS, record=True)

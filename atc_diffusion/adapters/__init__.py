@@ -119,9 +119,11 @@ class Family(ABC):
     """The adapter of one model family.
 
     Attributes:
+        projects_all: whether all tokens are projected, and keys and values merge after that.
         scales_timesteps: whether its pipelines call networks with multiples of the scheduler's timesteps.
     """
 
+    projects_all = False
     scales_timesteps = False
 
     @abstractmethod

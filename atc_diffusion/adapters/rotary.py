@@ -70,6 +70,7 @@ class RotaryFamily(Family):
         merged_processor: ours, which stands in.
     """
 
+    projects_all = True
     scales_timesteps = True
     processor: type
     merged_processor: type[MergedProcessor]
