@@ -225,6 +225,13 @@ def test_gradients_are_the_same_with_checkpoints(name):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_mask_is_refused_where_keys_of_flux_merge():
+    family = FAMILIES["flux"]
+    network = apply_patch(family.make(), **FEW_KEYS)
+    with pytest.raises(ValueError, match=r"merging in Flux takes no attention_mask; leave it out"):
+        family.run(network, joint_attention_kwargs={"attention_mask": torch.ones(2, 1, 1, 29, dtype=torch.bool)})
+
+
 def test_pictures_of_several_sizes_in_one_call_of_z_image_are_refused():
     family = FAMILIES["z_image"]
     network = apply_patch(family.make(), **FEW_KEYS)

@@ -29,12 +29,14 @@ class MergedFluxAttnProcessor(MergedProcessor):
             attn: the attention.
             hidden_states: the image's tokens in joint blocks, the text's and the image's in single ones.
             encoder_hidden_states: the text in joint blocks.
-            attention_mask: as the original takes it; not together with `merge`.
+            attention_mask: refused together with `merge`.
             image_rotary_emb: cosines and sines `[T + S, D]` for text and image.
             merge: how the image's keys merge; None: not at all.
         """
         if merge is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None:
+            raise ValueError("merging in Flux takes no attention_mask; leave it out, or call remove_patch")
         query, key, value = _projected(attn, hidden_states)
         if encoder_hidden_states is not None:
             pairs = zip(_projected_text(attn, encoder_hidden_states), (query, key, value), strict=True)
