@@ -1,6 +1,7 @@
 """Attention processors: the known ones work, before and after patching; any other is refused before the first step."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,6 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
-    pipeline_stable_diffusion_attend_and_excite as attend_and_excite,
-)
-from diffusers.pipelines.deprecated.text_to_video_synthesis import pipeline_text_to_video_zero as text_to_video_zero
 from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
@@ -37,6 +34,10 @@ from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from tests.conftest import UNET
 from tests.test_patch import run
 from tests.test_pipelines import MASK, PARTS, PICTURE, draw, text
+
+# diffusers moves them to its deprecated pipelines.
+attend_and_excite: Any = sys.modules[diffusers.StableDiffusionAttendAndExcitePipeline.__module__]
+text_to_video_zero: Any = sys.modules[diffusers.TextToVideoZeroPipeline.__module__]
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 SHARES: list[dict[str, Any]] = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
