@@ -18,15 +18,18 @@ class Call:
     """One call of a network.
 
     Attributes:
+        owner: the patch of the network.
         kept: how many queries and how many keys are kept, by level.
         fewest: the fewest that its clusters will be asked for, by level.
         timestep: scalar tensor.
         log: of the run that the call is part of.
-        size: height and width of the latents; None where an attention is called outside its network.
+        size: height and width of the latents.
         after: how many tokens follow the image's in the sequences of its attentions.
-        step: the entry of the scheduler's timesteps; 0 if unknown.
-        guidance_parts: how many parts of the batch are the same pictures under different guidance.
+        items: how many images attend to themselves: the batch, times its frames.
+        step: which step of its run it is, from 0.
         clusters: what serves it; what is missing is added.
+        outer: the call within which the network was called, of another network.
+        visits: how often each layer's attention was called so far.
         hidden_states: what each layer's block was given.
         rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
@@ -34,15 +37,18 @@ class Call:
         running: whether the network has not returned yet.
     """
 
+    owner: object
     kept: dict[int, tuple[int, int]]
     fewest: dict[int, int]
     timestep: Tensor
-    log: RunLog = field(default_factory=RunLog)
-    size: tuple[int, int] | None = None
-    after: int = 0
-    step: int = 0
-    guidance_parts: int = 1
-    clusters: Clusters = field(default_factory=Clusters)
+    log: RunLog
+    size: tuple[int, int]
+    after: int
+    items: int
+    step: int
+    clusters: Clusters
+    outer: "Call | None" = None
+    visits: dict[str, int] = field(default_factory=dict)
     hidden_states: dict[str, Tensor] = field(default_factory=dict)
     rotary: dict[str, Any] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
@@ -56,14 +62,16 @@ present: ContextVar[Call | None] = ContextVar("present", default=None)
 _checkpointed = WeakTensorKeyDictionary()
 
 
-def enter_block(hidden_states: Tensor) -> Call | None:
-    """The call that a block is in, or was in if a checkpoint recomputes it; None outside of any."""
+def enter_block(layer: str, hidden_states: Tensor) -> Call | None:
+    """The call that a layer's block is in, or was in if a checkpoint recomputes it; None outside of any."""
     call = present.get()
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return call
     if call is not None:
-        _checkpointed[hidden_states] = call
-    elif (call := _checkpointed.get(hidden_states)) is not None:
+        _checkpointed[hidden_states] = call, call.visits.get(layer, 0)
+    elif hidden_states in _checkpointed:
+        call, visits = _checkpointed[hidden_states]
+        call.visits[layer] = visits
         present.set(call)
     return call
 

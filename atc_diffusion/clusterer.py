@@ -32,9 +32,9 @@ def build_tree(config: MergeConfig, features: Tensor, grid: Grid, step: Tensor, 
 
 
 def _atc(config: ATCConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
-    if config.window is None or config.window >= max(grid):
+    if config.window_size is None or config.window_size >= max(grid):
         return cluster_tree(features, config.linkage, backend=config.backend, num_clusters=num_clusters)
-    return cluster_windows(features, grid, config.window, config.linkage, config.backend)
+    return cluster_windows(features, grid, config.window_size, config.linkage, config.backend)
 
 
 def _tome(config: ToMeConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:

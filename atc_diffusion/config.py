@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from atc_diffusion.clustering import check_choices, check_member
 
 Share = float | Callable[[float], float]
+Levels = Literal["finest", "costly", "all"]
 Features = Literal["keys", "values", "keys_values", "hidden_states"]
 
 ALIGNMENT = 8  # keys: what xFormers asks of an attention mask in half precision, and tensor cores work best with
@@ -30,16 +31,17 @@ class MergeConfig:
             ("hidden_states", as the authors' code does).
         proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged token
             weighs as much as its members did (Bolya et al. 2023, Eq. 1).
-        max_downsample: patch the levels down to this downsampling factor (1, 2, 4, ...). None: the finest level that
-            has self-attention, which is 1 in Stable Diffusion 1 and 2, and 2 in SDXL, SD3 and PixArt. "auto": every
-            level whose attention costs at least half as much as the finest's, which adds level 4 in SDXL. Not together
-            with a mapping for `r` or `r_keys`.
+        levels: which levels are merged, by downsampling factor: a tuple such as (1, 2), or "finest", the finest that
+            has self-attention (1 in Stable Diffusion 1 and 2, 2 in SDXL, SD3 and PixArt), "costly", every level whose
+            attention costs at least half as much as the finest's (adds level 4 in SDXL), or "all". Not together with a
+            mapping for `r` or `r_keys`.
         share_guidance: cluster the tokens of a picture once for all parts of its classifier-free guidance, by the
             features of the last, which is the conditional one in Stable Diffusion. Which items of a batch are such
             parts is inferred, so sharing begins at a run's second step.
         share_layers: how many consecutive layers of a level one clustering serves.
-        refresh_every: recluster every this many entries of `scheduler.timesteps` (second-order schedulers have two
-            entries a step).
+        recluster_threshold: tokens are reclustered once the network's input latents have changed by more than this
+            since the last clustering (norm of the change, relative to the norm of the latents). 0 reclusters at every
+            call.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
@@ -50,10 +52,10 @@ class MergeConfig:
     r_keys: Share | Mapping[int, Share] | None = None
     features: Features = "keys"
     proportional_attention: bool = True
-    max_downsample: int | Literal["auto"] | None = None
+    levels: Levels | tuple[int, ...] = "finest"
     share_guidance: bool = False
     share_layers: int = 1
-    refresh_every: int = 1
+    recluster_threshold: float = 0.0
     record: bool = False
 
     def __post_init__(self) -> None:
@@ -64,10 +66,20 @@ class MergeConfig:
         if isinstance(self.r, Mapping) and isinstance(self.r_keys, Mapping) and self.r.keys() != self.r_keys.keys():
             raise ValueError(f"r={self.r!r} and r_keys={self.r_keys!r} name different levels; name the same in both")
         check_member("features", self.features, get_args(Features))
-        if self.max_downsample not in (None, "auto"):
-            _check_count("max_downsample", self.max_downsample, "None, 'auto' or a factor 1, 2, 4, ...")
+        self._check_levels()
         _check_count("share_layers", self.share_layers, "a number of layers from 1 up")
-        _check_count("refresh_every", self.refresh_every, "a number of steps from 1 up")
+        threshold = self.recluster_threshold
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not threshold >= 0:
+            raise ValueError(f"recluster_threshold must be a number from 0 up, got {threshold!r}")
+
+    def _check_levels(self) -> None:
+        if self.levels in get_args(Levels):
+            return
+        if not isinstance(self.levels, tuple) or not self.levels or not all(map(_is_count, self.levels)):
+            choices = ", ".join(map(repr, get_args(Levels)))
+            raise ValueError(
+                f"levels must be {choices} or a tuple of downsampling factors such as (1, 2), got {self.levels!r}"
+            )
 
     def _check_shares(self, name: str) -> None:
         shares = getattr(self, name)
@@ -75,8 +87,8 @@ class MergeConfig:
             if not shares or not all(_is_count(level) for level in shares):
                 example = f"downsampling factors as keys, such as {{1: 0.4, 2: 0.8}}, got {shares!r}"
                 raise ValueError(f"{name} by level needs {example}")
-            if self.max_downsample is not None:
-                raise ValueError(f"{name}={shares!r} names the levels; leave out max_downsample={self.max_downsample}")
+            if self.levels != "finest":
+                raise ValueError(f"{name}={shares!r} names the levels; leave out levels={self.levels!r}")
         for share in shares.values() if isinstance(shares, Mapping) else [shares]:
             if share is not None or name == "r":
                 self._check_share(name, share)
@@ -97,10 +109,16 @@ class MergeConfig:
         raise ValueError(f"{name} is the share of tokens kept, in (0, 1], got {number!r}{hint}")
 
     @property
-    def levels(self) -> frozenset[int] | None:
-        """The levels that `r` or `r_keys` names, by downsampling factor; None if neither does."""
-        named = [shares for shares in (self.r, self.r_keys) if isinstance(shares, Mapping)]
+    def named_levels(self) -> frozenset[int] | None:
+        """The levels that `r`, `r_keys` or `levels` lists, by downsampling factor; None if none of them does."""
+        named = [each for each in (self.r, self.r_keys, self.levels) if isinstance(each, Mapping | tuple)]
         return frozenset(named[0]) if named else None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a share is a function of the progress of denoising."""
+        shares = (self.r, self.r_keys)
+        return any(map(callable, (each for x in shares for each in (x.values() if isinstance(x, Mapping) else [x]))))
 
     def num_kept(self, num_tokens: int, level: int, progress: float | None) -> tuple[int, int]:
         """How many queries and how many keys are kept of `num_tokens` at a level and at the progress of denoising.
@@ -127,27 +145,28 @@ class MergeConfig:
 class ATCConfig(MergeConfig):
     """Agglomerative Token Clustering (Haurum et al. 2024, section 3.2).
 
-    By default one clustering serves both parts of guidance and three steps, which changes pictures hardly more than
-    merging does (eval/results) and costs a sixth; `paper` clusters anew for each.
+    By default one clustering is shared by all parts of guidance and reused until the latents have moved by
+    `recluster_threshold`, at any number of steps. `paper` reclusters at every call.
 
     Attributes:
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
-        window: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at once,
-            which is a little nearer to the unmerged picture (eval/results) and takes longer the more tokens there are.
+        window_size: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at
+            once, which is a little nearer to the unmerged picture (eval/results) and takes longer the more tokens there
+            are.
         backend: what clusters: a name that `agglomerate` takes, or None for the fastest.
     """
 
     linkage: str = "average"
-    window: int | None = 32
+    window_size: int | None = 32
     share_guidance: bool = True
-    refresh_every: int = 3
+    recluster_threshold: float = 0.15
     backend: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and not (_is_count(self.window) and self.window >= 2):
-            raise ValueError(f"window must be None or a side of at least 2 tokens, got {self.window!r}")
+        if self.window_size is not None and not (_is_count(self.window_size) and self.window_size >= 2):
+            raise ValueError(f"window_size must be None or a side of at least 2 tokens, got {self.window_size!r}")
         check_choices(self.linkage, backend=self.backend)
 
     @classmethod
@@ -161,9 +180,9 @@ class ATCConfig(MergeConfig):
             linkage=linkage,
             features="hidden_states",
             proportional_attention=False,
-            window=None,
+            window_size=None,
             share_guidance=False,
-            refresh_every=1,
+            recluster_threshold=0.0,
         )
 
     @classmethod
@@ -173,7 +192,7 @@ class ATCConfig(MergeConfig):
         It merges every costly level, unless `r_keys` names the levels: one in Stable Diffusion 1 and 2, two in SDXL.
         Ward's linkage makes clusters of least spread, which is what merged keys lose.
         """
-        return cls(r=1.0, r_keys=r_keys, linkage="ward", max_downsample=None if isinstance(r_keys, Mapping) else "auto")
+        return cls(r=1.0, r_keys=r_keys, linkage="ward", levels="finest" if isinstance(r_keys, Mapping) else "costly")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,16 +82,13 @@ def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[s
 def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Collection[int]:
     """The levels that `config` selects, given the denoiser's `layers` and the levels `existing` in any network."""
     there_are = f"the levels that have self-attention are {', '.join(map(str, sorted(existing)))}"
-    if config.levels is not None:
-        if missing := config.levels - existing:
-            raise ValueError(f"a share is given for level {min(missing)}, but {there_are}; use some of them")
-        return config.levels
-    if isinstance(config.max_downsample, str):
-        return _costly_levels(layers)
-    coarsest = config.max_downsample or min(layer.level for layer in layers)
-    if coarsest < min(existing):
-        raise ValueError(f"max_downsample={coarsest}, but {there_are}; use one of them, or None for the finest")
-    return {level for level in existing if level <= coarsest}
+    if config.named_levels is not None:
+        if missing := config.named_levels - existing:
+            raise ValueError(f"level {min(missing)} was asked for, but {there_are}; use some of them")
+        return config.named_levels
+    if config.levels == "all":
+        return existing
+    return _costly_levels(layers) if config.levels == "costly" else {min(layer.level for layer in layers)}
 
 
 def _costly_levels(layers: list[Layer]) -> list[int]:

@@ -12,6 +12,7 @@ from atc_diffusion.call import Call, enter_block, leave_block, present
 from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
+from atc_diffusion.inputs import Sharing
 from atc_diffusion.merge_map import MergeMap
 
 
@@ -42,7 +43,7 @@ class LayerHooks:
 
     def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
         hidden_states = first(args, kwargs)
-        call = enter_block(hidden_states)
+        call = enter_block(self.layer.name, hidden_states)
         if call is not None and self.config.features == "hidden_states":
             call.hidden_states[self.layer.name] = hidden_states
 
@@ -50,8 +51,13 @@ class LayerHooks:
         leave_block()
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = present.get() or self._call_of_its_own(first(args, kwargs))
-        place = self._place(call, first(args, kwargs))
+        call = present.get()
+        if call is None:
+            raise ValueError(
+                f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
+                " method or a part of it, or remove_patch"
+            )
+        place = Place(math.prod(self.layer.grid(call.size)), call.after)
         call.rotary[self.layer.name] = self.family.rotary(kwargs, place)
         merge = self._cut(call, self.family.tokens(args, kwargs, place), place)
         call.merges[self.layer.name] = merge
@@ -59,66 +65,59 @@ class LayerHooks:
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
         call = present.get()
-        assert call is not None  # set by `_merge` at the latest
-        merge = call.merges[self.layer.name]
+        assert call is not None  # or `_merge` would have raised
         call.hidden_states.pop(self.layer.name, None)
-        if call.size is None:
-            present.set(None)
-        return self.family.unmerge(output, merge)
-
-    def _call_of_its_own(self, tokens: Tensor) -> Call:
-        """For an attention that is called outside of its network."""
-        level = self.layer.level
-        kept = self.config.num_kept(tokens.shape[1], level, progress=None)
-        call = Call({level: kept}, {level: min(kept)}, torch.tensor(0))
-        present.set(call)
-        return call
-
-    def _place(self, call: Call, sequence: Tensor) -> Place:
-        """Where the image is in a `sequence` `[B, S, C]`; of an attention outside of its network, it is all of it."""
-        return Place(sequence.shape[1] if call.size is None else math.prod(self.layer.grid(call.size)), call.after)
+        return self.family.unmerge(output, call.merges[self.layer.name])
 
     def _cut(self, call: Call, tokens: Tensor, place: Place) -> Merge:
-        """What this call merges of `tokens` `[B, N, C]`: two cuts of one tree."""
+        """What this call merges of `tokens` `[B, N, C]`: two cuts of one tree.
+
+        An attention that is called several times, such as for portions of the batch, has clusters for each time.
+        """
         num_tokens = tokens.shape[1]
+        visit = call.visits.get(self.layer.name, 0)
+        call.visits[self.layer.name] = visit + 1
         kept = call.kept[self.layer.level]
         if min(kept) == num_tokens:
             return Merge(place, None, None, False)
-        tree = self._tree(call, tokens)
-        queries, keys = (self._map(call, tree, count, tokens) for count in kept)
+        key = (self.clusters, visit, len(tokens))
+        queries, keys = (self._map(call, key, count, tokens) for count in kept)
         return Merge(place, queries, keys, self.config.proportional_attention)
 
-    def _map(self, call: Call, tree: Cuttable, count: int, tokens: Tensor) -> MergeMap | None:
+    def _map(self, call: Call, key: object, count: int, tokens: Tensor) -> MergeMap | None:
         """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""
+        tree, maps = self._tree(call, key, tokens), call.clusters.maps
         num_clusters = max(count, tree.num_clusters)
         if num_clusters >= tokens.shape[1]:
             return None
-        maps, key = call.clusters.maps, (self.clusters, count)
-        if key not in maps:
-            labels = tree.cut(num_clusters)
-            maps[key] = MergeMap(labels.repeat(len(tokens) // len(labels), 1), num_clusters)
-        return maps[key]
+        if (key, count) not in maps:
+            labels, sharing = tree.cut(num_clusters), _sharing(call, tokens)
+            maps[key, count] = MergeMap(sharing.spread(labels) if sharing else labels, num_clusters)
+        return maps[key, count]
 
-    def _tree(self, call: Call, tokens: Tensor) -> Cuttable:
+    def _tree(self, call: Call, key: object, tokens: Tensor) -> Cuttable:
         trees = call.clusters.trees
-        if self.clusters not in trees:
+        if key not in trees:
             with torch.no_grad():
                 fewest = call.fewest[self.layer.level]
                 features, grid = self._features(call, tokens), self._grid(call, tokens)
-                trees[self.clusters] = build_tree(self.config, features, grid, call.timestep, fewest)
+                trees[key] = build_tree(self.config, features, grid, call.timestep, fewest)
             call.clustered[self.layer.name] = True
-        return trees[self.clusters]
+        return trees[key]
 
     def _features(self, call: Call, tokens: Tensor) -> Tensor:
-        """What tokens are compared by, `[B, N, C]`; of guidance parts only the last."""
-        if self.config.features == "hidden_states":
-            given = call.hidden_states.get(self.layer.name, tokens)  # of several images, the one to merge comes first
-            return given[:, : tokens.shape[1]].chunk(call.guidance_parts)[-1]
-        last = tokens.chunk(call.guidance_parts)[-1]
-        if self.config.features == "keys_values":
-            keys, values = (self._projections(call, last, which) for which in ("keys", "values"))
+        """What the clustered items of `tokens` `[B, N, C]` are compared by."""
+        sharing, which = _sharing(call, tokens), self.config.features
+        if which == "hidden_states":  # of several images, the one to merge comes first
+            tokens = call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]]
+        if sharing is not None:
+            tokens = sharing.pick(tokens)
+        if which == "hidden_states":
+            return tokens
+        if which == "keys_values":
+            keys, values = (self._projections(call, tokens, each) for each in ("keys", "values"))
             return torch.cat([_unit_deviation(keys), _unit_deviation(values)], dim=2)
-        return self._projections(call, last, self.config.features)
+        return self._projections(call, tokens, which)
 
     def _projections(self, call: Call, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
         """Keys or values `[B, N, C]` of `tokens` `[B, N, C]`, for which weights are needed ahead of the attention."""
@@ -130,8 +129,6 @@ class LayerHooks:
         return self.family.features(self.layer, tokens, call.rotary[self.layer.name], which)
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
-        if call.size is None:
-            return 1, tokens.shape[1]
         height, width = self.layer.grid(call.size)
         if height * width != tokens.shape[1]:
             raise ValueError(
@@ -139,6 +136,11 @@ class LayerHooks:
                 " this layout cannot be merged, so call remove_patch"
             )
         return height, width
+
+
+def _sharing(call: Call, tokens: Tensor) -> Sharing | None:
+    """Which items of `tokens` `[B, N, C]` share clusters; None: none do, or these are a portion of the items."""
+    return call.clusters.sharing if len(tokens) == call.items else None
 
 
 def _waits_for_weights(module: nn.Module) -> bool:

@@ -2,18 +2,18 @@
 
 import inspect
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer
 from atc_diffusion.call import Call, present
 from atc_diffusion.config import MergeConfig
+from atc_diffusion.inputs import Inputs
 from atc_diffusion.layer_hooks import LayerHooks
 from atc_diffusion.report import LayerSummary, RecordedMerge
 from atc_diffusion.schedule import Moment, Run, Schedule, progress_by_value
@@ -40,7 +40,6 @@ class NetworkPatch:
         self._parameters = _parameters(type(network))
         self._schedule = Schedule()
         self._last_run = Run()
-        self._unrecognised = 0
         self._handles: list[RemovableHandle] = []
         self._check_processors((64, 64), self._kept((64, 64), progress=0.0))
 
@@ -77,26 +76,25 @@ class NetworkPatch:
         moment = Moment.of(timestep)
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
         self._check_processors(size, kept)
-        self._warn_of_no_reuse(moment)
-        run = self._schedule.run(moment)
-        step = 0 if moment is None else moment.index
-        lane = run.lane(step)
-        lane.advance(image.latents, step, self.config.refresh_every, self.config.share_guidance)
-        lane.clusters.keep_maps({count for counts in kept.values() for count in counts})
+        inputs, run = Inputs.of(image.latents, image.others), self._schedule.run(moment, timestep)
+        clusters = run.clusters(inputs, self.config.recluster_threshold, self.config.share_guidance)
+        clusters.keep_maps({count for counts in kept.values() for count in counts})
         for layer in self._layers:
             self._family.attach(layer)
         self._last_run = run
         present.set(
             Call(
+                owner=self,
                 kept=kept,
                 fewest=self._fewest(size, moment, kept),
-                timestep=torch.as_tensor(timestep).float().max(),
+                timestep=torch.as_tensor(timestep, device=image.latents.device).float().max(),
                 log=run.log,
                 size=size,
                 after=image.after,
-                step=step,
-                guidance_parts=lane.guidance_parts,
-                clusters=lane.clusters,
+                items=_items(image.latents),
+                step=run.moments - 1 if moment is None else moment.index,
+                clusters=clusters,
+                outer=present.get(),
             )
         )
 
@@ -104,10 +102,12 @@ class NetworkPatch:
     def _end(self, network: nn.Module, args: Args, output: Any) -> None:
         """Log the call; one that an exception ended has no output and is forgotten."""
         call = present.get()
-        present.set(None)
-        if call is None or output is None:
+        if call is None or call.owner is not self:
             return
+        present.set(call.outer)
         call.running = False
+        if output is None:
+            return
         for name, merge in call.merges.items():
             call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
         if self.config.record:
@@ -115,7 +115,7 @@ class NetworkPatch:
 
     def _recorded(self, call: Call) -> Iterator[RecordedMerge]:
         for layer in self._layers:
-            if (merge := call.merges.get(layer.name)) and call.size:
+            if merge := call.merges.get(layer.name):
                 grid = layer.grid(call.size)
                 yield RecordedMerge(self.name, layer.name, call.step, grid, merge.queries, merge.keys)
 
@@ -125,10 +125,13 @@ class NetworkPatch:
         return {level: self.config.num_kept(math.prod(grid), level, progress) for level, grid in grids.items()}
 
     def _fewest(self, size: tuple[int, int], moment: Moment | None, now: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """The fewest that clusters of this moment will be asked for, by level."""
-        later = [] if moment is None else map(moment.progress, range(1, self.config.refresh_every))
-        serving = [now, *(self._kept(size, progress) for progress in later)]
-        return {level: min(min(kept[level]) for kept in serving) for level in now}
+        """The fewest that clusters of this moment may be asked for, by level."""
+        if not self.config.scheduled:
+            return {level: min(kept) for level, kept in now.items()}
+        if moment is None:
+            return dict.fromkeys(now, 1)
+        later = [self._kept(size, moment.progress(steps)) for steps in range(moment.count - moment.index)]
+        return {level: min(min(kept[level]) for kept in later) for level in now}
 
     def _check_processors(self, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> None:
         for layer in self._layers:
@@ -136,19 +139,10 @@ class NetworkPatch:
             all_queries = queries == math.prod(layer.grid(size))
             self._family.check(layer, all_queries, keys_apart=queries != keys)
 
-    def _warn_of_no_reuse(self, moment: Moment | None) -> None:
-        """Once, at the second call that is not recognised: a single one could not have reused anything."""
-        wants_reuse = self.config.refresh_every > 1 or self.config.share_guidance
-        if self._family.scales_timesteps:
-            return
-        self._unrecognised += moment is None and wants_reuse
-        if moment is None and wants_reuse and self._unrecognised == 2:
-            warnings.warn(
-                f"{type(self._network).__name__} was called with a timestep that is no entry of scheduler.timesteps, so"
-                " its tokens are clustered anew at every call; pass `t` of `for t in scheduler.timesteps`, or set"
-                " refresh_every=1 and share_guidance=False",
-                stacklevel=2,
-            )
+
+def _items(latents: Tensor) -> int:
+    """How many images there are in latents `[B, C, H, W]`, `[B, C, F, H, W]` or their patches `[B, N, C]`."""
+    return len(latents) * (latents.shape[2] if latents.ndim == 5 else 1)
 
 
 def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:

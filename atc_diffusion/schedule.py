@@ -1,8 +1,11 @@
-"""Where in a denoising run a call is, and for how long its clusters serve. Knows no tokens and no model."""
+"""Which clusters serve a call of a network, and how far the denoising is. Knows no tokens and no model.
+
+Clusters are recognised by content: they serve calls whose inputs continue those that they were made from. A scheduler's
+timesteps only tell runs apart and give the progress.
+"""
 
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +13,17 @@ import torch
 from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.report import RunLog
 
-MAX_LANES = 256  # calls at one moment that are told apart; a loop that never leaves its moment stops here
+PATIENCE = 2  # moments for which clusters wait to serve again: guidance may skip every other step
+MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clusters here
 
 
 @dataclass(frozen=True)
 class Moment:
-    """An entry of a scheduler's timesteps: a view into one tensor, which need not be read to tell run and order.
+    """An entry of a scheduler's timesteps: a view into one tensor, which is located without being read.
 
     Attributes:
         timesteps: the memory of all entries; another one is another run.
@@ -42,7 +47,7 @@ class Moment:
         return cls(storage, int(timestep.storage_offset()), count) if count > 1 or _is_entry_of_one(timestep) else None
 
     def progress(self, later: int = 0) -> float:
-        """How much of the denoising lies behind the entry `later` places on, from 0 (noise) to 1."""
+        """The share of the denoising that lies before the entry `later` places on, from 0 (noise) to 1."""
         return min((self.index + later) / max(self.count - 1, 1), 1.0)
 
 
@@ -60,15 +65,17 @@ def progress_by_value(timestep: object) -> float | None:
 
 @dataclass(frozen=True)
 class Clusters:
-    """What has been clustered and still serves.
+    """What has been clustered from one call's tokens.
 
     Attributes:
-        trees: by the name of what shares them: a layer, or several.
+        sharing: which items of the batch share clusters; None: each has its own.
+        trees: by the name of what they cluster.
         maps: cuts of these trees, by that name and the number of clusters.
     """
 
-    trees: dict[str, Cuttable] = field(default_factory=dict)
-    maps: dict[tuple[str, int], MergeMap] = field(default_factory=dict)
+    sharing: Sharing | None = None
+    trees: dict[object, Cuttable] = field(default_factory=dict)
+    maps: dict[tuple[object, int], MergeMap] = field(default_factory=dict)
 
     def keep_maps(self, counts: set[int]) -> None:
         """Forget the cuts of other `counts`, so that a schedule of shares does not pile them up."""
@@ -77,90 +84,83 @@ class Clusters:
 
 
 @dataclass
-class Lane:
-    """The calls at one place in the order of every moment: a picture, a tile, or one part of its guidance.
+class Source:
+    """The inputs that clusters were made from, and the last moment at which they served."""
 
-    Attributes:
-        guidance_parts: how many parts of the batch are the same pictures under different guidance; 1 if unknown.
-        clusters: replaced, never emptied: a call keeps those that it has used.
-    """
-
-    guidance_parts: int = 1
-    clusters: Clusters = field(default_factory=Clusters)
-    _kind: object = None
-    _clustered_at: int = 0
-    _calls: int = 0
-
-    def advance(self, sample: Tensor, index: int, refresh_every: int, share_guidance: bool) -> None:
-        """Make ready for a call with `sample` `[B, C, ...]` at entry `index` of the timesteps."""
-        kind = (sample.shape, sample.dtype, sample.device, torch.is_inference_mode_enabled())
-        if kind != self._kind:
-            self._kind, self._calls, self.guidance_parts = kind, 0, 1
-        if self._calls == 0 or index - self._clustered_at >= refresh_every:
-            self.clusters, self._clustered_at = Clusters(), index
-        if share_guidance and self._calls == 1:
-            # Now, not at the first call: there, different prompts of one seed have equal latents too.
-            self.guidance_parts = _guidance_parts(sample)
-        self._calls += 1
+    inputs: Inputs
+    clusters: Clusters
+    served: int
 
 
 class Run:
-    """One pass along a scheduler's timesteps, and a log of what happened in it."""
+    """Calls whose timesteps never go back, and a log of what happened in them."""
 
     def __init__(self) -> None:
         self.log = RunLog()
-        self.index = -1
-        self._lanes: list[Lane] = []
-        self._order = 0
+        self.time = -torch.inf
+        self.moments = 0
+        self._sources: list[Source] = []
 
-    def lane(self, index: int) -> Lane:
-        """The lane of the next call, which is at entry `index`; calls at one entry are told apart by their order."""
-        if index != self.index:
-            self.index, self._order = index, 0
-        if self._order == MAX_LANES:
-            return Lane()
-        if self._order == len(self._lanes):
-            self._lanes.append(Lane())
-        self._order += 1
-        return self._lanes[self._order - 1]
+    def advance(self, time: float) -> None:
+        """Come to a call at `time`, which rises from noise to picture."""
+        if time > self.time:
+            self.time, self.moments = time, self.moments + 1
+            self._sources = [each for each in self._sources if self.moments - each.served <= PATIENCE]
+
+    def clusters(self, inputs: Inputs, threshold: float, share_guidance: bool) -> Clusters:
+        """Those that serve a call: made from inputs that have since changed by at most `threshold`, or new ones."""
+        if not inputs.readable:
+            return Clusters()
+        source = self._continued(inputs, threshold)
+        if source is not None:
+            source.served = self.moments
+            return source.clusters
+        # Parts of guidance have equal latents; but at the first moment, so have different prompts of one seed.
+        clusters = Clusters(Sharing.of(inputs.moving[0]) if share_guidance and self.moments > 1 else None)
+        if threshold:
+            self._sources = [*self._sources[1 - MAX_SOURCES :], Source(inputs.clone(), clusters, self.moments)]
+        return clusters
+
+    def _continued(self, inputs: Inputs, threshold: float) -> Source | None:
+        """What `inputs` are nearest to, if that is near enough."""
+        candidates = [source for source in self._sources if source.inputs.kind == inputs.kind]
+        if not candidates:
+            return None
+        distances = changes(inputs, [source.inputs for source in candidates])
+        nearest = min(distances)
+        return candidates[distances.index(nearest)] if nearest <= threshold else None
 
 
-class Schedule:
-    """The runs that one network is in, by their timesteps; a run is forgotten when its timesteps are.
+class Schedule(threading.local):
+    """The runs that one network is in: one for each thread and tensor of timesteps, and forgotten with that.
 
-    Threads may share it, each with a run of its own.
+    Timesteps that are no entries of a longer tensor make one run for each thread.
     """
 
     def __init__(self) -> None:
-        self._runs: weakref.WeakKeyDictionary[torch.UntypedStorage, Run] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._placed: weakref.WeakKeyDictionary[torch.UntypedStorage, Run] = weakref.WeakKeyDictionary()
+        self._unplaced = Run()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, and what is read from a file, begin afresh."""
         return Schedule, ()
 
-    def run(self, moment: Moment | None) -> Run:
-        """The run that a moment belongs to: a new one where no moment is known, or where it goes back."""
+    def run(self, moment: Moment | None, timestep: object) -> Run:
+        """The run that a call belongs to: a new one if its timestep goes back."""
+        time = _falling(timestep) if moment is None else moment.index
+        run = self._unplaced if moment is None else self._placed.get(moment.timesteps)
+        if run is None or time < run.time:
+            run = Run()
         if moment is None:
-            return Run()
-        with self._lock:
-            run = self._runs.get(moment.timesteps)
-            if run is None or moment.index < run.index:
-                run = self._runs[moment.timesteps] = Run()
-            return run
+            self._unplaced = run
+        else:
+            self._placed[moment.timesteps] = run
+        run.advance(time)
+        return run
 
 
-def _guidance_parts(sample: Tensor) -> int:
-    """How many times the batch repeats the same latents: the first four channels of `sample` `[B, C, ...]`.
-
-    Of patches `[B, N, C]` it compares the first four.
-    """
-    return next((parts for parts in _divisors(len(sample)) if _are_equal(sample[:, :4].chunk(parts))), 1)
-
-
-def _divisors(batch: int) -> Iterator[int]:
-    return (parts for parts in (3, 2) if batch % parts == 0)
-
-
-def _are_equal(parts: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(parts[0], other) for other in parts[1:])
+def _falling(timestep: object) -> float:
+    """A time that rises while the timestep falls; minus infinity for a tensor without data."""
+    if isinstance(timestep, Tensor) and (timestep.is_meta or type(timestep) is not Tensor):
+        return -torch.inf
+    return -float(torch.as_tensor(timestep).max())

@@ -32,7 +32,7 @@ with door("clusters.py", extra="app"):
     from overlay import Partition, at_step, paint, partitions, path
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
-    **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window=None) for linkage in LINKAGES},
+    **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window_size=None) for linkage in LINKAGES},
     "tome": partial(ToMeConfig, features="keys", proportional_attention=True),
     "kmedoids": KMedoidsConfig,
     "dpc-knn": DPCKNNConfig,

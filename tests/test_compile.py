@@ -36,7 +36,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @torch.no_grad()
 def test_the_whole_unet_compiles_without_a_graph_break(unet):
     before = unet(*inputs(0)).sample
-    expected = [apply_patch(unet, r=0.5, r_keys=0.2, refresh_every=1)(*inputs(step)).sample for step in (0, 1)]
+    expected = [apply_patch(unet, r=0.5, r_keys=0.2, recluster_threshold=0)(*inputs(step)).sample for step in (0, 1)]
     compiled = torch.compile(unet, fullgraph=True)
     for step, output in enumerate(expected):
         assert close(compiled(*inputs(step)).sample, output)
@@ -47,7 +47,7 @@ def test_the_whole_unet_compiles_without_a_graph_break(unet):
 @torch.no_grad()
 @pytest.mark.parametrize("config", [ATCConfig(r=1, r_keys=0.3, features="hidden_states"), ToMeConfig()])
 def test_every_form_is_traced_whole_and_never_again(unet, config):
-    expected = [apply_patch(unet, replace(config, refresh_every=1))(*inputs(step)).sample for step in range(3)]
+    expected = [apply_patch(unet, replace(config, recluster_threshold=0))(*inputs(step)).sample for step in range(3)]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     assert close(compiled(*inputs(0)).sample, expected[0])
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -25,14 +25,14 @@ from atc_diffusion.clusterer import build_tree
         ({"r": {1: 0.5, 2: 40}}, r"got 40; did you mean 0.4\?"),
         ({"r": {}}, "r by level needs downsampling factors as keys, such as .*, got {}"),
         ({"r": {0.5: 1}}, "r by level needs downsampling factors as keys"),
-        ({"r": {1: 0.5}, "max_downsample": 2}, "names the levels; leave out max_downsample=2"),
-        ({"window": 1}, "window must be None or a side of at least 2 tokens, got 1"),
+        ({"r": {1: 0.5}, "levels": "all"}, "names the levels; leave out levels='all'"),
+        ({"window_size": 1}, "window_size must be None or a side of at least 2 tokens, got 1"),
         ({"linkage": "centroid"}, "linkage must be one of 'average', 'complete', 'single', 'ward', got 'centroid'"),
         ({"features": "queries"}, "features must be one of 'keys', 'values', .*, got 'queries'"),
         ({"share_layers": True}, "share_layers must be a number of layers from 1 up, got True"),
-        ({"refresh_every": 0}, "refresh_every must be a number of steps from 1 up, got 0"),
-        ({"max_downsample": 0}, "max_downsample must be None, 'auto' or a factor .*, got 0"),
-        ({"max_downsample": "1"}, "max_downsample must be None, 'auto' or a factor .*, got '1'"),
+        ({"recluster_threshold": -1}, "recluster_threshold must be a number from 0 up, got -1"),
+        ({"levels": 0}, "levels must be 'finest', 'costly', 'all' or a tuple .*, got 0"),
+        ({"levels": "1"}, "levels must be 'finest', 'costly', 'all' or a tuple .*, got '1'"),
         ({"backend": "cuda"}, "backend must be one of 'torch', .*, got 'cuda'"),
     ],
 )
@@ -87,7 +87,7 @@ def test_the_base_class_says_which_to_use():
 
 
 def test_the_papers_setting_clusters_hidden_states_into_plain_means_every_time():
-    exact: dict[str, Any] = {"window": None, "share_guidance": False, "refresh_every": 1}
+    exact: dict[str, Any] = {"window_size": None, "share_guidance": False, "recluster_threshold": 0.0}
     plain: dict[str, Any] = {"features": "hidden_states", "proportional_attention": False}
     assert ATCConfig.paper(0.4, "single") == ATCConfig(r=0.4, linkage="single", **plain, **exact)
 

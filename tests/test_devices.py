@@ -19,7 +19,7 @@ from tests import pretend_device
 from tests.families import FAMILIES, Family
 from tests.pretend_device import DEVICE, OPERATIONS, PretendDevice
 
-CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window=4), ToMeConfig(r=0.5)]
+CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
 

@@ -32,13 +32,13 @@ CONFIGS = [
     ATCConfig.paper(0.4),
     ATCConfig.fast(0.3),
     ATCConfig(r=0.6, r_keys=0.2, linkage="ward", features="keys_values"),
-    ATCConfig(r=0.5, r_keys=1, features="values", max_downsample=2),
+    ATCConfig(r=0.5, r_keys=1, features="values", levels="all"),
     ATCConfig(r=0.5, linkage="single", backend="scipy"),
-    ATCConfig(r={1: 0.4, 2: 0.5}, window=3),
+    ATCConfig(r={1: 0.4, 2: 0.5}, window_size=3),
     ToMeConfig(r=0.5),
     ToMeConfig(r=1, r_keys=0.5),
     KMedoidsConfig(r=0.5, r_keys=0.2),
-    DPCKNNConfig(r=0.5, refresh_every=2),
+    DPCKNNConfig(r=0.5, recluster_threshold=0.2),
 ]
 SIZES = [(8, 8), (7, 9), (16, 4)]
 
@@ -70,19 +70,26 @@ def test_keeping_all_is_the_identity_to_the_bit(unet, config_class):
     assert torch.equal(run(unet), before)
 
 
+def attend(unet: Any, tokens: Tensor, **options: Any) -> Tensor:
+    """The output of the first self-attention for `tokens` `[1, 16, C]`, within a call of its network."""
+    attn, outputs = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1, []
+    with unet.conv_in.register_forward_pre_hook(lambda *_: outputs.append(attn(tokens, **options))):
+        unet(torch.randn(1, 4, 4, 4), torch.tensor(500), torch.randn(1, 5, 12))
+    return outputs[0]
+
+
 SHARES = [{"r": 0.25}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 
 
 @pytest.mark.parametrize("shares", SHARES)
 def test_merging_equal_tokens_with_their_weight_is_exact(unet, shares):
     """Proportional attention over duplicates equals attention over all of them (Bolya et al. 2023, Eq. 1)."""
-    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     tokens = torch.randn(1, 4, 16).repeat_interleave(torch.tensor([1, 2, 5, 8]), dim=1)
-    expected = attn(tokens)
+    expected = attend(unet, tokens)
     apply_patch(unet, **shares)
-    assert torch.allclose(attn(tokens), expected, atol=1e-6)
+    assert torch.allclose(attend(unet, tokens), expected, atol=1e-6)
     apply_patch(unet, **shares, proportional_attention=False)
-    assert not torch.allclose(attn(tokens), expected, atol=1e-3)
+    assert not torch.allclose(attend(unet, tokens), expected, atol=1e-3)
 
 
 def test_merged_queries_alone_keep_their_keys(unet):
@@ -92,19 +99,18 @@ def test_merged_queries_alone_keep_their_keys(unet):
     merged = MergeMap(labels, 4)
     expected = merged.unmerge(attn(merged.merge(tokens), encoder_hidden_states=tokens))
     apply_patch(unet, r=0.25, r_keys=1)
-    assert torch.equal(attn(tokens), expected)
+    assert torch.equal(attend(unet, tokens), expected)
 
 
 @pytest.mark.parametrize("proportional_attention", [True, False])
 def test_a_mask_is_merged_with_the_tokens(unet, proportional_attention):
     """Masking a whole cluster of equal tokens is masking each of them."""
-    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     tokens = torch.randn(1, 4, 16).repeat_interleave(4, dim=1)
     mask = torch.zeros(1, 1, 16)
     mask[:, :, :4] = -10000.0
-    expected = attn(tokens, attention_mask=mask)
+    expected = attend(unet, tokens, attention_mask=mask)
     apply_patch(unet, r=0.25, proportional_attention=proportional_attention)
-    assert torch.allclose(attn(tokens, attention_mask=mask), expected, atol=1e-6)
+    assert torch.allclose(attend(unet, tokens, attention_mask=mask), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -239,7 +245,7 @@ def test_summary_tells_what_was_merged_in_the_last_run(unet):
     assert [layer.clusterings for layer in summary(unet).layers] == [0, 0, 0]
     for timestep in torch.tensor([900, 600, 300, 100]):
         run(unet, timestep=timestep)
-    assert [layer.clusterings for layer in summary(unet).layers] == [2, 2, 2]
+    assert [layer.clusterings for layer in summary(unet).layers] == [1, 1, 1]
     assert {layer.kept for layer in summary(unet).layers} == {(32, 32, 32, 32)}
     run(unet, (7, 9))
     layers = summary(unet).layers
@@ -262,7 +268,7 @@ def test_summary_estimates_the_arithmetic_saved(unet):
 
 def test_levels(unet):
     assert {layer.level for layer in summary(apply_patch(unet)).layers} == {1}
-    layers = summary(apply_patch(unet, max_downsample=2)).layers
+    layers = summary(apply_patch(unet, levels="all")).layers
     assert [layer.level for layer in layers] == [1, 2, 2, 2, 1, 1, 2]
     run(unet, (8, 8))
     assert [layer.tokens for layer in summary(unet).layers] == [64, 16, 16, 16, 64, 64, 16]
@@ -312,7 +318,7 @@ BOTH_LEVELS = {("unet", 2), ("unet", 4), ("controlnet", 4)}
     ("options", "expected"),
     [
         ({}, {("unet", 2)}),
-        ({"max_downsample": 4}, BOTH_LEVELS),
+        ({"levels": "all"}, BOTH_LEVELS),
         ({"r": {2: 0.5, 4: 0.5}}, BOTH_LEVELS),
         ({"r": {4: 0.5}}, {("unet", 4), ("controlnet", 4)}),
     ],
@@ -323,7 +329,7 @@ def test_a_controlnet_is_merged_at_the_levels_of_the_denoiser(options, expected)
 
 
 def test_a_level_that_no_network_has_is_refused():
-    message = "a share is given for level 8, but the levels that have self-attention are 2, 4; use some of them"
+    message = "level 8 was asked for, but the levels that have self-attention are 2, 4; use some of them"
     with pytest.raises(ValueError, match=message):
         apply_patch(pipeline_with_a_small_controlnet(), r={2: 0.5, 8: 0.5})
 
@@ -351,7 +357,7 @@ COARSE = bare_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
         ("a pipeline", {}, "str has no unet or transformer; pass a pipeline that has one, or the network"),
         (bare_unet(), {}, "UNet2DConditionModel has no self-attention that can be merged"),
         (ATTENTION_ONLY, {}, "UNet2DModel has no self-attention that can be merged"),
-        (COARSE, {"max_downsample": 1}, "max_downsample=1, but the levels that have self-attention are 2; use one"),
+        (COARSE, {"levels": (1,)}, "level 1 was asked for, but the levels that have self-attention are 2; use some"),
     ],
 )
 def test_models_that_do_not_fit_are_named(model, options, message):

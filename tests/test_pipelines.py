@@ -67,7 +67,7 @@ def text(batch: int) -> dict[str, Tensor]:
 def test_stable_diffusion(components, pipeline, options, batch):
     pipe = pipeline(**components, **PARTS)
     before = draw(pipe, text(batch), **options)
-    assert apply_patch(pipe, r=0.5, refresh_every=1) is pipe
+    assert apply_patch(pipe, r=0.5, recluster_threshold=0) is pipe
     merged = draw(pipe, text(batch), **options)
     assert merged.shape == before.shape
     assert not np.array_equal(merged, before)
@@ -90,7 +90,7 @@ def sdxl(pipeline: Any, components: dict[str, Any], **parts: Any) -> Any:
 def test_sdxl_is_merged_at_its_finest_level_with_attention(components):
     pipe = sdxl(StableDiffusionXLPipeline, components)
     before = draw(pipe, text(1) | POOLED, height=16, width=16)
-    merged = draw(apply_patch(pipe, r=0.5, refresh_every=1), text(1) | POOLED, height=16, width=16)
+    merged = draw(apply_patch(pipe, r=0.5, recluster_threshold=0), text(1) | POOLED, height=16, width=16)
     assert not np.array_equal(merged, before)
     assert {(x.level, x.tokens, x.kept, x.clusterings) for x in summary(pipe).layers} == {(2, 16, (8, 8, 8), 3)}
 

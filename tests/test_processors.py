@@ -136,7 +136,7 @@ def test_other_processors_may_be_where_nothing_is_merged(unet):
     unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
     assert torch.allclose(run(unet), expected, atol=1e-5)
     with pytest.raises(ValueError, match="AttendExciteAttnProcessor"):
-        apply_patch(unet, max_downsample=2)
+        apply_patch(unet, levels="all")
 
 
 def test_a_bank_of_keys_that_attention_is_given_is_used_as_it_is(unet):

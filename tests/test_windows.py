@@ -41,7 +41,7 @@ def test_tokens_of_different_windows_are_infinitely_far_apart(height, width, win
 @pytest.mark.parametrize(("grid", "windows"), [((8, 8), 4), ((7, 9), 4), ((5, 5), 1)])
 def test_one_token_of_each_window_is_kept_at_least(grid, windows):
     features = torch.randn(2, grid[0] * grid[1], 6)
-    tree = build_tree(ATCConfig(window=5), features, grid, torch.tensor(0), num_clusters=1)
+    tree = build_tree(ATCConfig(window_size=5), features, grid, torch.tensor(0), num_clusters=1)
     assert tree.num_clusters == windows
     assert all(len(labels.unique()) == windows for labels in tree.cut(windows))
 
@@ -55,7 +55,7 @@ def test_flat_windows_keep_fewer():
 
 def test_a_window_as_large_as_the_picture_changes_nothing():
     features = torch.randn(1, 20, 6)
-    tree = build_tree(ATCConfig(window=5), features, (4, 5), torch.tensor(0), num_clusters=10)
+    tree = build_tree(ATCConfig(window_size=5), features, (4, 5), torch.tensor(0), num_clusters=10)
     assert torch.equal(tree.cut(10), agglomerate(features, 10))
 
 

@@ -120,11 +120,9 @@ class Family(ABC):
 
     Attributes:
         projects_all: whether all tokens are projected, and keys and values merge after that.
-        scales_timesteps: whether its pipelines call networks with multiples of the scheduler's timesteps.
     """
 
     projects_all = False
-    scales_timesteps = False
 
     @abstractmethod
     def layers(self, network: nn.Module) -> list[Layer]:

@@ -44,5 +44,5 @@ def _two(network: Any) -> tuple[int, int]:
 def self_attention(network: Any, size: int, level: int) -> int:
     """Operations of the products of queries, keys and values at one level; 0 if there is none."""
     num_tokens = (size // 8 // level) ** 2
-    widths = [layer.channels for layer in layers(network, level) if layer.level == level]
+    widths = [layer.channels for layer in layers(network, "all") if layer.level == level]
     return sum(4 * BATCH * num_tokens**2 * width for width in widths)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Literal
 
 import tomesd
 import torch
@@ -22,13 +22,14 @@ from benchmark.models import BATCH, MODELS, load, make_inputs
 from benchmark.tables import Rows, Table, mebibytes
 from benchmark.timing import Timing, take_turns
 
+STEPS_A_CLUSTERING = 3  # about as many as one serves in a run of 20 steps
 FREE = "atc-free"  # as atc, with clusters that are all found in the warm-up
 DEEPER = "atc-fast-2"  # as atc-fast, at the two finest levels
 OURS: dict[str, Callable[[float], MergeConfig]] = {
     "tome": lambda r: ToMeConfig(r=r),
     "atc-paper": ATCConfig.paper,
     "atc": lambda r: ATCConfig(r=r),
-    FREE: lambda r: ATCConfig(r=r, refresh_every=1000),
+    FREE: lambda r: ATCConfig(r=r, recluster_threshold=math.inf),
     "atc-share-2": lambda r: ATCConfig(r=r, share_layers=2),
     "atc-share-4": lambda r: ATCConfig(r=r, share_layers=4),
     "atc-fast": ATCConfig.fast,
@@ -208,9 +209,9 @@ def patch(network: nn.Module, candidate: Candidate) -> int:
     if name in OURS:
         config = OURS[name](r)
         if name == DEEPER:
-            config = replace(config, max_downsample=2 * finest_level(network))
+            config = replace(config, levels=(finest_level(network), 2 * finest_level(network)))
         apply_patch(network, config)
-        return 1 if name == FREE else config.refresh_every
+        return 1 if name == FREE or not config.recluster_threshold else STEPS_A_CLUSTERING
     if name == "tomesd":
         tomesd.apply_patch(network, ratio=1 - r, max_downsample=finest_level(network))
     elif name == "todo":
@@ -222,9 +223,9 @@ def finest_level(network: nn.Module) -> int:
     return layers(network)[0].level
 
 
-def layers(network: nn.Module, max_downsample: int | None = None) -> tuple[LayerSummary, ...]:
-    """The layers that `ATCConfig(max_downsample=...)` merges; None: those that are merged unless told otherwise."""
-    with patched(network, ATCConfig(max_downsample=max_downsample)):
+def layers(network: nn.Module, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
+    """The layers that `ATCConfig(levels=levels)` merges."""
+    with patched(network, ATCConfig(levels=levels)):
         return summary(network).layers
 
 

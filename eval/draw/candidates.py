@@ -13,7 +13,7 @@ def candidates(is_unet: bool) -> list[Configuration]:
     fast = ATCConfig.fast()
     merges = [fast, ATCConfig.fast(0.25), replace(fast, r=0.5), ATCConfig.fast(0.05)]
     if is_unet:
-        merges.append(replace(fast, max_downsample=8))
+        merges.append(replace(fast, levels="all"))
     steps = [Rival("steps", share) for share in (0.8, 0.7, 0.5)]
     ways = [Configuration(), *map(Configuration, merges), Configuration(fast, steps[0])]
     ways += [Configuration(rival=rival) for rival in steps]

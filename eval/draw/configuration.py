@@ -91,8 +91,8 @@ class Configuration:
 def describe(field: str, value: object) -> str:
     """One choice in words: "features keys", "no proportional attention", "costly levels"."""
     name = field.replace("_", " ")
-    if value == "auto":
-        return "costly levels"
+    if field == "levels" and isinstance(value, str):
+        return f"{value} levels"
     if isinstance(value, bool):
         return name if value else f"no {name}"
     return f"{name} {'off' if value is None else value}"

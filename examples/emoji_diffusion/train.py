@@ -207,7 +207,7 @@ def autocast() -> torch.autocast:
 
 def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManager[object]:
     """Merge keys and values to a tenth inside the `with` block, if `merged`."""
-    return patched(pipe.unet, r=1, r_keys=0.1, window=16, refresh_every=1) if merged else nullcontext()
+    return patched(pipe.unet, r=1, r_keys=0.1, window_size=16, recluster_threshold=0) if merged else nullcontext()
 
 
 def draw_sheet(

@@ -203,7 +203,7 @@ def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> No
 
 @pytest.mark.usefixtures("_tiny")
 def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmark.step.OURS", {"every third": lambda r: ATCConfig(r=r, refresh_every=3)})
+    monkeypatch.setattr("benchmark.step.OURS", {"every third": lambda r: ATCConfig(r=r, recluster_threshold=0.2)})
     run = denoising("sd15", Candidate("every third", 50))
     for turns in (1, 2, 3):
         run.turn()

@@ -18,16 +18,16 @@ def parse(line: str) -> list[Configuration]:
 
 
 def test_values_have_their_own_type() -> None:
-    texts = ["features=keys,values", "proportional_attention=on,false", "window=null,8", "linkage=ward"]
+    texts = ["features=keys,values", "proportional_attention=on,false", "window_size=null,8", "linkage=ward"]
     assert [parse_option(text) for text in texts] == [
         ("features", ("keys", "values")),
         ("proportional_attention", (True, False)),
-        ("window", (None, 8)),
+        ("window_size", (None, 8)),
         ("linkage", ("ward",)),
     ]
 
 
-@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "max_downsample={1: 2}"])
+@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "levels={1: 2}"])
 def test_an_option_of_another_form_is_one_sentence(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_option(text)
@@ -38,15 +38,15 @@ def test_the_default_is_the_papers_setting_after_the_unmerged_model() -> None:
 
 
 def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> None:
-    ways = parse("--method atc tome none --keep 50 --set linkage=average,single refresh_every=3,5")
+    ways = parse("--method atc tome none --keep 50 --set linkage=average,single recluster_threshold=0.1,0.2")
     assert [each.label for each in ways] == [
         "unmerged",
-        "ATC average",
-        "ATC average, refresh every 5",
-        "ATC single",
-        "ATC single, refresh every 5",
-        "ToMe, refresh every 3",
-        "ToMe, refresh every 5",
+        "ATC average, recluster threshold 0.1",
+        "ATC average, recluster threshold 0.2",
+        "ATC single, recluster threshold 0.1",
+        "ATC single, recluster threshold 0.2",
+        "ToMe, recluster threshold 0.1",
+        "ToMe, recluster threshold 0.2",
     ]
 
 
@@ -97,7 +97,7 @@ def test_tome_is_left_out_where_it_cannot_keep_so_few() -> None:
     "way",
     [
         Configuration(),
-        Configuration(ATCConfig(r=0.55, window=8, max_downsample=2)),
+        Configuration(ATCConfig(r=0.55, window_size=8, levels="all")),
         Configuration(ToMeConfig(r=0.5, features="keys"), Rival("deepcache", 3)),
         Configuration(rival=Rival("todo", 2)),
     ],

@@ -1,0 +1,128 @@
+"""What a network was called with, how far that has moved since an earlier call, and which items are equal."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call, other than the timestep.
+
+    Attributes:
+        moving: what changes from step to step, each `[B, C, ...]`; first the latents.
+        fixed: tensors that are the same in all steps of a picture, such as the text.
+        settings: all other arguments that can be compared.
+        inference_mode: whether tensors are made that training cannot use.
+    """
+
+    moving: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...] = ()
+    settings: tuple[object, ...] = ()
+    inference_mode: bool = field(default_factory=torch.is_inference_mode_enabled)
+
+    @classmethod
+    def of(cls, latents: Tensor, others: Mapping[str, Any]) -> "Inputs":
+        """The latents, and the arguments that a network got besides these and the timestep, by name."""
+        residuals = [list(leaves(value)) for name, value in others.items() if _RESIDUALS.search(name)]
+        fixed = [leaf for name, value in others.items() if not _RESIDUALS.search(name) for leaf in leaves(value)]
+        # Of a ControlNet's residuals, the coarsest is enough: it depends on all that the ControlNet was given.
+        moving = [each[-1] for each in residuals if each and isinstance(each[-1], Tensor)]
+        settings = tuple(leaf for leaf in fixed if isinstance(leaf, bool | int | float | str | None))
+        return cls((latents, *moving), tuple(leaf for leaf in fixed if isinstance(leaf, Tensor)), settings)
+
+    def clone(self) -> "Inputs":
+        """A copy that survives changes in place."""
+        return replace(self, moving=_clones(self.moving), fixed=_clones(self.fixed))
+
+    @property
+    def kind(self) -> object:
+        """Only inputs of one kind are compared."""
+        tensors = tuple((x.shape, x.dtype, x.device) for x in (*self.moving, *self.fixed))
+        return len(self.moving), tensors, self.settings, self.inference_mode
+
+    @property
+    def readable(self) -> bool:
+        """Whether values can be read now: not of tensors without data, nor while a CUDA graph is captured."""
+        latents = self.moving[0]
+        if latents.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in (*self.moving, *self.fixed))
+
+
+def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:
+    """How far `inputs` are from each of the `earlier` ones of their kind; one read of the device.
+
+    That is the relative change in norm of the item and tensor that moved most, where channels that did not move are
+    left out, such as a mask beside the latents; infinite where anything fixed differs.
+    """
+    moved = torch.stack([_relative_changes(x, torch.stack(old)) for x, *old in _columns(inputs, earlier, "moving")])
+    same = [(x == torch.stack(old)).flatten(1).all(dim=1) for x, *old in _columns(inputs, earlier, "fixed")]
+    largest = moved.amax(dim=0)
+    return (torch.where(torch.stack(same).all(dim=0), largest, torch.inf) if same else largest).tolist()
+
+
+def _columns(inputs: Inputs, earlier: Sequence[Inputs], name: str) -> Any:
+    """Each tensor of `inputs`, followed by its counterparts in `earlier`."""
+    return zip(*(getattr(each, name) for each in (inputs, *earlier)), strict=True)
+
+
+def _relative_changes(x: Tensor, earlier: Tensor) -> Tensor:
+    """`[K]` of `x` `[B, C, ...]` and `earlier` `[K, B, C, ...]`: the largest relative change of an item."""
+    x, earlier = x.float().flatten(min(2, x.ndim)), earlier.float().flatten(min(3, earlier.ndim))
+    moved, size = (x - earlier).square().sum(dim=-1), earlier.square().sum(dim=-1)
+    change = moved.sum(dim=-1) / (size * (moved > 0)).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return change.amax(dim=1).sqrt()
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which items of a batch are clustered, and whose clusters each item uses.
+
+    Attributes:
+        clustered: `[U]` int64, items of the batch.
+        used: `[B]` int64, for each item a place in `clustered`.
+    """
+
+    clustered: Tensor
+    used: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor) -> "Sharing | None":
+        """Items of equal `latents` `[B, C, ...]` share the clusters of the last of them; None if all differ."""
+        equal = torch.stack([(latents == item).flatten(1).all(dim=1) for item in latents]).tolist()
+        last = [max(other for other, same in enumerate(row) if same or other == item) for item, row in enumerate(equal)]
+        clustered = sorted(set(last))
+        if len(clustered) == len(last):
+            return None
+        used = [clustered.index(item) for item in last]
+        return cls(*(torch.tensor(index, device=latents.device) for index in (clustered, used)))
+
+    def pick(self, tokens: Tensor) -> Tensor:
+        """The clustered items of `tokens` `[B * F, N, C]`, with `F` frames an item."""
+        return tokens.unflatten(0, (len(self.used), -1))[self.clustered].flatten(0, 1)
+
+    def spread(self, labels: Tensor) -> Tensor:
+        """Labels `[B * F, N]` of all items, from those of the clustered ones `[U * F, N]`."""
+        return labels.unflatten(0, (len(self.clustered), -1))[self.used].flatten(0, 1)
+
+
+def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.detach().clone() for x in tensors)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in nested mappings, lists and tuples; of mappings the keys too."""
+    if isinstance(value, Mapping):
+        value = [leaf for item in value.items() for leaf in item]
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
