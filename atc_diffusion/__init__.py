@@ -7,12 +7,14 @@ from atc_diffusion.clustering.tree import ClusterTree
 from atc_diffusion.config import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
-from atc_diffusion.report import LayerSummary, RecordedMerge, Summary
+from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge, Summary
+from atc_diffusion.tuning import Tuning, tune
 
 __all__ = [
     "ATCConfig",
     "ClusterTree",
     "DPCKNNConfig",
+    "ForecastSummary",
     "KMedoidsConfig",
     "LayerSummary",
     "MergeConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "RecordedMerge",
     "Summary",
     "ToMeConfig",
+    "Tuning",
     "ViTConfig",
     "agglomerate",
     "apply_patch",
@@ -29,5 +32,6 @@ __all__ = [
     "patched",
     "remove_patch",
     "summary",
+    "tune",
 ]
 __version__ = "0.2.0"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from atc_diffusion.adapters import Merge
+from atc_diffusion.forecast import Visit
 from atc_diffusion.report import RunLog
 from atc_diffusion.schedule import Clusters
 
@@ -34,6 +35,7 @@ class Call:
         rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
+        visit: what is forecast in it.
         running: whether the network has not returned yet.
     """
 
@@ -53,6 +55,7 @@ class Call:
     rotary: dict[str, Any] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
+    visit: Visit = field(default_factory=Visit)
     running: bool = True
 
 

@@ -1,7 +1,7 @@
 """What the user chose: which tokens are merged, how many, and for how long. Validated data, nothing else."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from atc_diffusion.clustering import check_choices, check_member
@@ -42,6 +42,11 @@ class MergeConfig:
         recluster_threshold: tokens are reclustered once the network's input latents have changed by more than this
             since the last clustering (norm of the change, relative to the norm of the latents). 0 reclusters at every
             call.
+        forecast_tolerance: a network call is skipped, and its output extrapolated from the last ones, where that is
+            expected to change the latents by at most this much (norm of the change, relative to the norm of the
+            latents). 0 computes every step; 0.015 skips up to two thirds of them. Nothing is skipped with samplers that
+            add noise or call the network twice a step, nor in runs of fewer than 10 steps. ControlNets run at every
+            step.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
@@ -56,6 +61,7 @@ class MergeConfig:
     share_guidance: bool = False
     share_layers: int = 1
     recluster_threshold: float = 0.0
+    forecast_tolerance: float = 0.0
     record: bool = False
 
     def __post_init__(self) -> None:
@@ -68,9 +74,10 @@ class MergeConfig:
         check_member("features", self.features, get_args(Features))
         self._check_levels()
         _check_count("share_layers", self.share_layers, "a number of layers from 1 up")
-        threshold = self.recluster_threshold
-        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not threshold >= 0:
-            raise ValueError(f"recluster_threshold must be a number from 0 up, got {threshold!r}")
+        for name in ("recluster_threshold", "forecast_tolerance"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+                raise ValueError(f"{name} must be a number from 0 up, got {value!r}")
 
     def _check_levels(self) -> None:
         if self.levels in get_args(Levels):
@@ -184,6 +191,11 @@ class ATCConfig(MergeConfig):
             share_guidance=False,
             recluster_threshold=0.0,
         )
+
+    @classmethod
+    def faster(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
+        """`fast` with forecasting: with deterministic samplers, it calls the network at about half of the steps."""
+        return replace(cls.fast(r_keys), forecast_tolerance=0.015)
 
     @classmethod
     def fast(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer
+from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
 from atc_diffusion.call import Call, present
+from atc_diffusion.conditions import Conditions
 from atc_diffusion.config import MergeConfig
+from atc_diffusion.forecast import Visit
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.layer_hooks import LayerHooks
-from atc_diffusion.report import LayerSummary, RecordedMerge
-from atc_diffusion.schedule import Moment, Run, Schedule, progress_by_value
+from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge
+from atc_diffusion.schedule import Clusters, Moment, Run, Schedule, progress_by_value
+from atc_diffusion.skipping import SkippingForward
 from atc_diffusion.tracing import refuse_tracing
 
 
@@ -41,6 +44,7 @@ class NetworkPatch:
         self._schedule = Schedule()
         self._last_run = Run()
         self._handles: list[RemovableHandle] = []
+        self._skipping = SkippingForward(network, self._forecast) if config.forecast_tolerance else None
         self._check_processors((64, 64), self._kept((64, 64), progress=0.0))
 
     def attach(self) -> None:
@@ -51,18 +55,26 @@ class NetworkPatch:
             self._network.register_forward_hook(self._end, always_call=True),
             *(handle for layer in hooks for handle in layer.attach()),
         ]
+        if self._skipping:
+            self._skipping.attach()
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
             self._family.detach(layer)
+        if self._skipping:
+            self._skipping.detach()
 
     def summaries(self) -> list[LayerSummary]:
         """What the layers did in the last run."""
         logs = self._last_run.log
         projects_all = self._family.projects_all
         return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels, projects_all) for x in self._layers]
+
+    def forecasts(self) -> ForecastSummary | None:
+        """What was forecast in the last run, if the configuration says that steps may be."""
+        return self._last_run.log.forecasts() if self._skipping else None
 
     def merges(self) -> list[RecordedMerge]:
         """The clusters of the last run, if the configuration records them."""
@@ -77,7 +89,8 @@ class NetworkPatch:
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
         self._check_processors(size, kept)
         inputs, run = Inputs.of(image.latents, image.others), self._schedule.run(moment, timestep)
-        clusters = run.clusters(inputs, self.config.recluster_threshold, self.config.share_guidance)
+        visit = self._visit(run, image, moment)
+        clusters = self._clusters(run, inputs) if visit.output is None else Clusters()
         clusters.keep_maps({count for counts in kept.values() for count in counts})
         for layer in self._layers:
             self._family.attach(layer)
@@ -95,8 +108,29 @@ class NetworkPatch:
                 step=run.moments - 1 if moment is None else moment.index,
                 clusters=clusters,
                 outer=present.get(),
+                visit=visit,
             )
         )
+
+    def _clusters(self, run: Run, inputs: Inputs) -> Clusters:
+        return run.clusters(inputs, self.config.recluster_threshold, self.config.share_guidance)
+
+    def _visit(self, run: Run, image: ImageInput, moment: Moment | None) -> Visit:
+        if self._skipping is None:
+            return Visit()
+        if moment is None:
+            return Visit(reason="timesteps are no entries of scheduler.timesteps")
+        if not self._skipping.trusted:
+            return Visit(reason="the network's forward was replaced, as by a cache")
+        forecasts = run.forecasts(image.timestep, moment)
+        conditions = Conditions.of(image.others)
+        return forecasts.visit(image.latents, conditions, moment.index, self.config.forecast_tolerance)
+
+    @torch.compiler.disable
+    def _forecast(self) -> Any:
+        """What the present call returns without running the network; None if it must run."""
+        call = present.get()
+        return call.visit.output if call is not None and call.owner is self else None
 
     @torch.compiler.disable
     def _end(self, network: nn.Module, args: Args, output: Any) -> None:
@@ -108,6 +142,9 @@ class NetworkPatch:
         call.running = False
         if output is None:
             return
+        call.visit.end(output)
+        if self._skipping:
+            call.log.reasons[call.step] = call.visit.reason
         for name, merge in call.merges.items():
             call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
         if self.config.record:

@@ -82,7 +82,8 @@ def summary(model: object) -> Any:
     if isinstance(patches[0], ViTPatch):
         return patches[0].summary()
     networks = [patch for patch in patches if not isinstance(patch, ViTPatch)]
-    return Summary(networks[0].config, tuple(layer for patch in networks for layer in patch.summaries()))
+    layers = tuple(layer for patch in networks for layer in patch.summaries())
+    return Summary(networks[0].config, layers, networks[0].forecasts())
 
 
 def merge_maps(model: object) -> tuple[RecordedMerge, ...]:

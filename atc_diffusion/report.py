@@ -1,5 +1,6 @@
 """What merging did in a run: counted while it runs, told by `summary` and `merge_maps`."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from atc_diffusion.config import MergeConfig
@@ -69,11 +70,35 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class ForecastSummary:
+    """What forecasting did in the last run.
+
+    Attributes:
+        steps: all steps of the run.
+        forecast: those in which a call was forecast.
+        reasons: why the others were computed.
+    """
+
+    steps: tuple[int, ...] = ()
+    forecast: tuple[int, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "no step forecast yet"
+        if self.forecast:
+            return f"{len(self.forecast)} of {len(self.steps)} steps forecast: {', '.join(map(str, self.forecast))}"
+        reason, _ = Counter(self.reasons).most_common(1)[0]
+        return f"none of {len(self.steps)} steps forecast: {reason}"
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a patch does and what its last denoising run did; prints as a table."""
 
     config: MergeConfig
     layers: tuple[LayerSummary, ...]
+    forecasts: ForecastSummary | None = None
 
     @property
     def work_saved(self) -> float:
@@ -85,7 +110,8 @@ class Summary:
         header = ("layer", "level", "tokens", "queries", "keys", "clusterings")
         table = _table([header, *map(_row, self.layers)])
         saved = f"{self.work_saved:.0%} of the arithmetic of these attentions saved, clustering not counted"
-        return "\n".join([str(self.config), *table, saved])
+        forecasts = [str(self.forecasts)] if self.forecasts else []
+        return "\n".join([str(self.config), *table, saved, *forecasts])
 
 
 def _row(layer: LayerSummary) -> tuple[str, ...]:
@@ -129,6 +155,11 @@ class RunLog:
 
     layers: dict[str, LayerLog] = field(default_factory=dict)
     merges: list[RecordedMerge] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def forecasts(self) -> ForecastSummary:
+        forecast = tuple(step for step, reason in self.reasons.items() if not reason)
+        return ForecastSummary(tuple(self.reasons), forecast, tuple(filter(None, self.reasons.values())))
 
     def layer(self, name: str) -> LayerLog:
         return self.layers.setdefault(name, LayerLog())

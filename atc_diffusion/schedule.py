@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.forecast import Forecasts
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.report import RunLog
@@ -100,6 +101,13 @@ class Run:
         self.time = -torch.inf
         self.moments = 0
         self._sources: list[Source] = []
+        self._forecasts: Forecasts | None = None
+
+    def forecasts(self, timestep: Tensor, moment: Moment) -> Forecasts:
+        """Those of this run, which begins at `moment` unless it did before."""
+        if self._forecasts is None:
+            self._forecasts = Forecasts(timestep, moment.index, moment.count)
+        return self._forecasts
 
     def advance(self, time: float) -> None:
         """Come to a call at `time`, which rises from noise to picture."""

@@ -1,0 +1,280 @@
+"""Which calls of a network need not be made, because its output can be extrapolated from the outputs before.
+
+Two measurements decide, and nothing is assumed about the sampler:
+
+*Which picture is it?* A deterministic sampler makes the next latents by adding up latents and outputs of the steps
+before. Latents that are no such sum continue another picture, or had noise added, or were changed by hand.
+
+*How far off would it be?* At every call that is made, the output is compared with what would have been forecast. By the
+remainder of polynomial interpolation this gives the error of the next forecast; times the step's length, it is the
+change of the latents that a forecast would cause.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.conditions import Conditions
+
+ORDER = 2  # of the polynomial
+FEWEST_STEPS = 10  # of a run in which anything is forecast
+MOST_SKIPPED = 2  # calls in a row, so that the error is measured at every third step
+MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
+SAMPLES = 2048  # of the latents' values that are looked at
+MAX_PICTURES = 256  # a loop with more at one step forgets the oldest
+
+
+@dataclass
+class Lane:
+    """The calls for one picture under one condition, such as a prompt.
+
+    Attributes:
+        conditions: of its first call.
+        index: the step of its last call.
+        outputs: the last computed ones, with their steps.
+        template: what the network last returned; a forecast has the same form.
+        nodes: how many outputs the forecast for the last computed step was made from.
+        rates: its error and, if made from as many, that of the forecast before, relative to output and remainder;
+            scalar tensors.
+        skipped: how many of the last calls were forecast.
+    """
+
+    conditions: Conditions
+    index: int
+    outputs: list[tuple[int, Tensor]] = field(default_factory=list)
+    template: Any = None
+    nodes: int = 0
+    rates: tuple[Tensor, ...] = ()
+    skipped: int = 0
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in self.outputs]
+
+    def forecast(self, index: int) -> Any:
+        """What the network would return at step `index`."""
+        output = self._extrapolated(index)
+        if isinstance(self.template, tuple):
+            return (output,)
+        return type(self.template)(**dict.fromkeys(self.template, output))
+
+    def expected_error(self, index: int) -> float:
+        """Of a forecast for step `index`, relative to the output, if errors go on growing as they did."""
+        if not self.rates:
+            return math.inf
+        rate, before = float(self.rates[0]), float(self.rates[-1])
+        growth = max(rate / before, 1.0) if before else 1.0
+        return rate * growth * _remainder(self.steps[-self.nodes :], index)
+
+    def learn(self, index: int, returned: Any) -> None:
+        """Remember what the network returned at step `index`."""
+        output = returned[0].detach()
+        if self.outputs:
+            rate = _largest_change(output, self._extrapolated(index)) / _remainder(self.steps, index)
+            self.rates = (rate, *self.rates[:1]) if self.nodes == len(self.outputs) else (rate,)
+            self.nodes = len(self.outputs)
+        self.outputs = [*self.outputs[-ORDER:], (index, output.clone())]
+        self.template, self.skipped = returned, 0
+
+    def _extrapolated(self, index: int) -> Tensor:
+        weights = lagrange(self.steps, index)
+        terms = [weight * output.float() for weight, (_, output) in zip(weights, self.outputs, strict=True)]
+        return torch.stack(terms).sum(dim=0).to(self.outputs[-1][1].dtype)
+
+
+@dataclass
+class Picture:
+    """Latents on their way from noise to a picture.
+
+    Attributes:
+        index: the step that they are at.
+        latents: `[B, C, ...]`, as the network gets them.
+        channels: how many of `C` are denoised; others are conditions, such as a mask.
+        trail: by step, samples `[B, D]` of the latents and of each output.
+        lengths: of the last two steps, as relative changes of the latents.
+        lanes: one for each condition.
+    """
+
+    index: int
+    latents: Tensor
+    channels: int = 0
+    trail: deque[list[Tensor]] = field(default_factory=lambda: deque([[]], maxlen=MEMORY))
+    lengths: tuple[float, float] = (0.0, 0.0)
+    lanes: list[Lane] = field(default_factory=list)
+
+    def distance(self, latents: Tensor, index: int) -> float:
+        """The relative distance of `latents` at step `index` from all that this picture may have become there."""
+        if latents.shape != self.latents.shape or latents.dtype != self.latents.dtype:
+            return math.inf
+        if index == self.index:
+            return 0.0 if torch.equal(latents, self.latents) else math.inf
+        if index > self.index + 1 or not self.trail[-1]:
+            return math.inf
+        if not torch.equal(latents[:, self.channels :], self.latents[:, self.channels :]):
+            return math.inf
+        return _distance_to_span(self._sampled(latents), [x for step in self.trail for x in step])
+
+    def advance(self, latents: Tensor, index: int) -> None:
+        """Come to a call with `latents` at step `index`."""
+        if index > self.index:
+            change = _largest_change(self.latents[:, : self.channels], latents[:, : self.channels])
+            self.lengths = self.lengths[1], float(change)
+            self.index, self.latents = index, latents.detach().clone()
+            self.trail.append([])
+
+    def next_length(self) -> float:
+        """That of the coming step, if steps go on growing as they did."""
+        before, last = self.lengths
+        return max(before, last) * min(max(last / before, 1.0), 2.0) if before else last
+
+    def lane(self, conditions: Conditions) -> Lane:
+        """The lane that a call continues; each serves one call a step."""
+        waiting = (lane for lane in self.lanes if lane.index == self.index - 1)
+        lane = next((lane for lane in waiting if lane.conditions.same(conditions)), None)
+        if lane is None:
+            lane = Lane(conditions.clone(), self.index)
+            self.lanes = [*(each for each in self.lanes if each.index >= self.index - 1), lane]
+        lane.index = self.index
+        return lane
+
+    def learn(self, output: Tensor) -> None:
+        """Add an output `[B, C, ...]` to what the next latents may be made of."""
+        self.channels = min(output.shape[1], self.latents.shape[1])
+        if not self.trail[-1]:
+            self.trail[-1].append(self._sampled(self.latents))
+        parts = _equal_parts(self.latents)
+        self.trail[-1] += [self._sampled(part).repeat(parts, 1) for part in output.detach().chunk(parts)]
+
+    def _sampled(self, x: Tensor) -> Tensor:
+        """`[B, D]`: some of the values of `x` `[B, C, ...]`."""
+        values = x.detach()[:, : self.channels].flatten(1)
+        return values[:, :: values.shape[1] // SAMPLES | 1].float()
+
+
+@dataclass
+class Visit:
+    """One call of a network.
+
+    Attributes:
+        output: the forecast, in the form that the network returns; None: the network must be called.
+        reason: why it must be called; "" where a step may be forecast in principle.
+    """
+
+    picture: Picture | None = None
+    lane: Lane | None = None
+    output: Any = None
+    reason: str = ""
+
+    def end(self, returned: Any) -> None:
+        """Learn from what was returned."""
+        if self.picture is None or self.lane is None or len(returned) != 1:
+            return
+        self.picture.learn(returned[0])
+        if self.output is None:
+            self.lane.learn(self.picture.index, returned)
+        else:
+            self.lane.skipped += 1
+
+
+class Forecasts:
+    """What is known of the pictures of one run.
+
+    Args:
+        timestep: that of the first call.
+        index: its place among the scheduler's timesteps.
+        count: how many those are.
+    """
+
+    def __init__(self, timestep: Tensor, index: int, count: int) -> None:
+        self._first = index
+        self._count = count
+        self._in_pairs = _in_pairs(timestep, count)
+        self._pictures: list[Picture] = []
+
+    def visit(self, latents: Tensor, conditions: Conditions, index: int, tolerance: float) -> Visit:
+        """A call at step `index`, forecast if that is expected to change the latents by at most `tolerance`."""
+        if reason := self._reason(latents):
+            return Visit(reason=reason)
+        picture = self._picture(latents, index)
+        picture.advance(latents, index)
+        lane = picture.lane(conditions)
+        reason = self._reason_now(picture, lane, tolerance)
+        return Visit(picture, lane, None if reason else lane.forecast(index), reason)
+
+    def _reason(self, latents: Tensor) -> str:
+        """Why nothing is forecast in this run."""
+        if self._count - self._first < FEWEST_STEPS:
+            return f"runs of fewer than {FEWEST_STEPS} steps are computed"
+        if self._in_pairs:
+            return "the sampler calls the network twice a step"
+        return (
+            "" if _readable(latents) and not torch.is_grad_enabled() else "gradients are recorded, or values unreadable"
+        )
+
+    def _reason_now(self, picture: Picture, lane: Lane, tolerance: float) -> str:
+        """Why this call is not forecast."""
+        if picture.index in (self._first, self._first + 1, self._count - 1):
+            return "the first two steps and the last are computed"
+        if len(lane.outputs) < 2:
+            return "latents did not follow from the outputs before, as when the sampler adds noise"
+        change = lane.expected_error(picture.index) * picture.next_length()
+        if lane.skipped == MOST_SKIPPED or change * (lane.skipped + 1) ** 2 > tolerance:
+            return "forecasts were not accurate enough"
+        return ""
+
+    def _picture(self, latents: Tensor, index: int) -> Picture:
+        """The one that `latents` belong to, or a new one."""
+        self._pictures = [each for each in self._pictures if each.index >= index - 1][-MAX_PICTURES:]
+        distances = [picture.distance(latents, index) for picture in self._pictures]
+        nearest = min(distances, default=math.inf)
+        if nearest <= 1e-3 + 2 * torch.finfo(latents.dtype).eps:
+            return self._pictures[distances.index(nearest)]
+        self._pictures.append(Picture(index, latents.detach().clone()))
+        return self._pictures[-1]
+
+
+def _readable(latents: Tensor) -> bool:
+    """Not of tensors without data, nor while a CUDA graph is captured."""
+    return not latents.is_meta and not (latents.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def lagrange(steps: Sequence[int], index: int) -> list[float]:
+    """The weights of values at `steps` in the value at `index` of the polynomial through them."""
+    return [math.prod((index - other) / (step - other) for other in steps if other != step) for step in steps]
+
+
+def _remainder(steps: Sequence[int], index: int) -> float:
+    """What the error at `index` of interpolation at `steps` is proportional to."""
+    return float(math.prod(abs(index - step) for step in steps))
+
+
+def _largest_change(x: Tensor, y: Tensor) -> Tensor:
+    """Of the items of `x` and `y` `[B, ...]`: the largest norm of the difference, relative to `x`."""
+    x, y = x.float().flatten(1), y.float().flatten(1)
+    return ((x - y).norm(dim=1) / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).max()
+
+
+def _distance_to_span(x: Tensor, columns: Sequence[Tensor]) -> float:
+    """The largest distance of an item of `x` `[B, D]` from the span of its `columns`, relative to its norm."""
+    *basis, target = torch.stack([*columns, x], dim=-1).cpu().split([len(columns), 1], dim=-1)
+    q = torch.linalg.qr(basis[0]).Q
+    return float(_largest_change(target, q @ (q.mT @ target)))
+
+
+def _equal_parts(latents: Tensor) -> int:
+    """How many times the batch repeats the same latents, as parts of guidance do."""
+    sizes = [parts for parts in range(4, 1, -1) if len(latents) % parts == 0]
+    return next((n for n in sizes if all(torch.equal(latents.chunk(n)[0], x) for x in latents.chunk(n)[1:])), 1)
+
+
+def _in_pairs(timestep: Tensor, count: int) -> bool:
+    """Whether all timesteps but the first come in pairs, as for Heun's method."""
+    if timestep.is_meta:
+        return False
+    times = timestep.as_strided((count,), (1,), 0).tolist()
+    return count > 2 and times[1:-1:2] == times[2::2]

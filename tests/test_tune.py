@@ -1,0 +1,87 @@
+"""Finding a setting for a pipeline."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+
+from atc_diffusion import ATCConfig, Tuning, apply_patch, patched, summary, tune
+from atc_diffusion.tuning import Row, Way, psnr
+from tests.tiny_pipelines import sd15
+
+SIZE: dict[str, Any] = {"height": 64, "width": 64}
+UNPATCHED = Row(Way(None, 20), 10.0, 1.0, float("inf"), 2)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    pipe = sd15()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def row(ratio: float, decibels: float, config: ATCConfig | None, steps: int = 20) -> Row:
+    return Row(Way(config, steps), 10 * ratio, ratio, decibels, 2)
+
+
+def test_it_compares_ways_and_leaves_the_pipeline_alone(pipe):
+    attributes, said = set(vars(pipe.unet)), []
+    tuning = tune(
+        pipe, ["ant", "bee"], min_psnr=0, num_inference_steps=10, on_progress=lambda *now: said.append(now), **SIZE
+    )
+    assert set(vars(pipe.unet)) == attributes
+    ways = [str(row.way) for row in tuning.rows]
+    for part in ("10 steps", "forecasting + 10 steps", "r=1.0, r_keys=0.1 + forecasting + 10 steps", "5 steps"):
+        assert part in ways
+    assert [row.ratio for row in tuning.rows] == sorted(row.ratio for row in tuning.rows)
+    assert said[0] == ("warming up", 0, 0)
+    assert all(done < total for _, done, total in said[1:])
+    with patched(pipe, tuning.config):
+        pipe("ant", num_inference_steps=tuning.num_inference_steps, output_type="pt", **SIZE)
+
+
+def test_the_patch_that_was_there_comes_back(pipe):
+    config = ATCConfig(r=0.5)
+    apply_patch(pipe, config)
+    tune(pipe, "ant", max_seconds=0, num_inference_steps=2, **SIZE)
+    assert summary(pipe).config == config
+
+
+def test_it_stops_when_the_time_is_over(pipe):
+    tuning = tune(pipe, ["ant", "bee"], max_seconds=0, num_inference_steps=2, **SIZE)
+    assert [row.pictures for row in tuning.rows] == [1, 1]
+
+
+def test_it_takes_the_arguments_of_the_pipeline(pipe):
+    pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 64)
+    tuning = tune(pipe, "ant", max_seconds=0, num_inference_steps=4, image=image, strength=0.5)
+    assert len(tuning.rows) == 2
+
+
+def test_no_prompt_is_refused(pipe):
+    with pytest.raises(ValueError, match="prompts must be a prompt or several, got none"):
+        tune(pipe, [])
+
+
+def test_the_fastest_that_is_near_enough_is_the_best():
+    fast, faster = ATCConfig.fast(), ATCConfig.faster()
+    rows = (row(0.2, 30, None, 5), row(0.35, 47, faster), row(0.55, 50, fast), UNPATCHED)
+    assert Tuning(rows, 45).config == faster
+    assert Tuning(rows, 49).config == fast
+    assert Tuning(rows, 25).config == ATCConfig(r=1.0)
+    assert Tuning(rows, 25).num_inference_steps == 5
+    assert "fastest at 45 dB or more: r=1.0, r_keys=0.1 + forecasting + 20 steps (x 0.35)" in str(Tuning(rows, 45))
+
+
+def test_where_nothing_pays_the_pipeline_stays_as_it_is():
+    tuning = Tuning((UNPATCHED, row(1.1, 50, ATCConfig.fast())), 40)
+    assert (tuning.config, tuning.num_inference_steps) == (ATCConfig(r=1.0), 20)
+
+
+def test_psnr():
+    picture = torch.zeros(1, 3, 4, 4)
+    assert psnr(picture, picture) == float("inf")
+    assert psnr(picture + 0.1, picture) == pytest.approx(20, abs=0.2)  # 0.1 is 25.5 of 255, rounded
