@@ -62,7 +62,7 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB of the merged picture to the unmerged one; infinite if they are equal."""
-        return psnr(self.unmerged, self.merged)
+        return psnr(np.asarray(self.unmerged), np.asarray(self.merged))
 
     @property
     def ssim(self) -> float:

@@ -115,7 +115,7 @@ class Family:
     merges_queries: bool = True
 
     @property
-    def half(self) -> dict[str, float]:
+    def half(self) -> dict[str, Any]:
         """Shares that keep half of what can merge."""
         return {"r": 0.5} if self.merges_queries else {"r": 1, "r_keys": 0.5}
 

@@ -69,8 +69,8 @@ class PretendedTensor(Tensor):
     def __new__(cls, on_cpu: Tensor) -> "PretendedTensor":
         if on_cpu.dtype == torch.float64:
             raise TypeError("MPS has no float64")
-        layout = {"strides": on_cpu.stride(), "storage_offset": on_cpu.storage_offset()}
-        return Tensor._make_wrapper_subclass(cls, on_cpu.shape, **layout, dtype=on_cpu.dtype, device=DEVICE)  # type: ignore[attr-defined]
+        layout: Any = {"strides": on_cpu.stride(), "storage_offset": on_cpu.storage_offset()}
+        return Tensor._make_wrapper_subclass(cls, on_cpu.shape, **layout, dtype=on_cpu.dtype, device=DEVICE)
 
     def __init__(self, on_cpu: Tensor) -> None:
         self.on_cpu = on_cpu
@@ -83,7 +83,9 @@ class PretendedTensor(Tensor):
             return func(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} was called outside of PretendDevice")
 
 

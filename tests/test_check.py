@@ -8,7 +8,9 @@ from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from atc_diffusion import check
 from atc_diffusion.__main__ import main
-from atc_diffusion.check import clusterings, networks, processors
+from atc_diffusion.check import networks, processors
+from atc_diffusion.check.clusterings import check_clusterings
+from atc_diffusion.check.finding import Finding, find
 from atc_diffusion.clustering import _numba
 
 CPU = torch.device("cpu")
@@ -25,7 +27,7 @@ def test_nothing_is_wrong_on_the_cpu(capsys):
 def test_a_wrong_kernel_is_named(monkeypatch):
     right = _numba.build_tree
     monkeypatch.setattr(_numba, "build_tree", lambda tokens, *choices: right(tokens.flip(1), *choices))
-    wrong = [finding.subject for finding in clusterings.check_clusterings(CPU) if finding.problem]
+    wrong = [finding.subject for finding in check_clusterings(CPU) if finding.problem]
     assert wrong == [f"{x} linkage by numba for tokens on cpu" for x in ("average", "complete", "single", "ward")]
 
 
@@ -48,8 +50,8 @@ def test_a_device_that_fails_makes_the_command_fail(monkeypatch, capsys):
 
 
 def test_a_result_that_is_no_number_is_wrong():
-    assert check.Finding("x").problem is None
-    assert clusterings.find("x", lambda: float("nan"), 1.0).problem == "error nan, more than 1"
+    assert Finding("x").problem is None
+    assert find("x", lambda: float("nan"), 1.0).problem == "error nan, more than 1"
 
 
 @pytest.mark.parametrize("command", ["tun", "--fast"])

@@ -113,7 +113,8 @@ def test_every_way_of_clustering(family, network, config):
 
 
 def test_levels_may_be_named(family, network):
-    apply_patch(network, **{name: {family.level: share} for name, share in family.half.items()})
+    shares: Any = {name: {family.level: share} for name, share in family.half.items()}
+    apply_patch(network, **shares)
     assert len(summary(network).layers) == family.layers
     with pytest.raises(ValueError, match=r"level 8 was asked for, but the levels that have self-attention are"):
         apply_patch(network, r={8: 0.5})

@@ -74,8 +74,10 @@ class Configuration:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
         merge, rival = dict(values["merge"] or {}), values["rival"]
-        kind = _KINDS[merge.pop("kind")] if merge else None
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()}
+        kind: Any = _KINDS[merge.pop("kind")] if merge else None
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()
+        }
         return cls(kind(**fields) if kind else None, Rival(**rival) if rival else None)
 
     @contextmanager

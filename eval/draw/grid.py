@@ -95,7 +95,7 @@ def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> l
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     merges = [
-        _merge(method, *share, combination)
+        _merge(method, share[0], share[1], combination)
         for method, combination, share in product(methods, combinations, keeps)
         if method != "none" and _can_keep(method, min(filter(None, share)), combination)
     ]

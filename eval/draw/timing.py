@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -54,7 +55,7 @@ class Times:
         return seconds
 
 
-def time_batch(sampler: Sampler, configuration: Configuration, batch: Sequence[Picture]) -> tuple[list, float]:
+def time_batch(sampler: Sampler, configuration: Configuration, batch: Sequence[Picture]) -> tuple[list[Any], float]:
     """The pictures of one batch, and the seconds that each took."""
     start = time.perf_counter()
     images = sampler.draw(configuration, batch)

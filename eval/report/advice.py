@@ -48,7 +48,7 @@ def _why_not(merging: pd.DataFrame, min_psnr: float) -> str:
     """Why no merging is recommended, and what would make one acceptable."""
     if not len(merging):
         return "Merging does not pay here: no setting is faster than the unmerged model."
-    closest = merging.loc[merging["psnr"].idxmax()]
+    closest = merging.sort_values("psnr").iloc[-1]
     accepting = f"--min-psnr {int(closest['psnr'])} accepts it"
     return f"No merging is faster at {min_psnr:g} dB or better. The closest: {_sentence(closest)}; {accepting}."
 

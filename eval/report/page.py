@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -54,7 +54,7 @@ class Page:
     """
 
     title: str
-    conditions: dict[str, str]
+    conditions: Mapping[str, str]
     commands: Sequence[str]
     sections: Sequence[Section]
 
