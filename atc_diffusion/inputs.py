@@ -50,10 +50,10 @@ class Inputs:
     @property
     def readable(self) -> bool:
         """Whether values can be read now: not of tensors without data, nor while a CUDA graph is captured."""
-        latents = self.moving[0]
-        if latents.is_cuda and torch.cuda.is_current_stream_capturing():
+        tensors = (*self.moving, *self.fixed)
+        if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors):
             return False
-        return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in (*self.moving, *self.fixed))
+        return not (self.moving[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:

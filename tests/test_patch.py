@@ -71,10 +71,10 @@ def test_keeping_all_is_the_identity_to_the_bit(unet, config_class):
 
 
 def attend(unet: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """The output of the first self-attention for `tokens` `[1, 16, C]`, within a call of its network."""
+    """The output of the first self-attention for `tokens` `[B, 16, C]`, within a call of its network."""
     attn, outputs = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1, []
     with unet.conv_in.register_forward_pre_hook(lambda *_: outputs.append(attn(tokens, **options))):
-        unet(torch.randn(1, 4, 4, 4), torch.tensor(500), torch.randn(1, 5, 12))
+        unet(torch.randn(len(tokens), 4, 4, 4), torch.tensor(500), torch.randn(len(tokens), 5, 12))
     return outputs[0]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from tests.conftest import UNET
-from tests.test_patch import run
+from tests.test_patch import attend, run
 from tests.test_pipelines import MASK, PARTS, PICTURE, draw, text
 
 # diffusers moves them to its deprecated pipelines.
@@ -143,11 +143,11 @@ def test_a_bank_of_keys_that_attention_is_given_is_used_as_it_is(unet):
     """Reference-only control gives attn1 `encoder_hidden_states`: the picture's tokens and those of a reference."""
     tokens, bank = torch.randn(1, 16, 16), torch.randn(1, 40, 16)
     repeated = tokens[:, :4].repeat_interleave(4, dim=1)
-    expected = attention(unet)(repeated, encoder_hidden_states=bank)
+    expected = attend(unet, repeated, encoder_hidden_states=bank)
     for shares in SHARES:
         apply_patch(unet, **shares)
-        assert torch.allclose(attention(unet)(repeated, encoder_hidden_states=bank), expected, atol=1e-6)
-        assert not torch.allclose(attention(unet)(repeated), expected, atol=1e-3)
+        assert torch.allclose(attend(unet, repeated, encoder_hidden_states=bank), expected, atol=1e-6)
+        assert not torch.allclose(attend(unet, repeated), expected, atol=1e-3)
 
 
 PERTURBED = [(PAGIdentitySelfAttnProcessor2_0(), 2), (PAGCFGIdentitySelfAttnProcessor2_0(), 3)]
@@ -160,17 +160,17 @@ def test_merging_with_perturbed_attention_equals_merging_each_part(unet, process
     tokens = torch.randn(2 * parts, 16, 16)
     kept, perturbed = tokens.split([2 * parts - 2, 2])
     apply_patch(unet, r=0.25, proportional_attention=proportional_attention)
-    expected = attn(kept)
+    expected = attend(unet, kept)
     attn.set_processor(processor)
-    output = attn(tokens)
+    output = attend(unet, tokens)
     assert torch.allclose(output[:-2], expected, atol=1e-6)
     assert all(len(item.unique(dim=0)) == 4 for item in output[-2:])
     # Of equal tokens the mean is the token: the identity attention of a perturbed part is exact there.
     equal = torch.cat([kept, perturbed[:, :1].expand(-1, 16, -1)])
     remove_patch(unet)
-    exact = attn(equal)[-2:]
+    exact = attend(unet, equal)[-2:]
     apply_patch(unet, r=0.25)
-    assert torch.allclose(attn(equal)[-2:], exact, atol=1e-6)
+    assert torch.allclose(attend(unet, equal)[-2:], exact, atol=1e-6)
 
 
 def softmax_attention(attn: Any, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
