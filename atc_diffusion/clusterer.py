@@ -43,7 +43,7 @@ def _tome(config: ToMeConfig, features: Tensor, grid: Grid, step: Tensor, num_cl
 
 @dataclass(frozen=True, eq=False)
 class _Partitions:
-    """Clusterings that do not nest: each number of clusters is found anew, by `labels`."""
+    """Clusterings that do not nest: `labels` finds each number of clusters from scratch."""
 
     labels: Callable[..., Tensor]
     num_clusters: int = 1

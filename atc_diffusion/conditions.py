@@ -1,14 +1,13 @@
 """What a network was called with besides latents and timestep: the same in all steps of a picture."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MOVING = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
+from atc_diffusion.inputs import RESIDUALS, leaves
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Conditions:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Conditions":
-        leaves = [leaf for name, value in arguments.items() if not _MOVING.search(name) for leaf in _leaves(value)]
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return cls(tensors, tuple(leaf for leaf in leaves if isinstance(leaf, bool | int | float | str | None)))
+        found = [leaf for name, value in arguments.items() if not RESIDUALS.search(name) for leaf in leaves(value)]
+        tensors = tuple(leaf for leaf in found if isinstance(leaf, Tensor))
+        return cls(tensors, tuple(leaf for leaf in found if isinstance(leaf, bool | int | float | str | None)))
 
     def clone(self) -> "Conditions":
         """A copy that survives changes in place."""
@@ -42,14 +41,3 @@ class Conditions:
 
 def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What is in nested mappings, lists and tuples; of mappings the keys too."""
-    if isinstance(value, Mapping):
-        value = [leaf for item in value.items() for leaf in item]
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value

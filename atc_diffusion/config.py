@@ -180,7 +180,7 @@ class ATCConfig(MergeConfig):
     def paper(cls, r: float, linkage: str = "average") -> "ATCConfig":
         """The setting of the paper's Table 2, after the authors' code: hidden states, plain means, no weights.
 
-        Every attention is clustered anew, and whole.
+        Every attention is reclustered at every call, without windows.
         """
         return cls(
             r=r,
@@ -214,7 +214,7 @@ class ToMeConfig(MergeConfig):
     Attributes:
         stride: side of the cells of which one token each may absorb others; no fewer than `1 / stride**2` of the
             tokens, queries or keys, can be kept.
-        seed: of the draw of those tokens, which is made anew at every clustering.
+        seed: of the draw of those tokens, which is repeated at every clustering.
     """
 
     features: Features = "hidden_states"
@@ -238,7 +238,7 @@ class ToMeConfig(MergeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class KMedoidsConfig(MergeConfig):
-    """A baseline: K-Medoids (Haurum et al. 2023), which clusters anew for every number of clusters.
+    """A baseline: K-Medoids (Haurum et al. 2023), which reclusters for every number of clusters.
 
     Attributes:
         iterations: how often the medoids move.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
+RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Inputs:
     @classmethod
     def of(cls, latents: Tensor, others: Mapping[str, Any]) -> "Inputs":
         """The latents, and the arguments that a network got besides these and the timestep, by name."""
-        residuals = [list(leaves(value)) for name, value in others.items() if _RESIDUALS.search(name)]
-        fixed = [leaf for name, value in others.items() if not _RESIDUALS.search(name) for leaf in leaves(value)]
+        residuals = [list(leaves(value)) for name, value in others.items() if RESIDUALS.search(name)]
+        fixed = [leaf for name, value in others.items() if not RESIDUALS.search(name) for leaf in leaves(value)]
         # Of a ControlNet's residuals, the coarsest is enough: it depends on all that the ControlNet was given.
         moving = [each[-1] for each in residuals if each and isinstance(each[-1], Tensor)]
         settings = tuple(leaf for leaf in fixed if isinstance(leaf, bool | int | float | str | None))
