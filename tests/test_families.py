@@ -200,7 +200,7 @@ def test_attention_is_softmax_over_logits_plus_log_sizes(family, network, shares
     if not family.merges_queries:
         pytest.skip("has a reference of its own")
     calls = recorded_calls(network)
-    family.run(apply_patch(network, record=True, **shares))
+    apply_patch(network, record=True, **shares)
     results = outputs(network)
     family.run(network)
     merges = merge_maps(network)
@@ -302,7 +302,7 @@ def test_fused_projections_of_sd3_are_refused_and_work_again_unfused():
     expected = family.run(apply_patch(network, r=0.5))
     remove_patch(network)
     network.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has a FusedJointAttnProcessor2_0: merging in"):
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has a .*FusedJointAttnProcessor2_0: merging in"):
         apply_patch(network, r=0.5)
     network.unfuse_qkv_projections()
     assert torch.equal(family.run(apply_patch(network, r=0.5)), expected)
@@ -319,7 +319,7 @@ def test_transformers_compile_whole(name):
     steps = TIMESTEPS.clone()
     for timestep, output in zip(steps, expected, strict=False):
         assert torch.allclose(family.run(compiled, timestep), output, atol=1e-5)
-    assert {layer.clusterings for layer in summary(compiled).layers} == {2 if family.merges_queries else 1}
+    assert {layer.clusterings for layer in summary(compiled).layers} == {1}
 
 
 def sana() -> SanaTransformer2DModel:

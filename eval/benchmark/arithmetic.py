@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.models import BATCH, MODELS, make_inputs
-from benchmark.step import finest_level, layers
+from benchmark.step import layers, levels
 from benchmark.tables import Rows, Table
 
 NOTE = (
@@ -37,7 +37,7 @@ def _shares(model: str, size: int) -> list[list[str]]:
 
 
 def _two(network: Any) -> tuple[int, int]:
-    finest = finest_level(network)
+    finest = levels(network)[0]
     return finest, 2 * finest
 
 

@@ -93,7 +93,7 @@ def step_table(setting: Setting, keeps: Sequence[int], names: Sequence[str], rep
 
 
 def compiled_table(setting: Setting, keep: int, repeats: int) -> Table:
-    """One candidate after another, each compiled anew: patching resets the compiler."""
+    """One candidate after another, each compiled by itself: patching resets the compiler."""
     candidates = select([keep], COMPILED, setting.model)
     rows = Rows([each.cells for each in candidates], partial(_compiled, setting, candidates, repeats))
     note = f"{_note(repeats)} Compiled one after another, not in turns."
@@ -209,18 +209,19 @@ def patch(network: nn.Module, candidate: Candidate) -> int:
     if name in OURS:
         config = OURS[name](r)
         if name == DEEPER:
-            config = replace(config, levels=(finest_level(network), 2 * finest_level(network)))
+            config = replace(config, levels=levels(network)[:2])
         apply_patch(network, config)
         return 1 if name == FREE or not config.recluster_threshold else STEPS_A_CLUSTERING
     if name == "tomesd":
-        tomesd.apply_patch(network, ratio=1 - r, max_downsample=finest_level(network))
+        tomesd.apply_patch(network, ratio=1 - r, max_downsample=levels(network)[0])
     elif name == "todo":
         downsample_keys_values(network)
     return 1
 
 
-def finest_level(network: nn.Module) -> int:
-    return layers(network)[0].level
+def levels(network: nn.Module) -> tuple[int, ...]:
+    """Those that have self-attention, from the finest."""
+    return tuple(sorted({layer.level for layer in layers(network, "all")}))
 
 
 def layers(network: nn.Module, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
