@@ -136,6 +136,7 @@ def shrink(code: str) -> str:
 SPECIAL = {
     "A fair comparison with fewer steps",
     "A FastAPI endpoint",
+    "Choosing a setting",
     "Clustering by itself",
     "LoRA training",
     "Vision transformers",
@@ -198,6 +199,16 @@ def test_the_lora_is_trained_and_saved_and_the_patch_removed(run, folder):
     tiny_pipelines.sd15().load_lora_weights(folder / "my_lora")
     with pytest.raises(ValueError, match="is not patched"):
         summary(variables["pipe"])
+
+
+def test_tuning_leaves_a_patch_and_prints_every_setting(run, capsys):
+    tuning = run("Choosing a setting")["tuning"]
+    assert capsys.readouterr().out.count(" dB\n") == len(tuning.rows)
+
+
+def test_steps_that_are_forecast_are_reported(run, capsys):
+    assert isinstance(run("Forecasting steps")["image"], Image.Image)
+    assert "steps forecast" in capsys.readouterr().out
 
 
 def test_the_endpoint_answers_with_an_image(run):
