@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from atc_diffusion.baselines import DPCKNNConfig, KMedoidsConfig, ToMeConfig
 from atc_diffusion.clustering import cluster_tree
 from atc_diffusion.clustering.bipartite import draw_destinations, match
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.clustering.windows import cluster_windows
-from atc_diffusion.config import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
+from atc_diffusion.config import ATCConfig, MergeConfig
 
 Grid = tuple[int, int]
 

@@ -73,7 +73,7 @@ class MergeConfig:
             raise ValueError(f"r={self.r!r} and r_keys={self.r_keys!r} name different levels; name the same in both")
         check_member("features", self.features, get_args(Features))
         self._check_levels()
-        _check_count("share_layers", self.share_layers, "a number of layers from 1 up")
+        check_count("share_layers", self.share_layers, "a number of layers from 1 up")
         for name in ("recluster_threshold", "forecast_tolerance"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
@@ -207,65 +207,6 @@ class ATCConfig(MergeConfig):
         return cls(r=1.0, r_keys=r_keys, linkage="ward", levels="finest" if isinstance(r_keys, Mapping) else "costly")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToMeConfig(MergeConfig):
-    """Token Merging for Stable Diffusion (Bolya & Hoffman 2023), the baseline; defaults as in their `tomesd`.
-
-    Attributes:
-        stride: side of the cells of which one token each may absorb others; no fewer than `1 / stride**2` of the
-            tokens, queries or keys, can be kept.
-        seed: of the draw of those tokens, which is repeated at every clustering.
-    """
-
-    features: Features = "hidden_states"
-    proportional_attention: bool = False
-    stride: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_count("stride", self.stride, "a whole number from 1 up")
-        super().__post_init__()
-
-    def _check_number(self, name: str, share: object, progress: float | None) -> float:
-        number = super()._check_number(name, share, progress)
-        if number * self.stride**2 < 1:
-            raise ValueError(
-                f"ToMe with stride {self.stride} keeps at least {1 / self.stride**2:.4g} of the tokens, got {name}="
-                f"{number}; use a larger {name} or stride, or ATCConfig"
-            )
-        return number
-
-
-@dataclass(frozen=True, kw_only=True)
-class KMedoidsConfig(MergeConfig):
-    """A baseline: K-Medoids (Haurum et al. 2023), which reclusters for every number of clusters.
-
-    Attributes:
-        iterations: how often the medoids move.
-    """
-
-    iterations: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count("iterations", self.iterations, "a whole number from 1 up")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPCKNNConfig(MergeConfig):
-    """A baseline: density peaks by nearest neighbours (Du et al. 2016; Zeng et al. 2022, Eqs. 1-3).
-
-    Attributes:
-        neighbors: how many nearest tokens tell a token's density.
-    """
-
-    neighbors: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count("neighbors", self.neighbors, "a whole number from 1 up")
-
-
 def _num_kept(share: float, num_tokens: int) -> int:
     """The count nearest to the share; of many, a multiple of `ALIGNMENT`, unless all are kept."""
     exact = share * num_tokens
@@ -278,6 +219,6 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_count(name: str, value: object, meaning: str) -> None:
+def check_count(name: str, value: object, meaning: str) -> None:
     if not _is_count(value):
         raise ValueError(f"{name} must be {meaning}, got {value!r}")

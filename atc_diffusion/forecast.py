@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atc_diffusion.conditions import Conditions
+from atc_diffusion.inputs import Inputs
 
 ORDER = 2  # of the polynomial
 FEWEST_STEPS = 10  # of a run in which anything is forecast
@@ -34,7 +34,7 @@ class Lane:
     """The calls for one picture under one condition, such as a prompt.
 
     Attributes:
-        conditions: of its first call.
+        inputs: of its first call.
         index: the step of its last call.
         outputs: the last computed ones, with their steps.
         template: what the network last returned; a forecast has the same form.
@@ -44,7 +44,7 @@ class Lane:
         skipped: how many of the last calls were forecast.
     """
 
-    conditions: Conditions
+    inputs: Inputs
     index: int
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
     template: Any = None
@@ -132,12 +132,12 @@ class Picture:
         before, last = self.lengths
         return max(before, last) * min(max(last / before, 1.0), 2.0) if before else last
 
-    def lane(self, conditions: Conditions) -> Lane:
+    def lane(self, inputs: Inputs) -> Lane:
         """The lane that a call continues; each serves one call a step."""
         waiting = (lane for lane in self.lanes if lane.index == self.index - 1)
-        lane = next((lane for lane in waiting if lane.conditions.same(conditions)), None)
+        lane = next((lane for lane in waiting if lane.inputs.same_conditions(inputs)), None)
         if lane is None:
-            lane = Lane(conditions.clone(), self.index)
+            lane = Lane(inputs.clone(), self.index)
             self.lanes = [*(each for each in self.lanes if each.index >= self.index - 1), lane]
         lane.index = self.index
         return lane
@@ -196,25 +196,24 @@ class Forecasts:
         self._in_pairs = _in_pairs(timestep, count)
         self._pictures: list[Picture] = []
 
-    def visit(self, latents: Tensor, conditions: Conditions, index: int, tolerance: float) -> Visit:
+    def visit(self, inputs: Inputs, index: int, tolerance: float) -> Visit:
         """A call at step `index`, forecast if that is expected to change the latents by at most `tolerance`."""
-        if reason := self._reason(latents):
+        if reason := self._reason(inputs):
             return Visit(reason=reason)
-        picture = self._picture(latents, index)
-        picture.advance(latents, index)
-        lane = picture.lane(conditions)
+        picture = self._picture(inputs.latents, index)
+        picture.advance(inputs.latents, index)
+        lane = picture.lane(inputs)
         reason = self._reason_now(picture, lane, tolerance)
         return Visit(picture, lane, None if reason else lane.forecast(index), reason)
 
-    def _reason(self, latents: Tensor) -> str:
+    def _reason(self, inputs: Inputs) -> str:
         """Why nothing is forecast in this run."""
         if self._count - self._first < FEWEST_STEPS:
             return f"runs of fewer than {FEWEST_STEPS} steps are computed"
         if self._in_pairs:
             return "the sampler calls the network twice a step"
-        return (
-            "" if _readable(latents) and not torch.is_grad_enabled() else "gradients are recorded, or values unreadable"
-        )
+        computable = inputs.readable and not torch.is_grad_enabled()
+        return "" if computable else "gradients are recorded, or values unreadable"
 
     def _reason_now(self, picture: Picture, lane: Lane, tolerance: float) -> str:
         """Why this call is not forecast."""
@@ -236,11 +235,6 @@ class Forecasts:
             return self._pictures[distances.index(nearest)]
         self._pictures.append(Picture(index, latents.detach().clone()))
         return self._pictures[-1]
-
-
-def _readable(latents: Tensor) -> bool:
-    """Not of tensors without data, nor while a CUDA graph is captured."""
-    return not latents.is_meta and not (latents.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def lagrange(steps: Sequence[int], index: int) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
+_RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Inputs:
     @classmethod
     def of(cls, latents: Tensor, others: Mapping[str, Any]) -> "Inputs":
         """The latents, and the arguments that a network got besides these and the timestep, by name."""
-        residuals = [list(leaves(value)) for name, value in others.items() if RESIDUALS.search(name)]
-        fixed = [leaf for name, value in others.items() if not RESIDUALS.search(name) for leaf in leaves(value)]
+        residuals = [list(_leaves(value)) for name, value in others.items() if _RESIDUALS.search(name)]
+        fixed = [leaf for name, value in others.items() if not _RESIDUALS.search(name) for leaf in _leaves(value)]
         # Of a ControlNet's residuals, the coarsest is enough: it depends on all that the ControlNet was given.
         moving = [each[-1] for each in residuals if each and isinstance(each[-1], Tensor)]
         settings = tuple(leaf for leaf in fixed if isinstance(leaf, bool | int | float | str | None))
@@ -40,6 +40,10 @@ class Inputs:
     def clone(self) -> "Inputs":
         """A copy that survives changes in place."""
         return replace(self, moving=_clones(self.moving), fixed=_clones(self.fixed))
+
+    @property
+    def latents(self) -> Tensor:
+        return self.moving[0]
 
     @property
     def kind(self) -> object:
@@ -53,7 +57,13 @@ class Inputs:
         tensors = (*self.moving, *self.fixed)
         if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors):
             return False
-        return not (self.moving[0].is_cuda and torch.cuda.is_current_stream_capturing())
+        return not (self.latents.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def same_conditions(self, other: "Inputs") -> bool:
+        """Whether all that stays the same in all steps of a picture is equal."""
+        if len(self.fixed) != len(other.fixed) or self.settings != other.settings:
+            return False
+        return all(map(_equal, self.fixed, other.fixed))
 
 
 def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:
@@ -113,16 +123,20 @@ class Sharing:
         return labels.unflatten(0, (len(self.clustered), -1))[self.used].flatten(0, 1)
 
 
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+
 def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.detach().clone() for x in tensors)
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: Any) -> Iterator[Any]:
     """What is in nested mappings, lists and tuples; of mappings the keys too."""
     if isinstance(value, Mapping):
         value = [leaf for item in value.items() for leaf in item]
     if isinstance(value, list | tuple):
         for each in value:
-            yield from leaves(each)
+            yield from _leaves(each)
     else:
         yield value

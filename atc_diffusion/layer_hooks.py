@@ -1,7 +1,7 @@
 """The hooks around one self-attention: cluster its tokens or recall their clusters, cut, merge, un-merge."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from atc_diffusion.call import Call, enter_block, leave_block, present
 from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
+from atc_diffusion.features import make_features
 from atc_diffusion.inputs import Sharing
 from atc_diffusion.merge_map import MergeMap
 
@@ -106,27 +107,13 @@ class LayerHooks:
         return trees[key]
 
     def _features(self, call: Call, tokens: Tensor) -> Tensor:
-        """What the clustered items of `tokens` `[B, N, C]` are compared by."""
+        """The features `[B, N, D]` by which the clustered items of `tokens` `[B, N, C]` are compared."""
         sharing, which = _sharing(call, tokens), self.config.features
         if which == "hidden_states":  # of several images, the one to merge comes first
             tokens = call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]]
         if sharing is not None:
             tokens = sharing.pick(tokens)
-        if which == "hidden_states":
-            return tokens
-        if which == "keys_values":
-            keys, values = (self._projections(call, tokens, each) for each in ("keys", "values"))
-            return torch.cat([_unit_deviation(keys), _unit_deviation(values)], dim=2)
-        return self._projections(call, tokens, which)
-
-    def _projections(self, call: Call, tokens: Tensor, which: Literal["keys", "values"]) -> Tensor:
-        """Keys or values `[B, N, C]` of `tokens` `[B, N, C]`, for which weights are needed ahead of the attention."""
-        if any(map(_waits_for_weights, self.layer.attention.modules())):
-            raise ValueError(
-                f"the weights of {self.layer.name} are loaded only when it is called, after its tokens are compared;"
-                " use features='hidden_states', or offload without its class in preload_module_classes"
-            )
-        return self.family.features(self.layer, tokens, call.rotary[self.layer.name], which)
+        return make_features(which, tokens, self.family, self.layer, call.rotary[self.layer.name])
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         height, width = self.layer.grid(call.size)
@@ -141,13 +128,3 @@ class LayerHooks:
 def _sharing(call: Call, tokens: Tensor) -> Sharing | None:
     """Which items of `tokens` `[B, N, C]` share clusters; None: none do, or these are a portion of the items."""
     return call.clusters.sharing if len(tokens) == call.items else None
-
-
-def _waits_for_weights(module: nn.Module) -> bool:
-    """Whether accelerate has offloaded the module's own weights, and will not load them when it is called."""
-    return not hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
-
-
-def _unit_deviation(x: Tensor) -> Tensor:
-    """Each item of `x` `[B, N, C]` divided by its standard deviation."""
-    return x / x.float().std(dim=(1, 2), keepdim=True).clamp(min=1e-12).to(x.dtype)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer
 from atc_diffusion.call import Call, present
-from atc_diffusion.conditions import Conditions
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecast import Visit
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.layer_hooks import LayerHooks
+from atc_diffusion.moment import Moment, progress_by_value
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge
-from atc_diffusion.schedule import Clusters, Moment, Run, Schedule, progress_by_value
+from atc_diffusion.schedule import Clusters, Run, Schedule
 from atc_diffusion.skipping import SkippingForward
 from atc_diffusion.tracing import refuse_tracing
 
@@ -89,7 +89,7 @@ class NetworkPatch:
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
         self._check_processors(size, kept)
         inputs, run = Inputs.of(image.latents, image.others), self._schedule.run(moment, timestep)
-        visit = self._visit(run, image, moment)
+        visit = self._visit(run, inputs, timestep, moment)
         clusters = self._clusters(run, inputs) if visit.output is None else Clusters()
         clusters.keep_maps({count for counts in kept.values() for count in counts})
         for layer in self._layers:
@@ -115,16 +115,14 @@ class NetworkPatch:
     def _clusters(self, run: Run, inputs: Inputs) -> Clusters:
         return run.clusters(inputs, self.config.recluster_threshold, self.config.share_guidance)
 
-    def _visit(self, run: Run, image: ImageInput, moment: Moment | None) -> Visit:
+    def _visit(self, run: Run, inputs: Inputs, timestep: Tensor, moment: Moment | None) -> Visit:
         if self._skipping is None:
             return Visit()
         if moment is None:
             return Visit(reason="timesteps are no entries of scheduler.timesteps")
         if not self._skipping.trusted:
             return Visit(reason="the network's forward was replaced, as by a cache")
-        forecasts = run.forecasts(image.timestep, moment)
-        conditions = Conditions.of(image.others)
-        return forecasts.visit(image.latents, conditions, moment.index, self.config.forecast_tolerance)
+        return run.forecasts(timestep, moment).visit(inputs, moment.index, self.config.forecast_tolerance)
 
     @torch.compiler.disable
     def _forecast(self) -> Any:

@@ -16,52 +16,11 @@ from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.forecast import Forecasts
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.moment import Moment, rising_time
 from atc_diffusion.report import RunLog
 
 PATIENCE = 2  # moments for which clusters wait to serve again: guidance may skip every other step
 MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clusters here
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An entry of a scheduler's timesteps: a view into one tensor, which is located without being read.
-
-    Attributes:
-        timesteps: the memory of all entries; another one is another run.
-        index: which entry it is.
-        count: how many there are.
-    """
-
-    timesteps: torch.UntypedStorage
-    index: int
-    count: int
-
-    @classmethod
-    def of(cls, timestep: object) -> "Moment | None":
-        """The moment of a timestep, expanded to a batch or not; None if it is no entry of a longer tensor."""
-        if not isinstance(timestep, Tensor) or not timestep.numel():
-            return None
-        if any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
-            return None
-        storage = timestep.untyped_storage()
-        count = storage.nbytes() // timestep.itemsize
-        return cls(storage, int(timestep.storage_offset()), count) if count > 1 or _is_entry_of_one(timestep) else None
-
-    def progress(self, later: int = 0) -> float:
-        """The share of the denoising that lies before the entry `later` places on, from 0 (noise) to 1."""
-        return min((self.index + later) / max(self.count - 1, 1), 1.0)
-
-
-def _is_entry_of_one(timestep: Tensor) -> bool:
-    """Whether this is the only entry of a schedule, not a tensor of its own."""
-    return timestep._base is not None and timestep._base.ndim > 0
-
-
-def progress_by_value(timestep: object) -> float | None:
-    """Progress in a schedule from 1000 to 0; None if the timestep is unreadable without a device sync."""
-    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-        return None
-    return min(max(1 - float(torch.as_tensor(timestep).max()) / 1000, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +83,7 @@ class Run:
             source.served = self.moments
             return source.clusters
         # Parts of guidance have equal latents; but at the first moment, so have different prompts of one seed.
-        clusters = Clusters(Sharing.of(inputs.moving[0]) if share_guidance and self.moments > 1 else None)
+        clusters = Clusters(Sharing.of(inputs.latents) if share_guidance and self.moments > 1 else None)
         if threshold:
             self._sources = [*self._sources[1 - MAX_SOURCES :], Source(inputs.clone(), clusters, self.moments)]
         return clusters
@@ -155,7 +114,7 @@ class Schedule(threading.local):
 
     def run(self, moment: Moment | None, timestep: object) -> Run:
         """The run that a call belongs to: a new one if its timestep goes back."""
-        time = _falling(timestep) if moment is None else moment.index
+        time = rising_time(timestep) if moment is None else moment.index
         run = self._unplaced if moment is None else self._placed.get(moment.timesteps)
         if run is None or time < run.time:
             run = Run()
@@ -165,10 +124,3 @@ class Schedule(threading.local):
             self._placed[moment.timesteps] = run
         run.advance(time)
         return run
-
-
-def _falling(timestep: object) -> float:
-    """A time that rises while the timestep falls; minus infinity for a tensor without data."""
-    if isinstance(timestep, Tensor) and (timestep.is_meta or type(timestep) is not Tensor):
-        return -torch.inf
-    return -float(torch.as_tensor(timestep).max())

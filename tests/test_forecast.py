@@ -23,8 +23,8 @@ from diffusers import (
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
-from atc_diffusion.conditions import Conditions
 from atc_diffusion.forecast import Forecasts, lagrange
+from atc_diffusion.inputs import Inputs
 from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequentially
 from tests.test_pipelines import PARTS, text
 
@@ -84,7 +84,7 @@ def polynomial_run(tolerance: float) -> tuple[dict[int, float], Tensor, Tensor]:
     errors = {}
     for step in range(STEPS):
         output = constant + linear * step / STEPS + quadratic * (step / STEPS) ** 2
-        visit = forecasts.visit(latents, Conditions(), step, tolerance)
+        visit = forecasts.visit(Inputs((latents,)), step, tolerance)
         if visit.output is not None:
             errors[step] = float((visit.output[0] - output).norm() / output.norm())
         returned = visit.output or (output,)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from atc_diffusion.inputs import Inputs, Sharing, changes
-from atc_diffusion.schedule import MAX_SOURCES, PATIENCE, Moment, Run, Schedule, progress_by_value
+from atc_diffusion.moment import Moment, progress_by_value
+from atc_diffusion.schedule import MAX_SOURCES, PATIENCE, Run, Schedule
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # tensors on "meta" have no values that could be read
