@@ -32,7 +32,7 @@ Column = tuple[str, list[Image.Image], str]  # name, pictures, figures
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin"])
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("generate.png"), help="the labelled picture")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def shares(text: str) -> tuple[float, float]:
@@ -148,8 +148,13 @@ def contact_sheet(columns: Sequence[Column]) -> Image.Image:
     return sheet
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with door("generate.py"):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     check(args)
     configs = configurations(args)
     pipe = load(args.model)
@@ -168,5 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with door("generate.py"):
-        main()
+    main()

@@ -1,11 +1,13 @@
 """Real diffusers classes at tiny size, with random weights."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -24,6 +26,11 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 4,
     "sample_size": 16,
 }
+
+
+def pytest_configure() -> None:
+    """One thread: tiny networks gain nothing from more, and pytest-xdist runs a process on every core."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +54,19 @@ def components(unet: UNet2DConditionModel) -> dict[str, Any]:
         "text_encoder": None,
         "tokenizer": None,
     }
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The sentence with which a command refuses its arguments, offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def refused(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> str:
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        if error.value.code == 2:  # argparse prints the sentence itself, after the usage
+            return capsys.readouterr().err.splitlines()[-1]
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return refused

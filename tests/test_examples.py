@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import generate
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
@@ -34,17 +31,17 @@ def test_the_readmes_files_exist():
 
 
 @pytest.mark.parametrize("method", ["atc", "tome"])
-def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, method):
-    options = ["--steps", "2", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method, "--out", "a.png"]
-    done = run_example(*options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("compiling")]
+def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, capsys, method):
+    out = tmp_path / "a.png"
+    options = ["--steps", "2", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method, "--out", str(out)]
+    generate.main(options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("compiling")]
     assert re.fullmatch(r"unmerged +[\d.]+ s/picture", lines[0])
     row = r"\d+% of queries, \d+% of keys +[\d.]+ s/picture  x [\d.]+  ([\d.]+) dB"
     fidelity = [float(match[1]) for line in lines[1:3] if (match := re.fullmatch(row, line))]
     # An unrelated picture is at about 10 dB.
     assert 70 > fidelity[0] > fidelity[1] > 15 if method == "atc" else min(fidelity) > 15
-    assert Image.open(tmp_path / "a.png").size == (5 * 256, 28 + 256 + 28)  # two merged, each with its difference
+    assert Image.open(out).size == (5 * 256, 28 + 256 + 28)  # two merged, each with its difference
 
 
 COUNT_COMPILATIONS = """
@@ -97,8 +94,7 @@ def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
         (["--size", "100"], "divisible by 8 but are 100 and 100"),
     ],
 )
-def test_generate_says_what_does_not_fit(tmp_path, options, message):
-    done = run_example(*options, cwd=tmp_path)
-    assert done.returncode in (1, 2)  # argparse exits with 2
-    assert re.search(message, done.stderr.splitlines()[-1])
+def test_generate_says_what_does_not_fit(tmp_path, monkeypatch, refused, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, refused(generate.main, options))
     assert not list(tmp_path.iterdir())

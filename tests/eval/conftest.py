@@ -1,16 +1,13 @@
-"""A tiny Stable Diffusion in a folder, pictures to score, and commands that are refused in one sentence."""
+"""A tiny Stable Diffusion in a folder and pictures to score."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests import tiny_pipelines
-
-Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
 
 
 @pytest.fixture
@@ -33,28 +30,3 @@ def draw_pictures(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return draw
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """The sentence with which a command refuses its arguments, offline."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def refused(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> str:
-        with pytest.raises(SystemExit) as error:
-            main(arguments)
-        if error.value.code == 2:  # argparse prints the sentence itself, after the usage
-            return capsys.readouterr().err.splitlines()[-1]
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    return refused
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As accelerate gives each of several processes: sums are rounded differently by other numbers of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
