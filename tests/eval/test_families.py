@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import generate
 from fid import main as fid
 from tests import tiny_pipelines
-from tests.test_examples import run_example
 from tune import main as tune
 
 FAMILIES = ("sdxl", "sd3", "pixart")
@@ -52,8 +52,10 @@ def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -
     assert ("DeepCache" in said) == (model.name == "sdxl")
 
 
-def test_generate_draws_beside_the_unmerged_picture(model: Path, tmp_path: Path) -> None:
-    done = run_example("--model", str(model), "--steps", "2", "--prompt", "ant", "--keep", "50/25", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "50% of queries, 25% of keys" in done.stdout
-    assert (tmp_path / "generate.png").is_file()
+def test_generate_draws_beside_the_unmerged_picture(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "generate.png"
+    generate.main(f"--model {model} --steps 2 --prompt ant --keep 50/25 --out {out}".split())
+    assert "50% of queries, 25% of keys" in capsys.readouterr().out
+    assert out.is_file()
