@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import atc_diffusion.clustering as clustering
 from atc_diffusion import ClusterTree, MergeMap, agglomerate, cluster_tree
+from atc_diffusion.clustering.windows import cluster_windows
 from tests.test_clustering import assert_valid
 
 pytest.importorskip("triton")
@@ -38,10 +40,12 @@ on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Few tokens go through all loops then: several tiles and blocks, launched rounds and rounds that are left."""
-    monkeypatch.setattr(_triton, "ALONE", 4)
+    monkeypatch.setattr(_triton, "ALONE", 6)
     monkeypatch.setattr(_triton, "ROUNDS", 2)
     monkeypatch.setattr(_triton, "BLOCK", 16)
     monkeypatch.setattr(_triton, "PROGRAMS", 3)
+    monkeypatch.setattr(_self_check, "SIZES", (6, 24))
+    monkeypatch.setattr(_self_check, "CHANNELS", 5)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +146,12 @@ def test_degenerate_tokens_in_low_precision_give_valid_labels(linkage):
     assert_valid(agglomerate(tokens, 6, linkage, backend="triton").cpu(), 6)
 
 
+def test_windows_are_clustered():
+    tokens = draw_tokens(2, 63, 6)
+    labels, expected = (cluster_windows(tokens, (7, 9), 4, backend=name).cut(20) for name in ("triton", "torch"))
+    assert torch.equal(labels, expected)
+
+
 def test_low_precision_is_clustered_in_float32():
     tokens = draw_tokens(1, 17, 8).half()
     labels = [agglomerate(x, 6, backend="triton") for x in (tokens, tokens.float())]
@@ -182,10 +192,36 @@ def _unchecked():
         check.cache_clear()
 
 
+def test_the_self_check_launches_every_kernel_in_the_sizes_that_real_calls_use(monkeypatch):
+    monkeypatch.undo()
+    alone, launched = _self_check.SIZES
+    assert alone <= _triton.ALONE < 4 * _triton.TILE < launched
+
+
 @pytest.mark.usefixtures("_unchecked")
-def test_right_kernels_are_trusted(recwarn):
-    assert _self_check.triton_works(torch.device(DEVICE))
-    assert not recwarn.list
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+def test_right_kernels_are_trusted(linkage):
+    """Under autocast too, which lowers the precision of the products that plain torch computes."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert _self_check.triton_works(torch.device(DEVICE), linkage, "cosine")
+
+
+class WrongKernel:
+    """Launches the kernels, except that one does nothing, or spoils what it leaves if it is `pair`."""
+
+    def __init__(self, step: str) -> None:
+        self.step, self.kernel = step, _triton._kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(data: Tensor, links: Tensor, *arguments: Any, STEP: str, **options: Any) -> None:
+            wrong = self.step == STEP
+            if not wrong or STEP == "pair":
+                self.kernel[grid](data, links, *arguments, STEP=STEP, **options)
+            if wrong and STEP == "pair":
+                links[:, _triton.PARENT.value] = 0
+
+        return launch
 
 
 def _raises(tokens: Tensor, *_: object) -> ClusterTree:
@@ -193,31 +229,30 @@ def _raises(tokens: Tensor, *_: object) -> ClusterTree:
 
 
 def _reverses(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    return _torch.build_tree(tokens.flip(1), linkage, metric, num_clusters)
+    return _torch.build_tree(tokens.flip(1).cpu(), linkage, metric, num_clusters)
 
 
-WRONG_KERNELS = [
-    (_raises, "RuntimeError: no kernel image"),
-    (_reverses, "other clusters with average, complete, single, ward linkage"),
+WRONG_FORMS = [
+    ({"build_tree": _raises}, "RuntimeError: no kernel image"),
+    ({"build_tree": _reverses}, "other clusters of 6 and 24 tokens"),
+    ({"_kernel": WrongKernel("all")}, "other clusters of 6 and 24 tokens"),
+    *(({"_kernel": WrongKernel(step)}, "other clusters of 24 tokens") for step in ("search", "pair", "merge")),
 ]
 
 
 @pytest.mark.usefixtures("_unchecked")
-@pytest.mark.parametrize(("kernel", "problem"), WRONG_KERNELS)
-def test_a_wrong_kernel_steps_aside_with_one_warning(monkeypatch, kernel, problem):
-    monkeypatch.setattr(_triton, "build_tree", kernel)
-    message = rf"the Triton kernels fail on .* \({problem}\); please report this, .* the CPU clusters instead"
-    with pytest.warns(UserWarning, match=message) as warned:
-        assert not any(_self_check.triton_works(torch.device(DEVICE)) for _ in range(2))
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+@pytest.mark.parametrize(("form", "problem"), WRONG_FORMS)
+def test_a_wrong_kernel_steps_aside_with_one_warning_and_raises_where_it_was_asked_for(
+    monkeypatch, form, problem, linkage
+):
+    monkeypatch.setattr(_triton, *next(iter(form.items())))
+    problem = rf"the Triton kernels for {linkage} linkage fail on .* \({problem}\); please report this, "
+    with pytest.warns(UserWarning, match=f"{problem}.* the CPU clusters instead") as warned:
+        assert not any(_self_check.triton_works(torch.device(DEVICE), linkage, "cosine") for _ in range(2))
     assert len(warned) == 1
-
-
-@pytest.mark.usefixtures("_unchecked")
-@pytest.mark.parametrize(("kernel", "problem"), WRONG_KERNELS)
-def test_a_wrong_kernel_that_was_asked_for_raises(monkeypatch, kernel, problem):
-    monkeypatch.setattr(_triton, "build_tree", kernel)
-    with pytest.raises(RuntimeError, match=rf"\({problem}\); please report this, .*; use backend='torch'"):
-        agglomerate(draw_tokens(1, 20, 4).to(DEVICE), 7, backend="triton")
+    with pytest.raises(RuntimeError, match=f"{problem}.*; use backend='torch'"):
+        agglomerate(draw_tokens(1, 20, 4), 7, linkage, backend="triton")
 
 
 @pytest.mark.parametrize("function", [agglomerate, cluster_tree])

@@ -59,7 +59,7 @@ def test_a_window_as_large_as_the_picture_changes_nothing():
     assert torch.equal(tree.cut(10), agglomerate(features, 10))
 
 
-@pytest.mark.parametrize("backend", ["numba", "scipy", "triton"])
+@pytest.mark.parametrize("backend", ["numba", "scipy"])
 def test_every_backend_clusters_windows(backend):
     tokens = torch.randn(2, 63, 6)
     labels, expected = (cluster_windows(tokens, (7, 9), 4, backend=name).cut(20) for name in (backend, "torch"))

@@ -32,13 +32,13 @@ def place(tokens: Tensor, linkage: str, metric: str, backend: str | None = None)
     if backend == "triton":
         from atc_diffusion.clustering._self_check import require_triton
 
-        require_triton(tokens.device)
+        require_triton(tokens.device, linkage, metric)
     return Place(backend, CPU if backend in ("numba", "scipy") else tokens.device)
 
 
 def _fastest(tokens: Tensor, linkage: str, metric: str) -> Place:
     """Plain torch launches thousands of small kernels, so it clusters on a GPU only where there is nothing else."""
-    if tokens.is_cuda and tokens.dtype != torch.float64 and _has_kernels(tokens.device):
+    if tokens.is_cuda and tokens.dtype != torch.float64 and _has_kernels(tokens.device, linkage, metric):
         return Place("triton", tokens.device)
     matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
     if numba_works() and not matrix_free:
@@ -46,14 +46,14 @@ def _fastest(tokens: Tensor, linkage: str, metric: str) -> Place:
     return Place("torch", tokens.device if tokens.is_cuda else CPU)
 
 
-def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels are there and right on `device`."""
+def _has_kernels(device: torch.device, linkage: str, metric: str) -> bool:
+    """Whether Triton's kernels of a linkage are there and right on `device`."""
     if not HAS_TRITON:
         _warn_of_no_triton()
         return False
     from atc_diffusion.clustering._self_check import triton_works
 
-    return triton_works(device)
+    return triton_works(device, linkage, metric)
 
 
 @cache
