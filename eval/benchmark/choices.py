@@ -14,7 +14,7 @@ from benchmark.tables import NOT_MEASURED
 
 DTYPES = ("float32", "float16", "bfloat16")
 GROWTH = (1024, 2048, 4096, 8192, 16384)
-PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "compile")
+PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "training", "compile")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Defaults:
 
 DEFAULTS = {
     "cpu": Defaults(
-        PARTS[:-1],
+        [part for part in PARTS if part not in ("training", "compile")],
         ["sd15"],
         [60, 40],
         [4096],
@@ -39,7 +39,7 @@ DEFAULTS = {
         {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024]},
     ),
     "cuda": Defaults(
-        [part for part in PARTS if part != "small"],
+        [part for part in PARTS if part not in ("small", "training")],
         ["sd15", "sdxl"],
         [60, 40, 25],
         [1024, 4096, 16384],
@@ -60,7 +60,7 @@ class Benchmark:
     """What the command line asks for."""
 
     device: str = option("what is measured", "cpu", choices=list(DEFAULTS))
-    parts: tuple[str, ...] = option("(default: all; CPU: no compile; GPU: no small)", (), choices=PARTS)
+    parts: tuple[str, ...] = option("(default: all but training; CPU: no compile; GPU: no small)", (), choices=PARTS)
     model: tuple[str, ...] = option("(default: sd15; GPU: sd15 sdxl)", (), choices=list(MODELS))
     blocks: int | None = option("so many of a transformer's blocks (default: all)", None, checks.whole(1))
     dtype: str | None = option("of the steps (default: float32; GPU: float16)", None, choices=DTYPES)

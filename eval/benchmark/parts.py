@@ -12,6 +12,7 @@ from benchmark.choices import Benchmark
 from benchmark.clustering import floor_table, growth_table, peers_table, small_table
 from benchmark.step import compiled_table, step_table
 from benchmark.tables import Table
+from benchmark.training import training_table
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
 
@@ -35,6 +36,8 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
         yield from (attention_table(each.model, each.size, benchmark.keep, repeats, device) for each in unets)
     if "step" in benchmark.parts:
         yield from (step_table(each, benchmark.keep, benchmark.candidates, repeats) for each in settings)
+    if "training" in benchmark.parts:
+        yield from (training_table(each, benchmark.keep, repeats) for each in settings if each.model in HEADS)
     if "compile" in benchmark.parts:
         yield compiled_table(settings[0], first, repeats)
 

@@ -159,6 +159,18 @@ def test_compiled_steps_have_rows_too(run: Run) -> None:
     assert [row[1] for row in table] == ["unpatched", "atc", "atc-fast"]
 
 
+def test_training_is_timed_with_what_it_keeps_for_the_backward_pass(run: Run) -> None:
+    table = run("--parts training --model sd15 --keep 50")
+    assert [row[:3] for row in table[:4]] == [
+        ["off", "100 %", "unpatched"],
+        ["off", "50 %", "tomesd"],
+        ["off", "50 %", "atc"],
+        ["off", "50 %", "atc-fast"],
+    ]
+    saved = [int(row[5]) for row in table]
+    assert all(few < many for few, many in zip(saved[4:], saved[:4], strict=True))
+
+
 def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> None:
     assert [str(each) for each in select([60, 20], ["tomesd", "todo"], "sd15")] == [
         "unpatched 100 %",
