@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from atc_diffusion import ATCConfig, Tuning, apply_patch, patched, summary, tune
-from atc_diffusion.tuning import Row, Way, psnr
+from atc_diffusion.__main__ import main
+from atc_diffusion.trials import Row, Way
 from tests.tiny_pipelines import sd15
 
 SIZE: dict[str, Any] = {"height": 64, "width": 64}
@@ -73,7 +74,9 @@ def test_the_fastest_that_is_near_enough_is_the_best():
     assert Tuning(rows, 49).config == fast
     assert Tuning(rows, 25).config == ATCConfig(r=1.0)
     assert Tuning(rows, 25).num_inference_steps == 5
-    assert "fastest at 45 dB or more: r=1.0, r_keys=0.1 + forecasting + 20 steps (x 0.35)" in str(Tuning(rows, 45))
+    assert "Fastest at 45 dB or more: r=1.0, r_keys=0.1 + forecasting + 20 steps, 0.35 of the time." in str(
+        Tuning(rows, 45)
+    )
 
 
 def test_where_nothing_pays_the_pipeline_stays_as_it_is():
@@ -81,7 +84,16 @@ def test_where_nothing_pays_the_pipeline_stays_as_it_is():
     assert (tuning.config, tuning.num_inference_steps) == (ATCConfig(r=1.0), 20)
 
 
-def test_psnr():
-    picture = torch.zeros(1, 3, 4, 4)
-    assert psnr(picture, picture) == float("inf")
-    assert psnr(picture + 0.1, picture) == pytest.approx(20, abs=0.2)  # 0.1 is 25.5 of 255, rounded
+def test_it_names_the_closest_where_nothing_is_near_enough():
+    rows = (row(0.2, 30, None, 5), row(0.55, 38.9, ATCConfig.fast()), UNPATCHED)
+    expected = "Nothing is faster at 40 dB or more. The closest: r=1.0, r_keys=0.1 + 20 steps, 38.9 dB."
+    assert Tuning(rows, 40).advice == expected
+    assert Tuning((UNPATCHED,), 40).advice == "Nothing is faster than the unpatched pipeline here."
+
+
+def test_the_command_prints_what_it_finds(tmp_path, capsys):
+    sd15().save_pretrained(tmp_path / "model")
+    assert main(f"tune {tmp_path / 'model'} --prompt ant --steps 2 --size 64 --max-seconds 0".split()) == 0
+    said = capsys.readouterr()
+    assert "2 steps" in said.out
+    assert "warming up" in said.err

@@ -13,7 +13,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers.utils import load_image
 
 import atc_diffusion
 from arguments import checks
@@ -113,6 +114,15 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
         pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def from_picture(pipe: Any, path: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The image-to-image pipeline with the parts of `pipe`, and `arguments` for it, with the picture at `path`."""
+    others = {name: value for name, value in arguments.items() if name not in ("height", "width")}
+    picture = load_image(str(path))
+    if "height" in arguments:
+        picture = picture.resize((arguments["width"], arguments["height"]))
+    return AutoPipelineForImage2Image.from_pipe(pipe), others | {"image": [picture] * arguments["num_images_per_prompt"]}
 
 
 def make_scheduler(name: str, own: Any) -> Any:

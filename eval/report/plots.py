@@ -45,6 +45,16 @@ def plot_fidelity(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def on_frontier(seconds: pd.Series, psnr: pd.Series) -> pd.Series:
+    """Whether no other row is both as fast and nearer, nor faster and as near.
+
+    NaN stands for the unmerged pictures themselves, nearer than any other; that row is not marked.
+    """
+    order = pd.DataFrame({"seconds": seconds, "error": -psnr.fillna(float("inf"))}).sort_values(["seconds", "error"])
+    best_before = order["error"].cummin().shift(fill_value=float("inf"))
+    return (order["error"] < best_before).reindex(seconds.index) & psnr.notna()
+
+
 def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 4.5 + 0.08 * lines), layout="constrained")
     axes = figure.subplots()

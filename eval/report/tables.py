@@ -9,10 +9,9 @@ from draw.configuration import Configuration, describe
 from draw.pictures import Picture
 from files import write_atomically
 from report.page import Page, Section, Shown
-from report.plots import plot_fid, plot_fidelity
+from report.plots import on_frontier, plot_fid, plot_fidelity
 from report.study import Result, Study
 from score.bootstrap import Estimate
-from score.comparison import on_frontier
 
 PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
     "ToMe": {100: 33.80, 90: 33.77, 80: 33.61, 70: 33.59, 60: 33.57, 50: 33.63, 40: 33.67},

@@ -113,7 +113,7 @@ def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Pa
     ("command", "package", "extra"),
     [
         ("eval/tune.py", "pandas", "tune"),
-        ("eval/tune.py", "skimage", "tune"),
+        ("eval/tune.py", "jinja2", "tune"),
         ("eval/fid.py", "torch_fidelity", "eval"),
         ("eval/speed.py", "fastcluster", "eval"),
         ("eval/classify.py", "timm", "eval,vision"),

@@ -15,10 +15,10 @@ from draw.grid import grid
 from draw.picture_set import PictureSet
 from draw.pictures import plan
 from draw.rivals import Rival
+from report.plots import on_frontier
 from report.study import Result, Study
 from report.tables import make_page, write_report
 from score.bootstrap import Estimate, bootstrap_draws
-from score.comparison import on_frontier
 from score.scorer import Fidelity, Scores
 
 PICTURES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
