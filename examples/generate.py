@@ -36,8 +36,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
     parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin"])
-    keep = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 100/10 50/10)"
-    parser.add_argument("--keep", nargs="+", type=shares, default=[(1.0, 0.1), (0.5, 0.1)], help=keep)
+    keep = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: the presets)"
+    parser.add_argument("--keep", nargs="+", type=shares, help=keep)
     parser.add_argument("--method", choices=["atc", "tome"], default="atc")
     parser.add_argument("--linkage", choices=LINKAGES, help="of ATC (default: average)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
@@ -64,6 +64,8 @@ def shares(text: str) -> tuple[float, float]:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the pictures were drawn, or mean something else."""
+    if not args.keep and (args.method == "tome" or args.linkage):
+        raise ValueError("--method and --linkage need --keep, such as --keep 50")
     if args.method == "tome" and args.linkage:
         raise ValueError(f"--linkage {args.linkage} is ATC's; leave it out with --method tome")
     if args.steps < 1:
@@ -75,7 +77,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def configurations(args: argparse.Namespace) -> dict[str, MergeConfig | None]:
-    """A configuration for every pair of shares, by what is kept; None for the unmerged model, which is first."""
+    """A configuration for every row, by its name; None for the unmerged model, which is first."""
+    if not args.keep:
+        return {"unmerged": None, "ATCConfig.fast()": ATCConfig.fast(), "ATCConfig.faster()": ATCConfig.faster()}
     method = ToMeConfig if args.method == "tome" else ATCConfig
     options = {"linkage": args.linkage} if args.linkage else {}
     merged = {describe(*pair): method(r=pair[0], r_keys=pair[1], **options) for pair in args.keep if pair != (1, 1)}

@@ -122,7 +122,9 @@ def from_picture(pipe: Any, path: Path, arguments: dict[str, Any]) -> tuple[Any,
     picture = load_image(str(path))
     if "height" in arguments:
         picture = picture.resize((arguments["width"], arguments["height"]))
-    return AutoPipelineForImage2Image.from_pipe(pipe), others | {"image": [picture] * arguments["num_images_per_prompt"]}
+    return AutoPipelineForImage2Image.from_pipe(pipe), others | {
+        "image": [picture] * arguments["num_images_per_prompt"]
+    }
 
 
 def make_scheduler(name: str, own: Any) -> Any:

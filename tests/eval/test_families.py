@@ -1,4 +1,4 @@
-"""The commands on every model family: Stable Diffusion XL, 3 and PixArt at tiny size."""
+"""The commands on every model family: Stable Diffusion XL, 3, PixArt and Flux at tiny size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from fid import main as fid
 from tests import tiny_pipelines
 from tune import main as tune
 
-FAMILIES = ("sdxl", "sd3", "pixart")
+FAMILIES = ("sdxl", "sd3", "pixart", "flux")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -24,17 +24,20 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path) -> list[str]:
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\n")
+    methods = "atc --keep 100/50" if model.name == "flux" else "atc tome --keep 50"
     return (
-        f"--model {model} --class-names {names} --prompt {{}} --steps 2 --batch-size 1 --method atc tome --keep 50 "
+        f"--model {model} --class-names {names} --prompt {{}} --steps 2 --batch-size 1 --method {methods} "
         f"--reference {draw_pictures('reference', 4)} --features efficientnet-lite0 --bootstrap 20 --device cpu "
         f"--out {tmp_path / 'out'}"
     ).split()
 
 
 def test_fid_draws_and_reports(experiment: list[str], tmp_path: Path) -> None:
-    fid([*experiment, "--rival", "steps:0.5", "todo:2"])
+    is_flux = "100/50" in experiment
+    fid([*experiment, "--rival", "steps:0.5", *([] if is_flux else ["todo:2"])])
     report = (tmp_path / "out" / "report.md").read_text()
-    assert all(method in report for method in ("unmerged", "ATC average", "ToMe", "fewer steps", "ToDo"))
+    others = [] if is_flux else ["ToMe", "ToDo"]
+    assert all(method in report for method in ("unmerged", "ATC average", "fewer steps", *others))
 
 
 @pytest.mark.parametrize("model", ["sd3", "pixart"], indirect=True)
@@ -47,15 +50,15 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
 def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tune(f"--model {model} --prompt ant --steps 2 --device cpu --min-psnr 0".split())
     said = capsys.readouterr().out
-    assert "ATC ward" in said
-    assert "fewer steps" in said
-    assert ("DeepCache" in said) == (model.name == "sdxl")
+    assert "r=1.0, r_keys=0.1 + 2 steps" in said
+    assert "1 steps" in said
 
 
 def test_generate_draws_beside_the_unmerged_picture(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "generate.png"
-    generate.main(f"--model {model} --steps 2 --prompt ant --keep 50/25 --out {out}".split())
-    assert "50% of queries, 25% of keys" in capsys.readouterr().out
+    keep = "100/25" if model.name == "flux" else "50/25"
+    generate.main(f"--model {model} --steps 2 --prompt ant --keep {keep} --out {out}".split())
+    assert "of queries, 25% of keys" in capsys.readouterr().out
     assert out.is_file()
