@@ -34,9 +34,10 @@ def _tune(model: str, prompt: list[str], min_psnr: float, max_seconds: float, **
     import torch
     from diffusers import DiffusionPipeline
 
+    from atc_diffusion.check import devices_found
     from atc_diffusion.tuning import tune
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = devices_found()[-1]
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     pipe = DiffusionPipeline.from_pretrained(model).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)

@@ -109,6 +109,8 @@ def _choices(merge: MergeConfig) -> dict[str, Any]:
 
 def _merge_label(merge: MergeConfig) -> str:
     """The method and what differs from its defaults, or from the paper's setting if that is less."""
+    if _keeps_all(merge):
+        return "forecasting alone"
     choices = _choices(merge)
     if type(merge) in _BASELINES:
         return ", ".join([choices["method"], *_differences(choices, type(merge)())])
@@ -123,7 +125,14 @@ def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:
     return [describe(field, value) for field, value in choices.items() if field != "method" and value != others[field]]
 
 
+def _keeps_all(merge: MergeConfig) -> bool:
+    """Whether steps are forecast and nothing is merged."""
+    return merge.r == 1 and merge.r_keys is None
+
+
 def _shares(merge: MergeConfig) -> str:
+    if _keeps_all(merge):
+        return f"tolerance {merge.forecast_tolerance:g}"
     keys = merge.r_keys
     texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
     return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])

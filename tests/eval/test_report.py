@@ -174,3 +174,9 @@ def test_lpips_has_a_column_where_it_was_measured(study: Study) -> None:
     measured = replace(way, scores=replace(way.scores, fidelity=fidelity))
     ways = table(replace(study, results=[study.unmerged, measured]), "Fidelity and time")
     assert ways["LPIPS"].tolist() == ["", "0.123 ± 0.010"]
+
+
+def test_forecasting_alone_is_named_as_such() -> None:
+    way = Configuration(ATCConfig(r=1.0, forecast_tolerance=0.015))
+    assert (way.label, way.setting) == ("forecasting alone", "tolerance 0.015")
+    assert Configuration(ATCConfig.faster()).label == "ATC ward, costly levels, forecast tolerance 0.015"
