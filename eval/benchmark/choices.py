@@ -36,7 +36,7 @@ DEFAULTS = {
         [60, 40],
         [4096],
         "float32",
-        {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024]},
+        {"sd15": [512], "sdxl": [1024], "pixart-sigma": [1024], "sd3-medium": [1024], "flux-dev": [1024]},
     ),
     "cuda": Defaults(
         [part for part in PARTS if part not in ("small", "training")],
@@ -44,7 +44,13 @@ DEFAULTS = {
         [60, 40, 25],
         [1024, 4096, 16384],
         "float16",
-        {"sd15": [512, 1024, 2048], "sdxl": [1024], "pixart-sigma": [1024, 2048], "sd3-medium": [1024]},
+        {
+            "sd15": [512, 1024, 2048],
+            "sdxl": [1024],
+            "pixart-sigma": [1024, 2048],
+            "sd3-medium": [1024],
+            "flux-dev": [1024, 2048],
+        },
     ),
 }
 

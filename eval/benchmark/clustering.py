@@ -1,7 +1,6 @@
 """Tables of the clustering alone: beside the other exact engines, on a GPU beside its floor, and as tokens grow."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,6 +9,9 @@ import fastcluster
 import numpy as np
 import torch
 from scipy.cluster import hierarchy
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import squareform
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
@@ -49,9 +51,8 @@ def small_table(keep: int, repeats: int) -> Table:
     """Small problems, as windows and vision transformers have them, beside the quickest of the other engines."""
     return Table(
         f"Small problems: one clustering, or 16 in a batch, of Gaussian tokens to {keep} %",
-        "From tokens to labels; the other engines take one problem of a batch after the other. Milliseconds of CPU "
-        f"time, all threads together, medians of {repeats} turns of several calls. Ratio: the quickest of "
-        f"{', '.join(ENGINES[1:])} to ours.",
+        "From tokens to labels; the other engines take one problem of a batch after the other. Milliseconds, "
+        f"medians of {repeats} turns of several calls. Ratio: the quickest of {', '.join(ENGINES[1:])} to ours.",
         ("tokens", "linkage", "atc_diffusion", "quickest other", "ms", "ratio", "same"),
         [
             Rows(
@@ -75,7 +76,7 @@ def _beside_quickest(
         same_partition(a, b) for candidate in candidates.values() for a, b in zip(labels, candidate(), strict=True)
     )
     calls = max(1, CALLS // (batch * num_tokens**2))
-    timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0, clock=time.process_time)
+    timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0)
     ms = {name: 1000 * timing.seconds for name, timing in timings.items()}
     ours, quickest = ms.pop("atc_diffusion"), min(ms, key=lambda name: ms[name])
     times = ms[quickest] / ours
@@ -112,19 +113,23 @@ def _one_by_one(cluster: Callable[[Tensor], np.ndarray], tokens: Tensor) -> np.n
 
 
 def condensed_distances(tokens: Tensor, linkage: str) -> np.ndarray:
-    """What SciPy and fastcluster read, of tokens `[N, C]`: the upper triangle `[N (N - 1) / 2]` in float64."""
-    x = tokens.double()
+    """What SciPy and fastcluster read, of tokens `[N, C]`: the upper triangle `[N (N - 1) / 2]`, by one product."""
     if linkage == "ward":
-        distances = torch.cdist(x, x)
+        distances = torch.cdist(tokens, tokens)
     else:
-        x = torch.nn.functional.normalize(x, dim=1)
+        x = torch.nn.functional.normalize(tokens, dim=1)
         distances = 1 - x @ x.T
-    rows, columns = torch.triu_indices(len(x), len(x), offset=1)
-    return distances[rows, columns].numpy()
+    return squareform(distances.numpy(), checks=False)
 
 
 def partition(merges: np.ndarray, num_clusters: int) -> np.ndarray:
-    return hierarchy.fcluster(merges, num_clusters, "maxclust")
+    """Labels of the clusters that the first merges leave."""
+    num_tokens = len(merges) + 1
+    first = merges[: num_tokens - num_clusters, :2].astype(np.int32)
+    parents = np.repeat(np.arange(num_tokens, num_tokens + len(first)), 2)
+    size = num_tokens + len(first)
+    edges = coo_array((np.ones(2 * len(first)), (first.ravel(), parents)), (size, size))
+    return connected_components(edges, directed=False)[1][:num_tokens]
 
 
 def same_partition(a: np.ndarray, b: np.ndarray) -> bool:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 BATCH = 2  # a picture under guidance
@@ -41,6 +42,7 @@ SD3_MEDIUM: dict[str, Any] = {
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }
+FLUX: dict[str, Any] = {"guidance_embeds": True}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Model:
         config: arguments of the class.
         text: what it is given beside latents and the timestep, `text(network, draw, pixels)`.
         channels: of the latents.
-        blocks: how many it has, where all are alike; None: they are not.
+        blocks: how many it has, of its most frequent kind; None: it has levels instead.
+        is_rotary: whether it rotates keys by their places, so that only keys and values merge.
     """
 
     title: str
@@ -62,11 +65,18 @@ class Model:
     text: Callable[[Any, Draw, int], Inputs]
     channels: int = 4
     blocks: int | None = None
+    is_rotary: bool = False
 
     def build(self, blocks: int | None = None) -> Any:
-        """The network, of its first `blocks` if not None."""
-        depth = {} if blocks is None else {"num_layers": blocks}
-        return self.kind(**self.config | depth)
+        """The network; with `blocks`, of so many of each kind of block."""
+        depths = [name for name in ("num_layers", "num_single_layers") if name in signature(self.kind).parameters]
+        return self.kind(**self.config | ({} if blocks is None else dict.fromkeys(depths, blocks)))
+
+    def shape(self, pixels: int) -> tuple[int, ...]:
+        """Of one picture's latents; rotary networks are given tokens, patches of 2 x 2 latents."""
+        if self.is_rotary:
+            return (pixels // 16) ** 2, 4 * self.channels
+        return self.channels, pixels // 8, pixels // 8
 
 
 def _unet_text(unet: Any, draw: Draw, pixels: int) -> Inputs:
@@ -90,11 +100,26 @@ def _sd3_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
     return {"encoder_hidden_states": text, "pooled_projections": draw(BATCH, transformer.config.pooled_projection_dim)}
 
 
+def _flux_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
+    """512 tokens of T5, and the places of the picture's tokens."""
+    side = torch.arange(pixels // 16, device=transformer.device)
+    places = torch.cartesian_prod(torch.zeros(1, device=transformer.device), side.float(), side.float())
+    text = draw(BATCH, 512, transformer.config.joint_attention_dim)
+    return {
+        "encoder_hidden_states": text,
+        "pooled_projections": draw(BATCH, transformer.config.pooled_projection_dim),
+        "img_ids": places,
+        "txt_ids": places.new_zeros(512, 3),
+        "guidance": places.new_full((BATCH,), 3.5),
+    }
+
+
 MODELS = {
     "sd15": Model("Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text),
     "sdxl": Model("SDXL's UNet", UNet2DConditionModel, UNET["sdxl"], _unet_text),
     "pixart-sigma": Model("PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, blocks=28),
     "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, SD3_MEDIUM, _sd3_text, channels=16, blocks=24),
+    "flux-dev": Model("FLUX.1-dev", FluxTransformer2DModel, FLUX, _flux_text, channels=16, blocks=38, is_rotary=True),
 }
 
 
@@ -112,5 +137,9 @@ def make_inputs(model: str, network: Any, pixels: int) -> tuple[Tensor, Inputs]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=network.device, dtype=network.dtype)
 
-    latents = draw(1, MODELS[model].channels, pixels // 8, pixels // 8).repeat(BATCH, 1, 1, 1)
-    return latents, MODELS[model].text(network, draw, pixels)
+    return repeated(draw(1, *MODELS[model].shape(pixels))), MODELS[model].text(network, draw, pixels)
+
+
+def repeated(latents: Tensor) -> Tensor:
+    """One picture's latents for both halves of its guidance."""
+    return latents.repeat(BATCH, *[1] * (latents.ndim - 1))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from atc_diffusion import ATCConfig, LayerSummary, MergeConfig, ToMeConfig, apply_patch, patched, summary
-from benchmark.models import BATCH, MODELS, load, make_inputs
+from benchmark.models import BATCH, MODELS, Model, load, make_inputs, repeated
 from benchmark.tables import Rows, Table, mebibytes
 from benchmark.timing import Timing, take_turns
 
@@ -38,6 +38,7 @@ OURS: dict[str, Callable[[float], MergeConfig]] = {
 CANDIDATES = ("tomesd", "todo", *OURS)
 OF_UNETS = ("tomesd", "todo", DEEPER)
 OF_TRANSFORMERS = ("tome", "atc-share-2", "atc-share-4")
+OF_ROTARY = ("unpatched", "atc-fast")
 COMPILED = ("unpatched", "atc", "atc-fast")
 ALWAYS_KEEP = {"unpatched": 100, "todo": 25}  # percent
 KEEP_AT_LEAST = {"tomesd": 25, "tome": 25}
@@ -102,11 +103,16 @@ def compiled_table(setting: Setting, keep: int, repeats: int) -> Table:
 
 def select(keeps: Sequence[int], names: Sequence[str], model: str) -> list[Candidate]:
     """What is compared, each once: the unpatched network, then whatever fits it and can keep so few."""
-    others = OF_UNETS if MODELS[model].blocks else OF_TRANSFORMERS
-    fitting = [name for name in names if name not in others]
+    fitting = [name for name in names if _fits(name, MODELS[model])]
     several = [(keep, name) for keep in keeps for name in fitting if keep >= KEEP_AT_LEAST.get(name, 0)]
     named = [Candidate(name, ALWAYS_KEEP.get(name, keep)) for keep, name in several]
     return list(dict.fromkeys([Candidate("unpatched", 100), *named]))
+
+
+def _fits(name: str, model: Model) -> bool:
+    if model.is_rotary:
+        return name in OF_ROTARY
+    return name not in (OF_UNETS if model.blocks else OF_TRANSFORMERS)
 
 
 def _note(repeats: int) -> str:
@@ -114,6 +120,8 @@ def _note(repeats: int) -> str:
 
 
 def _legend(model: str) -> str:
+    if MODELS[model].is_rotary:
+        return "keep: of the keys; all queries are kept."
     free = f"{FREE}: atc, clustering time excluded."
     if MODELS[model].blocks:
         return f"{free} atc-share-2 and -4: one clustering serves as many consecutive layers."
@@ -182,9 +190,7 @@ class Denoising:
     def turn(self) -> None:
         before = self._clusterings_so_far()
         if self.candidate.name != FREE:
-            self.latents = (
-                torch.randn(self.latents[:1].shape, generator=self.noise).repeat(BATCH, 1, 1, 1).to(self.latents)
-            )
+            self.latents = repeated(torch.randn(self.latents[:1].shape, generator=self.noise)).to(self.latents)
         for timestep in islice(self.timesteps, self.period):
             self.output = self.network(self.latents, timestep=timestep.expand(BATCH), **self.inputs).sample
         self.clusterings = self._clusterings_so_far() - before
@@ -226,7 +232,7 @@ def levels(network: nn.Module) -> tuple[int, ...]:
 
 def layers(network: nn.Module, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
     """The layers that `ATCConfig(levels=levels)` merges."""
-    with patched(network, ATCConfig(levels=levels)):
+    with patched(network, ATCConfig(r=1.0, r_keys=0.5, levels=levels)):
         return summary(network).layers
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ def take_turns(
     device: str,
     calls: int = 1,
     warm_ups: int = 1,
-    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """The median of `repeats` timings of every candidate: each warms up first, then they alternate.
 
@@ -37,7 +35,6 @@ def take_turns(
         device: "cpu" or "cuda".
         calls: how many calls are timed together, for those that are short.
         warm_ups: how many calls of each are not timed.
-        clock: what counts seconds on the CPU; `time.process_time` counts this process's alone.
     """
     for candidate in candidates.values():
         for _ in range(warm_ups):
@@ -45,20 +42,20 @@ def take_turns(
     timings: dict[str, list[Timing]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
-            timings[name].append(_time(candidate, device, calls, clock))
+            timings[name].append(_time(candidate, device, calls))
             print(f"{name}: {timings[name][-1].seconds:.3g} s", file=sys.stderr, flush=True)
     return {name: _median(several) for name, several in timings.items()}
 
 
-def _time(call: Call, device: str, calls: int, clock: Clock) -> Timing:
-    return _time_on_gpu(call, calls) if device == "cuda" else _time_on_cpu(call, calls, clock)
+def _time(call: Call, device: str, calls: int) -> Timing:
+    return _time_on_gpu(call, calls) if device == "cuda" else _time_on_cpu(call, calls)
 
 
-def _time_on_cpu(call: Call, calls: int, clock: Clock) -> Timing:
-    start = clock()
+def _time_on_cpu(call: Call, calls: int) -> Timing:
+    start = time.perf_counter()
     for _ in range(calls):
         call()
-    return Timing((clock() - start) / calls, peak=0)
+    return Timing((time.perf_counter() - start) / calls, peak=0)
 
 
 def _time_on_gpu(call: Call, calls: int) -> Timing:

@@ -22,7 +22,7 @@ from benchmark.step import Candidate, Denoising, Setting, select, share_weights
 from benchmark.tables import NOT_MEASURED, Rows, Table
 from benchmark.timing import take_turns
 from tests.conftest import UNET
-from tests.families import PIXART, SD3, SDXL
+from tests.families import FLUX, PIXART, SD3, SDXL
 
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
 
@@ -32,7 +32,9 @@ Run = Callable[[str], list[list[str]]]
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     load.cache_clear()
-    for name, config in {"sd15": UNET, "sdxl": SDXL, "pixart-sigma": PIXART, "sd3-medium": SD3}.items():
+    flux = FLUX | {"in_channels": 64, "guidance_embeds": True}
+    tiny = {"sd15": UNET, "sdxl": SDXL, "pixart-sigma": PIXART, "sd3-medium": SD3, "flux-dev": flux}
+    for name, config in tiny.items():
         monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=config))
 
 
@@ -186,6 +188,12 @@ def test_transformers_have_candidates_of_their_own(run: Run) -> None:
     assert [row[4] for row in table[:8]] == ["", "4", "4", "1.33", "0", "0.667", "0.333", "1.33"]
 
 
+def test_of_rotary_networks_only_keys_merge(run: Run) -> None:
+    table = run("--parts step arithmetic --model flux-dev --blocks 2 --keep 25")
+    assert [row[:2] for row in table[1:]] == [["100 %", "unpatched"], ["25 %", "atc-fast"]]
+    assert [row[4] for row in table[1:]] == ["", "1.33"]
+
+
 def denoising(model: str, candidate: Candidate) -> Denoising:
     return Denoising(setting := Setting(model, 64, "cpu", torch.float32), share_weights(setting.load()), candidate)
 
@@ -234,7 +242,13 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [("sd15", 859_520_964), ("sdxl", 2_567_463_684), ("pixart-sigma", 610_856_096), ("sd3-medium", 2_028_328_000)],
+    [
+        ("sd15", 859_520_964),
+        ("sdxl", 2_567_463_684),
+        ("pixart-sigma", 610_856_096),
+        ("sd3-medium", 2_028_328_000),
+        ("flux-dev", 11_901_408_320),
+    ],
 )
 def test_the_networks_have_full_size(model: str, parameters: int) -> None:
     with torch.device("meta"):
