@@ -211,7 +211,7 @@ class Forecasts:
         if self._count - self._first < FEWEST_STEPS:
             return f"runs of fewer than {FEWEST_STEPS} steps are computed"
         if self._in_pairs:
-            return "the sampler calls the network twice a step"
+            return "the sampler repeats its timesteps"
         computable = inputs.readable and not torch.is_grad_enabled()
         return "" if computable else "gradients are recorded, or values unreadable"
 

@@ -190,7 +190,6 @@ def test_the_fraction_changes_during_denoising(run):
     assert (kept[0], kept[-1]) == (13, 51)  # of 256 tokens: 5 % and 20 %
 
 
-@pytest.mark.xfail(reason="timesteps outside of a scheduler's are warned of")
 def test_the_lora_is_trained_and_saved_and_the_patch_removed(run, folder):
     variables = run("LoRA training")
     assert variables["loss"].isfinite()
