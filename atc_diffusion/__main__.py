@@ -20,6 +20,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the pipeline's own)")
     parser.add_argument("--size", type=int, help="height and width in pixels (default: the model's own)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float16, CPU: float32)")
     parser.add_argument("--min-psnr", type=float, default=40.0, help="least PSNR in dB (default: 40)")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no picture after that")
 
@@ -30,7 +31,7 @@ def _check() -> int:
     return run_check()
 
 
-def _tune(model: str, prompt: list[str], min_psnr: float, max_seconds: float, **given: Any) -> int:
+def _tune(model: str, prompt: list[str], dtype: str | None, min_psnr: float, max_seconds: float, **given: Any) -> int:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -38,8 +39,8 @@ def _tune(model: str, prompt: list[str], min_psnr: float, max_seconds: float, **
     from atc_diffusion.tuning import tune
 
     device = devices_found()[-1]
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    pipe = DiffusionPipeline.from_pretrained(model).to(device, dtype)
+    dtype = dtype or ("float32" if device.type == "cpu" else "float16")
+    pipe = DiffusionPipeline.from_pretrained(model).to(device, getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size"}
     call = {name: given[option] for name, option in names.items() if given[option] is not None}

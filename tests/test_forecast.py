@@ -133,7 +133,10 @@ def test_stochastic_samplers_get_the_unforecast_picture(components, scheduler):
 
 @pytest.mark.parametrize(
     ("scheduler", "steps", "reason"),
-    [(HeunDiscreteScheduler(), STEPS, "repeats its timesteps"), (DDIMScheduler(clip_sample=False), 9, "fewer than 10 steps")],
+    [
+        (HeunDiscreteScheduler(), STEPS, "repeats its timesteps"),
+        (DDIMScheduler(clip_sample=False), 9, "fewer than 10 steps"),
+    ],
 )
 def test_second_order_and_short_runs_are_computed(components, scheduler, steps, reason):
     pipe = pipeline(components, scheduler)
