@@ -17,7 +17,7 @@ from atc_diffusion.clustering.compilation import on_compilation
 from atc_diffusion.fidelity import psnr
 from overlay import Partition, partitions
 
-OnStep = Callable[[str, int], None]  # told what is drawn and how many steps are done; may raise to end the run
+OnStep = Callable[[str, int], None]  # called with the drawing's name and the steps done; may raise to end the run
 
 
 @dataclass(frozen=True)

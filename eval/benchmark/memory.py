@@ -11,7 +11,7 @@ from atc_diffusion import agglomerate
 
 def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) -> int:
     """How far one clustering raises the peak memory of a fresh process that has the tokens already."""
-    # Forked from a small server: a process that was started anew would inherit the peak of the one that started it.
+    # Forked from a small server: a new process would inherit the peak of the one that started it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["atc_diffusion"])
     with context.Pool(1) as pool:

@@ -1,8 +1,8 @@
 """Tables of a network's denoising steps: unpatched, merged by this project, and patched by its peers.
 
-Reusing a clustering makes steps unequal, so what is timed is a *period*: as many consecutive steps of one long run as
-a clustering serves, of which exactly one clusters, because its latents are new. A candidate warms up by one period, and
-each of its turns continues the run by another. The mean step of a turn is that of any long run.
+Reusing a clustering makes steps unequal, so the unit of timing is a *period*: as many consecutive steps of one long run
+as a clustering serves, of which exactly one clusters, because its latents are new. A candidate warms up by one period,
+and each of its turns continues the run by another. The mean step of a turn is that of any long run.
 """
 
 import copy

@@ -47,7 +47,8 @@ class Ways:
     """what is compared"""
 
     keep: tuple[Shares, ...] = option(
-        "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: 40 50 60 70 80 90)",
+        "percent of tokens kept, of queries and of keys: 100/10, or 50 for both; 100 together with "
+        "--set forecast_tolerance=0.015 is forecasting alone (default: 40 50 60 70 80 90)",
         tuple((keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)),
         parse_shares,
     )

@@ -19,10 +19,10 @@ from files import read_json, write_json
 
 
 class Sampler:
-    """Makes what is missing of the sets, this process's share of it.
+    """Draws this process's share of the pictures that the sets lack.
 
-    Every batch is full: the last one repeats a picture. So what a picture is depends on nothing but its prompt, its
-    seed and the settings: not on its neighbours, on the order, on interruptions or on how many processes share.
+    Every batch is full: the last one repeats a picture. So a picture depends only on its prompt, its seed and the
+    settings: not on its neighbours, on the order, on interruptions or on how many processes share.
     """
 
     def __init__(self, sampling: Sampling, state: PartialState) -> None:

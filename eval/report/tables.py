@@ -143,7 +143,7 @@ def _change(study: Study, before: Result, after: Result) -> dict[str, str] | Non
 
 
 def _one_choice(before: Configuration, after: Configuration) -> str | None:
-    """What `after` has instead of `before`, in words, if that is one choice of those that both have."""
+    """What `after` has instead of `before`, in words, if just one choice that both have differs."""
     old, new = before.choices, after.choices
     differing = [field for field in old if field in new and old[field] != new[field]]
     if len(differing) != 1 or differing == ["rival"]:

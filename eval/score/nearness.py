@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 from atc_diffusion import fidelity
 
 Pixels = NDArray[np.uint8]
-ROUNDING = 10 * np.log10(12 * 255**2)  # dB of the rounding to 8 bits alone, 58.9: nothing nearer can be told
+ROUNDING = 10 * np.log10(12 * 255**2)  # dB of the rounding to 8 bits alone, 58.9: closer pictures cannot be told apart
 
 
 def pixels(image: Image.Image) -> Pixels:

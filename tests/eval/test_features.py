@@ -132,7 +132,7 @@ def test_features_are_computed_once_for_the_same_content(
     assert torch.equal(compute(list_pictures(folder)), first)
 
 
-def test_other_content_resizing_or_order_is_computed_anew(draw_pictures: Draw, tmp_path: Path) -> None:
+def test_other_content_resizing_or_order_is_recomputed(draw_pictures: Draw, tmp_path: Path) -> None:
     paths = list_pictures(draw_pictures("pictures", 4))
     tensorflow, clean = (
         Features("efficientnet-lite0", each, tmp_path / "cache", CPU) for each in ("tensorflow", "clean")

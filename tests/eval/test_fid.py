@@ -186,7 +186,7 @@ def test_a_picture_does_not_depend_on_its_neighbours_or_their_order(sampling: Sa
 
 
 def test_another_batch_size_changes_no_more_than_rounding(sampling: Sampling) -> None:
-    """The noise is the same; sums of products are not, to the bit, and a value at .5 can round either way."""
+    """The noise is the same; sums of products differ in their last bits, and a value at .5 can round either way."""
     pictures = plan(["ant", "bee", "cat"], [0, 1], 2, "{}", 0)
     single = replace(sampling, batch_size=1)
     for one, four in zip([draw(single, [each])[0] for each in pictures], draw(sampling, pictures), strict=True):

@@ -88,6 +88,13 @@ def test_tomesd_does_not_depend_on_the_global_random_state_or_change_it(pipe: St
     assert np.array_equal(pictures[0], pictures[1])
 
 
+def test_forecasting_alone_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPipeline) -> None:
+    before = draw(pipe, steps=12)
+    with Configuration(ATCConfig(r=1.0, forecast_tolerance=1.0)).applied(pipe) as forecasting:
+        assert not np.array_equal(draw(forecasting, steps=12), before)
+    assert np.array_equal(draw(pipe, steps=12), before)
+
+
 def test_merging_works_together_with_a_rival(pipe: StableDiffusionPipeline) -> None:
     merge, rival = ATCConfig(r=0.5), Rival("deepcache", 2)
     pictures = []

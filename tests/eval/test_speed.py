@@ -90,7 +90,7 @@ def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
     assert {row[4] for row in table} == {"yes"}
 
 
-def test_small_problems_are_told_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_problems_stand_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmark.clustering.SMALL", (24, 32))
     monkeypatch.setattr("benchmark.clustering.CALLS", 1)
     table = run("--parts small")
@@ -119,7 +119,7 @@ def test_growth_tells_exponents_and_memory_beside_the_matrix(run: Run) -> None:
 
 
 def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() -> None:
-    torch.ones(2**27)  # 512 MiB, more than what is measured
+    torch.ones(2**27)  # 512 MiB, more than the measured growth
     matrix = 4 * 4200**2
     assert peak_bytes(4200, 8, 4199, "complete") > matrix
     assert peak_bytes(4200, 8, 4199, "average") < matrix
@@ -145,7 +145,7 @@ def test_attention_names_the_kernel(run: Run) -> None:
     assert {row[4] for row in table} == {"flash_attention_for_cpu"}
 
 
-def test_steps_of_every_candidate_are_told_beside_the_unpatched(run: Run) -> None:
+def test_steps_of_every_candidate_stand_beside_the_unpatched(run: Run) -> None:
     table = run("--parts step --model sd15 sdxl --keep 60 20")
     ours = ["atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"]
     sixty = [["60 %", "tomesd"], ["25 %", "todo"], *(["60 %", name] for name in ours)]

@@ -89,6 +89,14 @@ def test_a_value_that_does_not_fit_is_one_sentence(refused: Callable[..., str], 
     assert re.search(text, refused(parse, line))
 
 
+def test_forecasting_alone_keeps_all_tokens() -> None:
+    ways = parse("--method atc --keep 100 100/10 --set forecast_tolerance=0.015")
+    assert [(each.label, each.setting) for each in ways[1:]] == [
+        ("forecasting alone", "tolerance 0.015"),
+        ("ATC average, forecast tolerance 0.015", "keys 10 %"),
+    ]
+
+
 def test_tome_is_left_out_where_it_cannot_keep_so_few() -> None:
     assert [each.setting for each in parse("--method tome --keep 25 24 100/10")] == ["", "25 %"]
 
