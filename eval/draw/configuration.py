@@ -1,7 +1,7 @@
 """One way to draw: merging, a rival, both or neither, and its names in folders and reports."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -29,14 +29,12 @@ class Configuration:
     @property
     def label(self) -> str:
         """The method: how tokens are merged, with every choice that is not the default, and the rival."""
-        parts = [_merge_label(self.merge)] if self.merge else []
-        return " + ".join([*parts, self.rival.kind.label] if self.rival else parts) or "unmerged"
+        return self._label(_merge_label)
 
     @property
     def setting(self) -> str:
         """The strength in words: shares kept, and the rival's own."""
-        parts = [_shares(self.merge)] if self.merge else []
-        return ", ".join([*parts, self.rival.kind.setting(self.rival.strength)] if self.rival else parts)
+        return self._setting(_merge_setting)
 
     @property
     def strength(self) -> list[float]:
@@ -62,8 +60,8 @@ class Configuration:
 
     @property
     def folder(self) -> str:
-        """Name of the folder for its pictures."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self.label} {self.setting}".lower()).strip("-")
+        """Name of the folder for its pictures, with every choice: no other configuration may write there."""
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self._label(_method)} {self._setting(_shares)}".lower()).strip("-")
 
     @property
     def json(self) -> dict[str, Any]:
@@ -85,6 +83,14 @@ class Configuration:
         """`pipe` drawing this way, for the length of a `with` block; yields what draws."""
         with patched(pipe, self.merge) if self.merge else nullcontext(), self._rival(pipe) as draw:
             yield draw
+
+    def _label(self, name: Callable[[MergeConfig], str]) -> str:
+        parts = [name(self.merge)] if self.merge else []
+        return " + ".join([*parts, self.rival.kind.label] if self.rival else parts) or "unmerged"
+
+    def _setting(self, name: Callable[[MergeConfig], str]) -> str:
+        parts = [name(self.merge)] if self.merge else []
+        return ", ".join([*parts, self.rival.kind.setting(self.rival.strength)] if self.rival else parts)
 
     def _rival(self, pipe: Any) -> Any:
         return self.rival.applied(pipe) if self.rival else nullcontext(pipe)
@@ -108,9 +114,15 @@ def _choices(merge: MergeConfig) -> dict[str, Any]:
 
 
 def _merge_label(merge: MergeConfig) -> str:
+    return "forecasting alone" if _keeps_all(merge) else _method(merge)
+
+
+def _merge_setting(merge: MergeConfig) -> str:
+    return f"tolerance {merge.forecast_tolerance:g}" if _keeps_all(merge) else _shares(merge)
+
+
+def _method(merge: MergeConfig) -> str:
     """The method and what differs from its defaults, or from the paper's setting if that is less."""
-    if _keeps_all(merge):
-        return "forecasting alone"
     choices = _choices(merge)
     if type(merge) in _BASELINES:
         return ", ".join([choices["method"], *_differences(choices, type(merge)())])
@@ -131,8 +143,6 @@ def _keeps_all(merge: MergeConfig) -> bool:
 
 
 def _shares(merge: MergeConfig) -> str:
-    if _keeps_all(merge):
-        return f"tolerance {merge.forecast_tolerance:g}"
     keys = merge.r_keys
     texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
     return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])

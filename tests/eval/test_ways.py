@@ -120,6 +120,11 @@ def test_labels_tell_what_differs_from_the_defaults_or_the_paper() -> None:
     assert Configuration(ATCConfig.paper(0.5)).label == "ATC average, the paper's"
 
 
+def test_forecasting_alone_has_a_folder_for_every_configuration() -> None:
+    ways = parse("--method atc paper --keep 100 --set linkage=average,ward forecast_tolerance=0.015")
+    assert len({each.folder for each in ways}) == len(ways) == 5
+
+
 def test_different_configurations_have_different_folders() -> None:
     line = "--method atc paper tome --keep 50 25 12.5 --set linkage=average,ward proportional_attention=on,off"
     folders = [each.folder for each in parse(f"{line} --rival steps:0.7 todo:2 todo:4 --with deepcache:2")]
