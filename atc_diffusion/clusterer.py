@@ -35,7 +35,7 @@ def build_tree(config: MergeConfig, features: Tensor, grid: Grid, step: Tensor, 
 def _atc(config: ATCConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:
     if config.window_size is None or config.window_size >= max(grid):
         return cluster_tree(features, config.linkage, backend=config.backend, num_clusters=num_clusters)
-    return cluster_windows(features, grid, config.window_size, config.linkage, config.backend)
+    return cluster_windows(features, grid, config.window_size, config.linkage, config.backend, num_clusters)
 
 
 def _tome(config: ToMeConfig, features: Tensor, grid: Grid, step: Tensor, num_clusters: int) -> Cuttable:

@@ -152,6 +152,16 @@ def test_windows_are_clustered():
     assert torch.equal(labels, expected)
 
 
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+def test_windows_stop_together(linkage, monkeypatch):
+    monkeypatch.setattr(_triton, "ROUNDS", 5)
+    tokens = draw_tokens(1, 64, 6)
+    tokens[:, :32] = tokens[:, :32] * 1e-2 + 1
+    tree = cluster_windows(tokens, (8, 8), 4, linkage, "triton", num_clusters=40)
+    assert torch.equal(tree.cut(40), cluster_windows(tokens, (8, 8), 4, linkage, "scipy").cut(40))
+    assert 24 <= tree.heights.isfinite().sum() < 60
+
+
 def test_low_precision_is_clustered_in_float32():
     tokens = draw_tokens(1, 17, 8).half()
     labels = [agglomerate(x, 6, backend="triton") for x in (tokens, tokens.float())]

@@ -59,6 +59,36 @@ def test_a_window_as_large_as_the_picture_changes_nothing():
     assert torch.equal(tree.cut(10), agglomerate(features, 10))
 
 
+def draw_uneven(height: int, width: int) -> torch.Tensor:
+    """A picture `[2, N, 6]` of details, flat parts and equal tokens."""
+    tokens = torch.randn(2, height * width, 6, dtype=torch.float64)
+    tokens[0, : height * width // 2] = 1
+    tokens[1, : height * width // 3] = tokens[1, : height * width // 3] * 1e-2 + 1
+    return tokens
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(8, 8, 4), (7, 9, 4), (12, 12, 4)])
+@pytest.mark.parametrize("linkage", ["average", "complete", "single", "ward"])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_what_is_built_down_to_a_number_is_cut_as_the_whole_tree(height, width, window, linkage, backend):
+    tokens = draw_uneven(height, width)
+    whole = cluster_windows(tokens, (height, width), window, linkage, backend)
+    for share in (0.1, 0.5, 0.9, 1.0):
+        num_clusters = max(whole.num_clusters, round(share * height * width))
+        tree = cluster_windows(tokens, (height, width), window, linkage, backend, num_clusters)
+        assert tree.num_clusters == num_clusters
+        assert torch.equal(tree.cut(num_clusters), whole.cut(num_clusters))
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "ward"])
+def test_windows_stop_together(linkage):
+    """A detailed window stops early where a flat one has the merges that the picture needs."""
+    tree = cluster_windows(draw_uneven(12, 12), (12, 12), 4, linkage, "torch", num_clusters=100)
+    merges = tree.heights.isfinite().sum(dim=1)
+    assert (merges >= 44).all()
+    assert (merges < 100).all()
+
+
 @pytest.mark.parametrize("backend", ["numba", "scipy"])
 def test_every_backend_clusters_windows(backend):
     tokens = torch.randn(2, 63, 6)

@@ -43,7 +43,7 @@ def _medians(device: torch.device) -> list[float]:
     work: list[Callable[[], object]] = [
         lambda: F.scaled_dot_product_attention(heads, heads, heads),
         lambda: F.scaled_dot_product_attention(heads, keys, keys, attn_mask=mask),
-        lambda: cluster_windows(tokens, (SIDE, SIDE), 32, "ward").cut(KEYS),
+        lambda: cluster_windows(tokens, (SIDE, SIDE), 32, "ward", num_clusters=KEYS).cut(KEYS),
     ]
     for function in work:
         _seconds(function, device)  # compiles

@@ -74,10 +74,16 @@ def cluster_tree(
     metric = check_choices(linkage, metric, backend)
     check_tokens(tokens, metric, backend)
     check_num_clusters(num_clusters, tokens.shape[1])
+    return ClusterTree(*find_merges(tokens, num_clusters, linkage, metric, backend), num_clusters, tokens.device)
+
+
+def find_merges(
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int = 1
+) -> Merges:
+    """Parents, heights and order of `ClusterTree`s, of which every `together` will be cut down to `num_clusters`."""
     # The operator's dispatch alone takes a fifth of a small clustering.
-    merges = _opaque_merges if is_traced(tokens) else _merges
-    parents, heights, order = merges(tokens.detach(), num_clusters, linkage, metric, backend)
-    return ClusterTree(parents, heights, order, num_clusters, tokens.device)
+    find = _opaque_merges if is_traced(tokens) else _merges
+    return find(tokens.detach(), num_clusters, linkage, metric, backend, together)
 
 
 def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
@@ -114,27 +120,27 @@ def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> Non
         raise ValueError(f"backend='triton' needs tokens on a CUDA device, got {tokens.device}; use backend='torch'")
 
 
-def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None) -> Merges:
-    """Parents, heights and order of a `ClusterTree`, on the device where they were found."""
+def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int) -> Merges:
+    """As `find_merges`, on the device where they were found."""
     chosen, device = place(tokens, linkage, metric, backend)
     tokens = tokens.to(device).to(_working_dtype(tokens))
     with without_autocast(device):  # half precision cannot rank distances
-        tree = _backend(chosen)(tokens, linkage, metric, num_clusters)
+        tree = _backend(chosen)(tokens, linkage, metric, num_clusters, together)
     return tree.parents.contiguous(), tree.heights.to(tokens.dtype).contiguous(), tree.order.contiguous()
 
 
 @torch.library.custom_op("atc_diffusion::cluster_tree", mutates_args=())
 def _opaque_merges(
-    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_merges`, on the tokens' device, which is all that torch.compile sees."""
-    parents, heights, order = _merges(tokens, num_clusters, linkage, metric, backend)
+    parents, heights, order = _merges(tokens, num_clusters, linkage, metric, backend, together)
     return parents.to(tokens.device), heights.to(tokens.device), order.to(tokens.device)
 
 
 @_opaque_merges.register_fake
 def _(
-    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None
+    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = tokens.shape[:2]
     names = tokens.new_empty(shape, dtype=torch.int64)
@@ -145,7 +151,7 @@ def _working_dtype(tokens: Tensor) -> torch.dtype:
     return torch.promote_types(tokens.dtype, torch.float32)
 
 
-def _backend(name: str) -> Callable[[Tensor, str, str, int], ClusterTree]:
+def _backend(name: str) -> Callable[[Tensor, str, str, int, int], ClusterTree]:
     if name == "scipy":
         from atc_diffusion.clustering._scipy import build_tree
     elif name == "numba":

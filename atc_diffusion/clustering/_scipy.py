@@ -9,7 +9,7 @@ from atc_diffusion.clustering._torch import cosine_distances
 from atc_diffusion.clustering.tree import ClusterTree
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
+def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
     """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to one cluster, whatever `num_clusters` is."""
     from scipy.cluster import hierarchy
 

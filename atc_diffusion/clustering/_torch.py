@@ -34,12 +34,12 @@ class Clusters(Protocol):
         """Keep the slots `keep` `[B, M']`, each joined with its slot in `partners` (or itself) at distance `d`."""
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), every `together` items down to `num_clusters`."""
     tokens = prepare(tokens, metric)
     if linkage == "single":
         return _single.build_tree(pairwise_distances(tokens, metric))
-    return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters).run()
+    return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters, together).run()
 
 
 def _clusters(tokens: Tensor, linkage: str, metric: str) -> Clusters:
@@ -161,12 +161,14 @@ class _ReciprocalMerging:
     bound on the new one.
     """
 
-    def __init__(self, clusters: Clusters, num_clusters: int) -> None:
+    def __init__(self, clusters: Clusters, num_clusters: int, together: int = 1) -> None:
         batch, num_tokens = clusters.sizes.shape
         device = clusters.sizes.device
         self.clusters = clusters
         self.num_tokens = num_tokens
-        self.num_merges = num_tokens - num_clusters
+        self.num_clusters = num_clusters
+        self.together = together
+        self.num_merges = together * num_tokens - num_clusters  # of so many items
         self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: empty
         self.neighbours = torch.zeros_like(self.ids)  # first tokens
         self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
@@ -182,16 +184,14 @@ class _ReciprocalMerging:
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
 
     def run(self) -> ClusterTree:
-        """Merge until no distance is left below the `num_merges`-th smallest height; at most N - 1 rounds."""
+        """Merge until no distance is left up to the `num_merges`-th smallest height; at most N - 1 rounds."""
         number = 0
         while self.num_merges and self.ids.shape[1] > 1:
             self._search()
             self._merge(number)
             number += 1
         heights = self.clusters.heights(self.heights[:, :-1])
-        return ClusterTree.from_merges(
-            self.parents[:, :-1], heights, self.rounds[:, :-1], self.num_tokens - self.num_merges
-        )
+        return ClusterTree.from_merges(self.parents[:, :-1], heights, self.rounds[:, :-1], self.num_clusters)
 
     def _search(self) -> None:
         """Find the nearest neighbours of the stale clusters.
@@ -237,10 +237,15 @@ class _ReciprocalMerging:
 
         self.formed = torch.where(paired, heights, self.formed)
         self.bounds = torch.where(paired, heights, self.bounds)
-        last = self.heights[:, :-1].kthvalue(self.num_merges, dim=1, keepdim=True).values
-        keep = ~absorbed & (self.ids < self.num_tokens) & (self.bounds < last)
+        keep = ~absorbed & (self.ids < self.num_tokens) & (self.bounds < self._last())
         stale = keep & (paired | (paired | ~keep).gather(1, partners))
         self._compact(keep, stale, torch.where(paired, partners, self.slots), heights)
+
+    def _last(self) -> Tensor:
+        """The least number `[B, 1]` above the `num_merges`-th smallest height of the items that are cut together."""
+        heights = self.heights[:, :-1].reshape(len(self.ids) // self.together, self.together * self.num_tokens)
+        last = heights.kthvalue(self.num_merges, dim=1).values.repeat_interleave(self.together)[:, None]
+        return last.nextafter(last.new_tensor(math.inf))  # ties are ordered as in the whole tree
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Slots `[B, M]` of the nearest neighbours, and a mask of the reciprocal ones."""

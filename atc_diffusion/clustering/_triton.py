@@ -58,7 +58,8 @@ NUM_STALE = tl.constexpr(1)  # active clusters whose nearest neighbour is not kn
 NUM_PAIRS = tl.constexpr(2)
 ROUND = tl.constexpr(3)
 NUM_RECORDED = tl.constexpr(4)  # merges, of all rounds
-COUNTS = tl.constexpr(5)
+LAST = tl.constexpr(5)  # a height, as an integer of `_ordered`, that no merge has to reach
+COUNTS = tl.constexpr(6)
 
 INFINITY = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(0x7F800000 << 32)  # `_key` of an infinite distance and 0: a cluster's own neighbour is itself
@@ -66,8 +67,8 @@ LAST_KEY = tl.constexpr(2**63 - 1)
 LAST_TOKEN = tl.constexpr(2**31 - 1)
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`.
+def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+    """Cluster float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), every `together` items to `num_clusters`.
 
     Nothing is read back from the device and no shape depends on data, so a CUDA graph can capture it all.
     A product of two tokens is rounded to about 2^-20 of the product of their norms on tensor cores, to float32
@@ -79,7 +80,8 @@ def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> 
     links, numbers, counts = _initial_state(data)
     if means:
         numbers[:, NORM.value] = data.square().sum(dim=2)
-    _run(data, links, numbers, counts, f"{linkage} means" if means else linkage, tokens.shape[1] - num_clusters)
+    form, num_merges = f"{linkage} means" if means else linkage, together * tokens.shape[1] - num_clusters
+    _run(data, links, numbers, counts, form, num_merges, together)
     parents, rounds, heights = links[:, PARENT.value], links[:, ROUND_ABSORBED.value], numbers[:, HEIGHT.value]
     heights = heights.mul(2).sqrt() if means and linkage == "ward" else heights.clone()
     return ClusterTree.from_merges(parents.long(), heights, rounds, num_clusters)
@@ -94,14 +96,17 @@ def _initial_state(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers[:, SIZE.value] = 1
     counts = links.new_zeros(batch, COUNTS.value)
     counts[:, : NUM_PAIRS.value] = num_tokens
+    counts[:, LAST.value] = NOBODY.value >> 32
     return links, numbers, counts
 
 
-def _run(data: Tensor, links: Tensor, numbers: Tensor, counts: Tensor, form: str, num_merges: int) -> None:
-    """Launch rounds until no distance is left below the `num_merges`-th smallest height in any item."""
+def _run(
+    data: Tensor, links: Tensor, numbers: Tensor, counts: Tensor, form: str, num_merges: int, together: int = 1
+) -> None:
+    """Launch rounds until no distance is left up to the `num_merges`-th smallest height of any `together` items."""
     batch, num_tokens, width = data.shape
     keys = links.new_full((batch, num_tokens), NOBODY.value, dtype=torch.int64)
-    arguments = (data, links, numbers, counts, keys, num_tokens, width, num_merges)
+    arguments = (data, links, numbers, counts, keys, num_tokens, width, num_merges, together)
     means = form.endswith("means")
     tile = min(TILE if means else TILE // 2, max(16, triton.next_power_of_2(num_tokens) // 4))
     options = {
@@ -129,7 +134,7 @@ def _precision(device: torch.device) -> str:
     return "tf32x3" if has_tf32 else "ieee"
 
 
-@triton.jit(do_not_specialize=["num_merges"])
+@triton.jit(do_not_specialize=["num_merges", "together"])
 def _kernel(
     data,
     links,
@@ -139,6 +144,7 @@ def _kernel(
     n,
     width,
     num_merges,
+    together,
     STEP: tl.constexpr,
     FORM: tl.constexpr,
     TILE: tl.constexpr,
@@ -153,6 +159,8 @@ def _kernel(
     counts += item * COUNTS
     keys += item * n
     if STEP == "search":
+        if (together > 1) & (tl.program_id(1) + tl.program_id(2) == 0):
+            _find_last(numbers, counts, n, num_merges, together, BLOCK)
         _search(data, links, numbers, counts, keys, n, width, FORM, TILE, PRECISION)
     elif STEP == "pair":
         _pair(links, numbers, counts, keys, n, num_merges, BLOCK)
@@ -271,10 +279,27 @@ def _pair(links, numbers, counts, keys, n, num_merges, BLOCK: tl.constexpr):
         tl.debug_barrier()
         recorded = _record(links, numbers, counts, n, BLOCK)
         tl.debug_barrier()
-        last = tl.full([1], INFINITY, tl.float32)
+        last = tl.full([1], 0, tl.int32) + tl.load(counts + LAST)
         if recorded >= num_merges:
-            last = _kth_smallest(numbers + n * HEIGHT, num_merges, n, BLOCK)
-        _renew(links, numbers, counts, last, n, BLOCK)
+            last = _kth_smallest(numbers + n * HEIGHT, num_merges, n, 1, BLOCK) + 1
+        _renew(links, numbers, counts, _unordered(last), n, BLOCK)
+
+
+@triton.jit
+def _find_last(numbers, counts, n, num_merges, together, BLOCK: tl.constexpr):
+    """Note the least height that no merge has to reach, given the merges so far of the items that are cut together.
+
+    This is a part of the search, while which no program records merges.
+    """
+    before = tl.program_id(0) % together
+    counts_of_all = counts - before * COUNTS
+    recorded = 0
+    for item in range(0, together):
+        recorded += tl.load(counts_of_all + item * COUNTS + NUM_RECORDED)
+    if recorded >= num_merges:
+        heights = numbers - before.to(tl.int64) * n * NUMBERS + n * HEIGHT
+        last = _kth_smallest(heights, num_merges, n, together, BLOCK) + 1
+        tl.store(counts + LAST + tl.arange(0, 1), last)
 
 
 @triton.jit
@@ -336,19 +361,25 @@ def _record(links, numbers, counts, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _kth_smallest(values, k, n, BLOCK: tl.constexpr):
-    """Find it digit by digit: it is the greatest number that fewer than `k` values are below."""
+def _kth_smallest(values, k, n, together, BLOCK: tl.constexpr):
+    """The `k`-th smallest number of a row of `together` items, as an integer of `_ordered`.
+
+    It is found digit by digit: it is the greatest number that fewer than `k` values are below.
+    """
     digits = tl.arange(0, 16)
     found = tl.full([1], -(2**31), tl.int32)
     for place in range(8):
         candidates = found + (digits << (28 - 4 * place))
         below = tl.zeros([16], tl.int32)
-        for start in range(0, n, BLOCK):
-            slots = start + tl.arange(0, BLOCK)
-            value = _ordered(tl.load(values + slots, mask=slots < n, other=INFINITY))
-            below += tl.sum((value[:, None] < candidates[None, :]).to(tl.int32), axis=0)
+        row = values
+        for _ in range(0, together):
+            for start in range(0, n, BLOCK):
+                slots = start + tl.arange(0, BLOCK)
+                value = _ordered(tl.load(row + slots, mask=slots < n, other=INFINITY))
+                below += tl.sum((value[:, None] < candidates[None, :]).to(tl.int32), axis=0)
+            row += n * NUMBERS
         found += (tl.sum((below < k).to(tl.int32), axis=0) - 1) << (28 - 4 * place)
-    return _unordered(found)
+    return found
 
 
 @triton.jit

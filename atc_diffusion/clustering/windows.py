@@ -1,17 +1,24 @@
 """Clustering in windows: tokens of different windows are never joined."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering import check_choices, cluster_tree
+from atc_diffusion.clustering import Merges, check_choices, check_tokens, find_merges
 from atc_diffusion.clustering.placement import place
-from atc_diffusion.clustering.tree import ClusterTree, is_traced
+from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
 
 
 def cluster_windows(
-    tokens: Tensor, grid: tuple[int, int], window: int, linkage: str = "average", backend: str | None = None
+    tokens: Tensor,
+    grid: tuple[int, int],
+    window: int,
+    linkage: str = "average",
+    backend: str | None = None,
+    num_clusters: int = 1,
 ) -> ClusterTree:
     """Cluster tokens as `cluster_tree` does, as if those of different windows were infinitely far apart.
 
@@ -24,15 +31,20 @@ def cluster_windows(
         window: longest side of a window; the grid is divided as evenly as possible.
         linkage: as in `agglomerate`, over its default metric.
         backend: as in `agglomerate`.
+        num_clusters: the least number of clusters that the tree will be asked for; more are cheaper.
 
     Returns:
-        A tree that can be cut down to one cluster per window (`num_windows`).
+        A tree that can be cut down to `num_clusters`, but not below one cluster per window (`num_windows`).
     """
+    metric = check_choices(linkage, backend=backend)
+    check_tokens(tokens, metric, backend)
+    check_num_clusters(num_clusters, tokens.shape[1])
     tokens, origin = tokens.detach(), tokens.device
     if not is_traced(tokens):  # all windows travel together
         largest = tokens[:, : _longest_side(grid[0], window) * _longest_side(grid[1], window)]
-        tokens = tokens.to(place(largest, linkage, check_choices(linkage), backend).device)
-    return replace(_tree(tokens, _windows(*grid, window, tokens.device), linkage, backend), device=origin)
+        tokens = tokens.to(place(largest, linkage, metric, backend).device)
+    find = partial(find_merges, linkage=linkage, metric=metric, backend=backend)
+    return replace(_tree(tokens, _windows(*grid, window, tokens.device), num_clusters, find), device=origin)
 
 
 def num_windows(height: int, width: int, window: int) -> int:
@@ -54,16 +66,18 @@ def _windows(height: int, width: int, window: int, device: torch.device) -> list
     return [torch.stack(tiles) for tiles in by_shape.values()]
 
 
-def _tree(tokens: Tensor, windows: list[Tensor], linkage: str, backend: str | None) -> ClusterTree:
-    """The trees of all windows as one."""
+def _tree(tokens: Tensor, windows: list[Tensor], num_clusters: int, find: Callable[..., Merges]) -> ClusterTree:
+    """The trees of all windows as one; windows of one shape need at most all the merges of the picture."""
+    num_merges = tokens.shape[1] - num_clusters
     parents = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     ranks = torch.zeros_like(parents)
     heights = torch.zeros_like(parents, dtype=torch.promote_types(tokens.dtype, torch.float32))
     for tiles in windows:
-        tree = cluster_tree(tokens[:, tiles].flatten(0, 1), linkage, backend=backend)
+        left = max(len(tiles), tiles.numel() - num_merges)
+        merges = find(tokens[:, tiles].flatten(0, 1), left, together=len(tiles))
         of_all = tiles.repeat(len(tokens), 1)
         index = tiles.flatten()
-        parents[:, index] = of_all.gather(1, tree.parents).reshape(len(tokens), -1)
-        heights[:, index] = tree.heights.reshape(len(tokens), -1)
-        ranks[:, index] = tree.order.argsort(dim=1).reshape(len(tokens), -1)
-    return ClusterTree.from_merges(parents, heights, ranks, num_clusters=sum(map(len, windows)))
+        parents[:, index] = of_all.gather(1, merges[0]).reshape(len(tokens), -1)
+        heights[:, index] = merges[1].reshape(len(tokens), -1)
+        ranks[:, index] = merges[2].argsort(dim=1).reshape(len(tokens), -1)
+    return ClusterTree.from_merges(parents, heights, ranks, max(num_clusters, sum(map(len, windows))))

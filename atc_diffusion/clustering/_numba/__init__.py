@@ -22,12 +22,15 @@ CHUNK = 2**22  # distances computed together, of several problems
 ALONE = 2**17  # up to so many distances, threads cost more than they save
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to `num_clusters`."""
+def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+    """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), every `together` items down to `num_clusters`.
+
+    Items do not wait for each other: each does what it would if all the merges were its own.
+    """
     num_tokens = tokens.shape[1]
-    kernel = _kernel(linkage, num_tokens - num_clusters)
-    together = max(torch.get_num_threads(), CHUNK // num_tokens**2)
-    chunks = -(-len(tokens) // together) or 1
+    kernel = _kernel(linkage, min(num_tokens - 1, together * num_tokens - num_clusters))
+    at_once = max(torch.get_num_threads(), CHUNK // num_tokens**2)
+    chunks = -(-len(tokens) // at_once) or 1
     parts = [_share_out(kernel, distance_matrices(part, linkage, metric)) for part in tokens.chunk(chunks)]
     merges = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     parents, heights, rounds = map(torch.from_numpy, merges)
