@@ -20,7 +20,8 @@ def test_nothing_is_wrong_on_the_cpu(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "Merging is right on this machine" in printed
-    for subject in ("Numba", "Stable Diffusion 3 merged on cpu in bfloat16", "sliced attention on cpu", "speed on cpu"):
+    networks = ("Stable Diffusion 3 merged on cpu in bfloat16", "Flux merged on cpu in float16")
+    for subject in ("Numba", *networks, "sliced attention on cpu", "speed on cpu"):
         assert subject.lower() in printed.lower()
 
 

@@ -24,8 +24,6 @@ CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeC
 CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
 
-unrecognised = pytest.mark.filterwarnings("ignore:.*no entry of scheduler.timesteps")
-
 
 def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
     inputs = family.inputs(8, 12) | {"timestep": torch.tensor([10, 10])}
@@ -43,7 +41,6 @@ def step(network: Any, family: Family, config: MergeConfig | None) -> tuple[Tens
         return run_on(DEVICE, family, network).cpu(), device
 
 
-@unrecognised
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("name", WITH_QUERIES)
 def test_a_step_on_mps_needs_what_it_has_and_gives_what_the_cpu_gives(name, config):
@@ -124,7 +121,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@unrecognised
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", WITH_QUERIES)
 def test_a_step_does_not_depend_on_the_default_dtype(name, default):
@@ -138,7 +134,6 @@ def test_a_step_does_not_depend_on_the_default_dtype(name, default):
     assert torch.allclose(output, expected, atol=1e-5)
 
 
-@unrecognised
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("name", [x for x in WITH_QUERIES if x not in NOT_BUILT_WITHOUT_DATA])
 def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):

@@ -13,7 +13,8 @@ from atc_diffusion.check.finding import Finding, find
 from atc_diffusion.config import ATCConfig
 from atc_diffusion.patch import apply_patch
 
-CONFIG = ATCConfig(r=0.75, r_keys=0.5)
+QUERIES_AND_KEYS, KEYS = ATCConfig(r=0.75, r_keys=0.5), ATCConfig(r=1.0, r_keys=0.5)
+ROTARY = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
 # Roundings of the features decide which tokens are merged where distances nearly tie.
 TOLERANCES = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.1}
 
@@ -38,11 +39,12 @@ def error_of(network: nn.Module, inputs: Inputs, device: torch.device, dtype: to
 
 
 @torch.no_grad()
-def merged_output(network: nn.Module, inputs: Inputs, config: ATCConfig = CONFIG) -> Tensor:
+def merged_output(network: nn.Module, inputs: Inputs) -> Tensor:
     """The output, in float32 on the CPU, of a copy of `network` that is merged."""
     merged = copy.deepcopy(network)
-    apply_patch(merged, config)
-    return merged(**inputs, return_dict=False)[0].float().cpu()
+    apply_patch(merged, KEYS if type(network).__name__ in ROTARY else QUERIES_AND_KEYS)
+    output = merged(**inputs, return_dict=False)[0]
+    return (torch.stack(output) if isinstance(output, list) else output).float().cpu()
 
 
 def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -97,6 +99,43 @@ def _make_sd3() -> tuple[nn.Module, Inputs]:
     return network, _inputs("hidden_states", 16) | {"pooled_projections": torch.randn(2, 10)}
 
 
+def _make_flux() -> tuple[nn.Module, Inputs]:
+    from diffusers import FluxTransformer2DModel
+
+    blocks = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    network = FluxTransformer2DModel(
+        **blocks, in_channels=16, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4)
+    )
+    side = torch.arange(8.0)
+    places = {"img_ids": torch.cartesian_prod(torch.zeros(1), side, side), "txt_ids": torch.zeros(5, 3)}
+    return network.eval(), _tokens() | places | {"pooled_projections": torch.randn(2, 10)}
+
+
+def _make_qwen_image() -> tuple[nn.Module, Inputs]:
+    from diffusers import QwenImageTransformer2DModel
+
+    heads = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    network = QwenImageTransformer2DModel(**heads, in_channels=16, joint_attention_dim=12).eval()
+    mask = {"encoder_hidden_states_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
+    return network, _tokens() | mask | {"img_shapes": [[(1, 8, 8)]] * 2}
+
+
+def _make_z_image() -> tuple[nn.Module, Inputs]:
+    from diffusers import ZImageTransformer2DModel
+
+    sizes = {"in_channels": 4, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    rotary = {"axes_dims": [2, 2, 4], "axes_lens": [256, 32, 32]}
+    network = ZImageTransformer2DModel(**sizes, **rotary, cap_feat_dim=12).eval()
+    pictures = [torch.randn(4, 1, 16, 16) for _ in range(2)]
+    return network, {"x": pictures, "cap_feats": [torch.randn(5, 12)] * 2, "t": torch.tensor([0.5, 0.5])}
+
+
+def _tokens() -> Inputs:
+    """Of two pictures with 8 x 8 tokens, and of their texts."""
+    text = {"encoder_hidden_states": torch.randn(2, 5, 12)}
+    return text | {"hidden_states": torch.randn(2, 64, 16), "timestep": torch.tensor([0.5, 0.5])}
+
+
 def _inputs(name: str, channels: int) -> Inputs:
     latents = torch.randn(2, channels, 16, 16)
     return {name: latents, "encoder_hidden_states": torch.randn(2, 5, 12), "timestep": torch.tensor([500, 500])}
@@ -107,4 +146,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "Stable Diffusion XL": _make_sdxl,
     "PixArt": _make_pixart,
     "Stable Diffusion 3": _make_sd3,
+    "Flux": _make_flux,
+    "Qwen-Image": _make_qwen_image,
+    "Z-Image": _make_z_image,
 }
