@@ -18,7 +18,7 @@ from draw.sampler import Sampler
 from draw.timing import Times
 
 ROOT = Path(__file__).parents[2]
-OURS = re.compile(r"(draw|score|report|benchmark|classification)\.|(overlay|comparison|display|form)$")
+OURS = re.compile(r"(draw|score|report|benchmark|classification)(\.|$)|(overlay|comparison|display|form)$")
 Refused = Callable[..., str]
 
 
