@@ -142,7 +142,7 @@ def test_the_handle_wipes_between_the_two_pictures(visitors):
 
 def test_the_clusters_of_another_layer_and_step_can_be_seen(visitors):
     page = visitors.enter()
-    fill(page, steps=4)  # the fourth clusters anew
+    fill(page, steps=4)  # tokens are reclustered at the fourth
     draw(page, runs=1)
     clusters = page.locator("#clusters img")
     last_layer = str(clusters.get_attribute("src"))

@@ -71,7 +71,6 @@ class RotaryFamily(Family):
     """
 
     projects_all = True
-    scales_timesteps = True
     processor: type
     merged_processor: type[MergedProcessor]
 
