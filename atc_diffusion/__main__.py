@@ -35,7 +35,7 @@ def _tune(model: str, prompt: list[str], dtype: str | None, min_psnr: float, max
     import torch
     from diffusers import DiffusionPipeline
 
-    from atc_diffusion.check import devices_found
+    from atc_diffusion.devices import devices_found
     from atc_diffusion.tuning import tune
 
     device = devices_found()[-1]

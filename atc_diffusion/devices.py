@@ -15,3 +15,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def devices_found() -> list[torch.device]:
+    """The CPU, and an accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [torch.device("cpu"), *([] if accelerator is None else [accelerator])]

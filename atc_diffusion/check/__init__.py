@@ -11,6 +11,7 @@ from atc_diffusion.check.networks import check_networks
 from atc_diffusion.check.processors import check_processors
 from atc_diffusion.check.report import devices_and_versions, verdict
 from atc_diffusion.check.timings import check_speed
+from atc_diffusion.devices import devices_found
 
 __all__ = ["run_check"]
 
@@ -28,12 +29,6 @@ def run_check() -> int:
     print(f"\n{verdict(findings)}\n\nPaste this into an issue:\n\n```")
     print("\n".join([*lines, *map(str, findings)]) + "\n```")
     return int(any(finding.problem for finding in findings))
-
-
-def devices_found() -> list[torch.device]:
-    """The CPU, and an accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [torch.device("cpu"), *([] if accelerator is None else [accelerator])]
 
 
 def _findings(devices: list[torch.device]) -> Iterator[Finding]:
