@@ -19,72 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atc_diffusion.extrapolation import Lane, largest_change
 from atc_diffusion.inputs import Inputs
 
-ORDER = 2  # of the polynomial
 FEWEST_STEPS = 10  # of a run in which anything is forecast
 MOST_SKIPPED = 2  # calls in a row, so that the error is measured at every third step
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
 MAX_PICTURES = 256  # a loop with more at one step forgets the oldest
-
-
-@dataclass
-class Lane:
-    """The calls for one picture under one condition, such as a prompt.
-
-    Attributes:
-        inputs: of its first call.
-        index: the step of its last call.
-        outputs: the last computed ones, with their steps.
-        template: what the network last returned; a forecast has the same form.
-        nodes: how many outputs the forecast for the last computed step was made from.
-        rates: its error and, if made from as many, that of the forecast before, relative to output and remainder;
-            scalar tensors.
-        skipped: how many of the last calls were forecast.
-    """
-
-    inputs: Inputs
-    index: int
-    outputs: list[tuple[int, Tensor]] = field(default_factory=list)
-    template: Any = None
-    nodes: int = 0
-    rates: tuple[Tensor, ...] = ()
-    skipped: int = 0
-
-    @property
-    def steps(self) -> list[int]:
-        return [step for step, _ in self.outputs]
-
-    def forecast(self, index: int) -> Any:
-        """What the network would return at step `index`."""
-        output = self._extrapolated(index)
-        if isinstance(self.template, tuple):
-            return (output,)
-        return type(self.template)(**dict.fromkeys(self.template, output))
-
-    def expected_error(self, index: int) -> float:
-        """Of a forecast for step `index`, relative to the output, if errors go on growing as they did."""
-        if not self.rates:
-            return math.inf
-        rate, before = float(self.rates[0]), float(self.rates[-1])
-        growth = max(rate / before, 1.0) if before else 1.0
-        return rate * growth * _remainder(self.steps[-self.nodes :], index)
-
-    def learn(self, index: int, returned: Any) -> None:
-        """Remember what the network returned at step `index`."""
-        output = returned[0].detach()
-        if self.outputs:
-            rate = _largest_change(output, self._extrapolated(index)) / _remainder(self.steps, index)
-            self.rates = (rate, *self.rates[:1]) if self.nodes == len(self.outputs) else (rate,)
-            self.nodes = len(self.outputs)
-        self.outputs = [*self.outputs[-ORDER:], (index, output.clone())]
-        self.template, self.skipped = returned, 0
-
-    def _extrapolated(self, index: int) -> Tensor:
-        weights = lagrange(self.steps, index)
-        terms = [weight * output.float() for weight, (_, output) in zip(weights, self.outputs, strict=True)]
-        return torch.stack(terms).sum(dim=0).to(self.outputs[-1][1].dtype)
 
 
 @dataclass
@@ -122,7 +64,7 @@ class Picture:
     def advance(self, latents: Tensor, index: int) -> None:
         """Come to a call with `latents` at step `index`."""
         if index > self.index:
-            change = _largest_change(self.latents[:, : self.channels], latents[:, : self.channels])
+            change = largest_change(self.latents[:, : self.channels], latents[:, : self.channels])
             self.lengths = self.lengths[1], float(change)
             self.index, self.latents = index, latents.detach().clone()
             self.trail.append([])
@@ -237,27 +179,11 @@ class Forecasts:
         return self._pictures[-1]
 
 
-def lagrange(steps: Sequence[int], index: int) -> list[float]:
-    """The weights of values at `steps` in the value at `index` of the polynomial through them."""
-    return [math.prod((index - other) / (step - other) for other in steps if other != step) for step in steps]
-
-
-def _remainder(steps: Sequence[int], index: int) -> float:
-    """What the error at `index` of interpolation at `steps` is proportional to."""
-    return float(math.prod(abs(index - step) for step in steps))
-
-
-def _largest_change(x: Tensor, y: Tensor) -> Tensor:
-    """Of the items of `x` and `y` `[B, ...]`: the largest norm of the difference, relative to `x`."""
-    x, y = x.float().flatten(1), y.float().flatten(1)
-    return ((x - y).norm(dim=1) / x.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).max()
-
-
 def _distance_to_span(x: Tensor, columns: Sequence[Tensor]) -> float:
     """The largest distance of an item of `x` `[B, D]` from the span of its `columns`, relative to its norm."""
     *basis, target = torch.stack([*columns, x], dim=-1).cpu().split([len(columns), 1], dim=-1)
     q = torch.linalg.qr(basis[0]).Q
-    return float(_largest_change(target, q @ (q.mT @ target)))
+    return float(largest_change(target, q @ (q.mT @ target)))
 
 
 def _equal_parts(latents: Tensor) -> int:

@@ -23,7 +23,8 @@ from diffusers import (
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
-from atc_diffusion.forecast import Forecasts, lagrange
+from atc_diffusion.extrapolation import lagrange
+from atc_diffusion.forecast import Forecasts
 from atc_diffusion.inputs import Inputs
 from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequentially
 from tests.test_pipelines import PARTS, text
