@@ -165,7 +165,7 @@ class ATCConfig(MergeConfig):
     """
 
     linkage: str = "average"
-    window_size: int | None = 32
+    window_size: int | None = 16
     share_guidance: bool = True
     recluster_threshold: float = 0.15
     backend: str | None = None
@@ -193,12 +193,12 @@ class ATCConfig(MergeConfig):
         )
 
     @classmethod
-    def faster(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
+    def faster(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":
         """`fast` with forecasting: with deterministic samplers, it calls the network at about half of the steps."""
         return replace(cls.fast(r_keys), forecast_tolerance=0.015)
 
     @classmethod
-    def fast(cls, r_keys: Share | Mapping[int, Share] = 0.1) -> "ATCConfig":
+    def fast(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":
         """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results).
 
         It merges every costly level, unless `r_keys` names the levels: one in Stable Diffusion 1 and 2, two in SDXL.

@@ -31,7 +31,7 @@ DEMO = {  # the experiment in small, on the model of this repository
     "batch_size": 4,
     "classes": "12",
     "images_per_class": 1,
-    "keep": ((0.5, None), (1.0, 0.1)),
+    "keep": ((0.5, None), (1.0, 0.125)),
     "method": ("paper", "atc"),
     "rival": (Rival("steps", 0.7),),
     "time": 1,

@@ -33,7 +33,7 @@ def test_it_compares_ways_and_leaves_the_pipeline_alone(pipe):
     )
     assert set(vars(pipe.unet)) == attributes
     ways = [str(row.way) for row in tuning.rows]
-    for part in ("10 steps", "forecasting + 10 steps", "r=1.0, r_keys=0.1 + forecasting + 10 steps", "5 steps"):
+    for part in ("10 steps", "forecasting + 10 steps", "r=1.0, r_keys=0.125 + forecasting + 10 steps", "5 steps"):
         assert part in ways
     assert [row.ratio for row in tuning.rows] == sorted(row.ratio for row in tuning.rows)
     assert said[0] == ("warming up", 0, 0)
@@ -74,7 +74,7 @@ def test_the_fastest_that_is_near_enough_is_the_best():
     assert Tuning(rows, 49).config == fast
     assert Tuning(rows, 25).config == ATCConfig(r=1.0)
     assert Tuning(rows, 25).num_inference_steps == 5
-    assert "Fastest at 45 dB or more: r=1.0, r_keys=0.1 + forecasting + 20 steps, 0.35 of the time." in str(
+    assert "Fastest at 45 dB or more: r=1.0, r_keys=0.125 + forecasting + 20 steps, 0.35 of the time." in str(
         Tuning(rows, 45)
     )
 
@@ -86,7 +86,7 @@ def test_where_nothing_pays_the_pipeline_stays_as_it_is():
 
 def test_it_names_the_closest_where_nothing_is_near_enough():
     rows = (row(0.2, 30, None, 5), row(0.55, 38.9, ATCConfig.fast()), UNPATCHED)
-    expected = "Nothing is faster at 40 dB or more. The closest: r=1.0, r_keys=0.1 + 20 steps, 38.9 dB."
+    expected = "Nothing is faster at 40 dB or more. The closest: r=1.0, r_keys=0.125 + 20 steps, 38.9 dB."
     assert Tuning(rows, 40).advice == expected
     assert Tuning((UNPATCHED,), 40).advice == "Nothing is faster than the unpatched pipeline here."
 

@@ -50,7 +50,7 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
 def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tune(f"--model {model} --prompt ant --steps 2 --device cpu --min-psnr 0".split())
     said = capsys.readouterr().out
-    assert "r=1.0, r_keys=0.1 + 2 steps" in said
+    assert "r=1.0, r_keys=0.125 + 2 steps" in said
     assert "1 steps" in said
 
 

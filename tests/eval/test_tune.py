@@ -19,7 +19,7 @@ def test_it_prints_what_to_use_and_writes_both_files(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*options, "--min-psnr", "10", "--json", str(tmp_path / "t.json"), "--html", str(tmp_path / "t.html")])
-    assert "r_keys=0.1" in capsys.readouterr().out
+    assert "r_keys=0.125" in capsys.readouterr().out
     rows = json.loads((tmp_path / "t.json").read_text())["results"]
     assert [row["ratio"] for row in rows if row["psnr"] is None] == [1.0]
     assert {row["num_inference_steps"] for row in rows} == {2}
