@@ -106,11 +106,20 @@ def template(text: str) -> str:
 
 def model(text: str) -> str:
     """A folder with a pipeline, or a name on the hub, which is looked up when it is loaded."""
+    return _on_the_hub(text, "pipeline", "model_index.json")
+
+
+def lora(text: str) -> str:
+    """A folder with a LoRA, or a name on the hub, which is looked up when it is loaded."""
+    return _on_the_hub(text, "LoRA", "*.safetensors")
+
+
+def _on_the_hub(text: str, kind: str, pattern: str) -> str:
     path = Path(text).expanduser()
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError(f"the folder {text} holds no diffusers pipeline: it has no model_index.json")
+    if path.is_dir() and not any(path.glob(pattern)):
+        raise ValueError(f"the folder {text} holds no diffusers {kind}: it has no {pattern}")
     if not path.is_dir() and (text.count("/") != 1 or text[0] in "/.~"):
-        raise ValueError(f"there is no folder {text}; give a folder with a pipeline, or a name on the hub (owner/name)")
+        raise ValueError(f"there is no folder {text}; give a folder with a {kind}, or a name on the hub (owner/name)")
     return str(path) if path.is_dir() else text
 
 

@@ -39,6 +39,7 @@ class Sampling:
     """how they are sampled"""
 
     model: str = option("hub id or folder of a pipeline", STABLE_DIFFUSION, checks.model)
+    lora: str | None = option("hub id or folder of a LoRA to load into it", None, checks.lora)
     steps: int = option("denoising steps", 50, checks.whole(1))
     guidance: float | None = option("classifier-free guidance scale; None: the pipeline's own", 7.5, float)
     size: int | None = option("height and width in pixels (default: the model's own)", None, checks.whole(1))
@@ -49,8 +50,9 @@ class Sampling:
 
     @property
     def name(self) -> str:
-        """The model in a report."""
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+        """The model and its LoRA in a report."""
+        names = [Path(each).name if Path(each).is_dir() else each for each in (self.model, self.lora) if each]
+        return " with the LoRA ".join(names)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class Sampling:
             raise ValueError(f"--device {self.device}, but the device here is {device.type}")
         threads = torch.get_num_threads() if device.type == "cpu" else None
         found = {"dtype": self.dtype_on(device), "device": device.type, "threads": threads}
-        return asdict(self) | {"weights": weights_digest(self.model)} | found
+        weights = [weights_digest(source) for source in (self.model, self.lora) if source]
+        return asdict(self) | {"weights": " + ".join(weights)} | found
 
 
 def weights_digest(model: str) -> str:
@@ -93,7 +96,7 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
     """The pipeline of `sampling` on `device`, with no safety checker.
 
     Raises:
-        ValueError: if the hub does not give the model, or the scheduler does not fit it.
+        ValueError: if the hub does not give the model or the LoRA, or the scheduler does not fit the model.
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -110,10 +113,22 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline
             f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
             f"none; give --model FOLDER, or connect once and run: hf download {sampling.model}"
         ) from error
+    if sampling.lora:
+        load_lora(pipe, sampling.lora)
     if sampling.scheduler:
         pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_lora(pipe: Any, lora: str) -> None:
+    try:
+        pipe.load_lora_weights(lora)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load the LoRA {lora!r}: it is no folder with a LoRA's weights, and the hub gave none; give --lora"
+            f" FOLDER, or connect once and run: hf download {lora}"
+        ) from error
 
 
 def from_picture(pipe: Any, path: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """How pictures are sampled."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from draw.pipeline import SCHEDULERS, Sampling, load_pipeline, make_scheduler
+from draw.pipeline import EMOJI_DIFFUSION, SCHEDULERS, Sampling, load_pipeline, make_scheduler
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -27,3 +28,11 @@ def test_every_scheduler_draws_and_is_reproducible(model: Path, name: str) -> No
 def test_a_scheduler_of_another_kind_of_model_is_refused() -> None:
     with pytest.raises(ValueError, match="--scheduler ddim does not fit this model, which comes with FlowMatchEuler"):
         make_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_lora_is_loaded_and_is_part_of_what_a_picture_is() -> None:
+    cpu, plain = torch.device("cpu"), Sampling(str(EMOJI_DIFFUSION), device="cpu")
+    sampling = replace(plain, lora=str(EMOJI_DIFFUSION / "four_steps"))
+    assert load_pipeline(sampling, cpu).get_active_adapters()
+    assert sampling.json(cpu)["weights"] != plain.json(cpu)["weights"]
+    assert sampling.name == "emoji_diffusion with the LoRA four_steps"
