@@ -4,6 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +98,8 @@ def tune(
     with patched(pipe, ATCConfig.faster()):  # restores the present patch in the end
         bench.warm_up(prompts[0])
         remove_patch(pipe)
-        return Tuning(bench.compare(prompts, list(_ways(steps)), min_psnr).rows(), min_psnr)
+        ways = [way for way in _ways(steps) if _fits(pipe, way)]
+        return Tuning(bench.compare(prompts, ways, min_psnr).rows(), min_psnr)
 
 
 def _ways(steps: int) -> Iterator[Way]:
@@ -116,6 +118,15 @@ def _ways(steps: int) -> Iterator[Way]:
     for count in dict.fromkeys(fewer):
         if count < steps:
             yield from (Way(config, count) for config in (None, fast))
+
+
+def _fits(pipe: Any, way: Way) -> bool:
+    """Whether the pipeline's models can merge so; those that rotate tokens keep all queries."""
+    try:
+        with patched(pipe, way.config) if way.config else nullcontext():
+            return True
+    except ValueError:
+        return False
 
 
 def _default_steps(pipe: Any) -> int:

@@ -47,11 +47,14 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_tune_finds_a_setting(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_finds_a_setting(
+    model: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     tune(f"--model {model} --prompt ant --steps 2 --device cpu --min-psnr 0".split())
     said = capsys.readouterr().out
     assert "r=1.0, r_keys=0.125 + 2 steps" in said
     assert "1 steps" in said
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
 
 
 def test_generate_draws_beside_the_unmerged_picture(
