@@ -10,7 +10,7 @@ Share = float | Callable[[float], float]
 Levels = Literal["finest", "costly", "all"]
 Features = Literal["keys", "values", "keys_values", "hidden_states"]
 
-ALIGNMENT = 8  # keys: what xFormers asks of an attention mask in half precision, and tensor cores work best with
+ALIGNMENT = 8  # keys: what tensor cores work best with
 FEWEST_ALIGNED = 64  # tokens from which the rounding changes a share by less than a sixteenth
 
 
@@ -20,7 +20,7 @@ class MergeConfig:
 
     Attributes:
         r: share of the tokens **kept**, in (0, 1]: of `N` tokens the nearest whole number to `r * N` is kept,
-            from 64 up the nearest multiple of 8, which xFormers and tensor cores ask for. Or a function that gives
+            from 64 up the nearest multiple of 8, which tensor cores work best with. Or a function that gives
             the share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched,
             by their downsampling factor, to either: `{1: 0.4, 2: 0.8}`. It sets how many queries there are, and so how
             many outputs are computed. A configuration that holds a lambda cannot be pickled; a named function can.

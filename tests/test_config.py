@@ -113,15 +113,3 @@ def test_atc_clusters_by_its_linkage(linkage):
 def test_tome_names_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         ToMeConfig(**options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("num_tokens", [1024, 2304, 4096, 5850])
-@pytest.mark.parametrize("r", [0.1, 0.25, 0.6])
-def test_xformers_takes_masks_of_as_many_keys(dtype, num_tokens, r):
-    fmha = pytest.importorskip("xformers.ops.fmha")
-    keys = torch.zeros(1, ATCConfig(r=r).num_kept(num_tokens, 1, None)[1], 8, 40, dtype=dtype)
-    queries = torch.zeros(1, num_tokens, 8, 40, dtype=dtype)
-    mask = torch.zeros(1, 8, 1, keys.shape[1], dtype=dtype).expand(-1, -1, num_tokens, -1)
-    reasons = fmha.cutlass.FwOp.not_supported_reasons(fmha.Inputs(queries, keys, keys, attn_bias=mask))
-    assert not [reason for reason in reasons if "attn_bias" in reason]

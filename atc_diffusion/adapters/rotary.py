@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer, Merge, Place, first
 from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters.masks import aligned
 
 # By name: which of them exist depends on the version of diffusers.
 _ADD_MASKS = {"native", "_native_cudnn", "_native_efficient", "_native_math", "flex", "xformers"}
@@ -171,7 +172,7 @@ def _attend_with_mask(
     """`[B, S, H, D]`; log weights `[B, K]` go into an additive mask."""
     if weights is not None:
         added = weights[:, None, None].to(query.dtype)
-        mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
+        mask = aligned(added if mask is None else added.masked_fill(~mask, -torch.inf))
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
 from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters.masks import aligned
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 
 _MASKED = -1e4  # as good as -inf, and finite in float16
@@ -113,9 +114,10 @@ def _level(place: re.Match[str], num_levels: int) -> int:
 
 
 def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Tensor | None:
-    """The additive mask `[B, 1, K]` of merged keys: the logarithms of their weights (Bolya et al. 2023, Eq. 1).
+    """The additive mask `[B * H, 1, K]` of merged keys: the logarithms of their weights (Bolya et al. 2023, Eq. 1).
 
-    A mask `[B, 1, N]` that is there already gives every token the weight exp(mask).
+    A mask `[B, 1, N]` that is there already gives every token the weight exp(mask). The mask is repeated for the heads
+    here, because the copies that diffusers makes otherwise are not aligned.
     """
     if merge.keys is None or (mask is None and not merge.weigh):
         return mask
@@ -124,7 +126,9 @@ def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Te
         weights = merge.keys.merge(_per_key(mask).float().exp().mT).mT
     if merge.weigh:
         weights = weights * merge.keys.sizes[:, None, :]
-    return weights.log().clamp(min=_MASKED).to(tokens.dtype)[: attended_items(layer.attention, len(tokens))]
+    attn: Any = layer.attention
+    logs = weights.log().clamp(min=_MASKED).to(tokens.dtype)[: attended_items(attn, len(tokens))]
+    return aligned(logs.repeat_interleave(attn.heads, dim=0))
 
 
 def _per_key(mask: Tensor) -> Tensor:
