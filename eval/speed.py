@@ -1,11 +1,10 @@
 """Time the clustering and the networks' steps beside their peers: python eval/speed.py [--device cuda]
 
-Prints Markdown tables, each with what it measured. The networks have their full size and random weights, which do for
-timing, but their features are not those of images: clustering may take more or fewer rounds there. Ratios are of
-medians from one run in which the candidates took turns.
+Prints Markdown tables. The networks have their full size and random weights: realistic times, but features unlike those
+of images, so clustering may take more or fewer rounds. Candidates take turns, and ratios are of medians of one run.
 
-The defaults take a quarter of an hour on two CPU cores. On a GPU they are all there is, and the tables that take
-longest, of 2048 x 2048 pixels and of torch.compile, come last; each table is printed once it is measured.
+The defaults take a quarter of an hour on two CPU cores. Each table is printed as soon as it is measured; on a GPU, the
+slowest ones (2048 x 2048 pixels, torch.compile) come last.
 """
 
 import sys
@@ -26,8 +25,8 @@ with door("speed.py", extra="eval"):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = parse(Benchmark, __doc__, arguments)
-    if benchmark.device == "cuda" and not benchmark.dry_run and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no CUDA GPU here; run this where there is one, or add --dry-run for empty tables")
+    if benchmark.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("PyTorch finds no CUDA GPU here; run this on a machine that has one, or leave out --device cuda")
     with door("speed.py", extra="eval", stopped="what was measured is printed above"), ExitStack() as stack:
         files: list[TextIO] = [sys.stdout]
         if benchmark.out:
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             files.append(stack.enter_context(benchmark.out.open("w", encoding="utf-8")))
         write([conditions(benchmark)], files)
         for table in tables(benchmark):
-            write(table.lines(benchmark.dry_run), files)
+            write(table.lines(), files)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory of one clustering on the CPU, in a process that does nothing else."""
+"""The memory of one clustering on the CPU, in a process of its own."""
 
 import multiprocessing
 import resource
@@ -10,8 +10,8 @@ from atc_diffusion import agglomerate
 
 
 def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) -> int:
-    """How far one clustering raises the peak memory of a fresh process that has the tokens already."""
-    # Forked from a small server: a new process would inherit the peak of the one that started it.
+    """Bytes by which one clustering raises the peak memory of a fresh process that already holds the tokens."""
+    # Forked from a small server: otherwise the process would inherit the peak of the one that starts it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["atc_diffusion"])
     with context.Pool(1) as pool:
@@ -21,7 +21,7 @@ def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) 
 def _growth_of_peak(num_tokens: int, channels: int, num_clusters: int, linkage: str, threads: int) -> int:
     torch.set_num_threads(threads)
     tokens = torch.randn(1, num_tokens, channels)
-    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # what the first call loads is not the clustering's
+    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # loads what is loaded once
     before = _peak()
     agglomerate(tokens, num_clusters, linkage)
     return _peak() - before

@@ -1,4 +1,4 @@
-"""The networks that are timed: full size, random weights, and inputs of one picture under guidance."""
+"""The networks that are timed: full size, random weights, and the inputs of one picture with guidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-BATCH = 2  # a picture under guidance
+BATCH = 2  # one picture with guidance
 Draw = Callable[..., Tensor]
 Inputs = dict[str, Any]
 
@@ -53,27 +53,29 @@ class Model:
         title: its name in tables.
         kind: its class.
         config: arguments of the class.
-        text: what it is given beside latents and the timestep, `text(network, draw, pixels)`.
+        text: makes its inputs besides latents and timestep, `text(network, draw, pixels)`.
+        sizes: pixels a side that are timed on a GPU by default; on a CPU, only the first.
         channels: of the latents.
-        blocks: how many it has, of its most frequent kind; None: it has levels instead.
-        is_rotary: whether it rotates keys by their places, so that only keys and values merge.
+        blocks: number of blocks of its most frequent kind; None for a UNet.
+        is_rotary: whether it has rotary embeddings, so that only keys and values merge.
     """
 
     title: str
     kind: type[nn.Module]
     config: dict[str, Any]
     text: Callable[[Any, Draw, int], Inputs]
+    sizes: tuple[int, ...] = (1024,)
     channels: int = 4
     blocks: int | None = None
     is_rotary: bool = False
 
     def build(self, blocks: int | None = None) -> Any:
-        """The network; with `blocks`, of so many of each kind of block."""
+        """The network, cut to `blocks` blocks of each kind if given."""
         depths = [name for name in ("num_layers", "num_single_layers") if name in signature(self.kind).parameters]
         return self.kind(**self.config | ({} if blocks is None else dict.fromkeys(depths, blocks)))
 
     def shape(self, pixels: int) -> tuple[int, ...]:
-        """Of one picture's latents; rotary networks are given tokens, patches of 2 x 2 latents."""
+        """Shape of one picture's latents; rotary networks take tokens, which are patches of 2 x 2 latents."""
         if self.is_rotary:
             return (pixels // 16) ** 2, 4 * self.channels
         return self.channels, pixels // 8, pixels // 8
@@ -101,7 +103,7 @@ def _sd3_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
 
 
 def _flux_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
-    """512 tokens of T5, and the places of the picture's tokens."""
+    """512 tokens of T5, and the positions of the picture's tokens."""
     side = torch.arange(pixels // 16, device=transformer.device)
     places = torch.cartesian_prod(torch.zeros(1, device=transformer.device), side.float(), side.float())
     text = draw(BATCH, 512, transformer.config.joint_attention_dim)
@@ -115,11 +117,13 @@ def _flux_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
 
 
 MODELS = {
-    "sd15": Model("Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text),
+    "sd15": Model("Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text, (512, 1024, 2048)),
     "sdxl": Model("SDXL's UNet", UNet2DConditionModel, UNET["sdxl"], _unet_text),
-    "pixart-sigma": Model("PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, blocks=28),
+    "pixart-sigma": Model(
+        "PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, (1024, 2048), blocks=28
+    ),
     "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, SD3_MEDIUM, _sd3_text, channels=16, blocks=24),
-    "flux-dev": Model("FLUX.1-dev", FluxTransformer2DModel, FLUX, _flux_text, channels=16, blocks=38, is_rotary=True),
+    "flux-dev": Model("FLUX.1-dev", FluxTransformer2DModel, FLUX, _flux_text, (1024, 2048), 16, 38, is_rotary=True),
 }
 
 
@@ -132,7 +136,7 @@ def load(model: str, device: str, dtype: torch.dtype, blocks: int | None = None)
 
 
 def make_inputs(model: str, network: Any, pixels: int) -> tuple[Tensor, Inputs]:
-    """A picture's latents, the same for both halves of its guidance, and their text."""
+    """A picture's latents, equal in both halves of the batch, and its text."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=network.device, dtype=network.dtype)
@@ -141,5 +145,5 @@ def make_inputs(model: str, network: Any, pixels: int) -> tuple[Tensor, Inputs]:
 
 
 def repeated(latents: Tensor) -> Tensor:
-    """One picture's latents for both halves of its guidance."""
+    """The latents of one picture, for both halves of the batch."""
     return latents.repeat(BATCH, *[1] * (latents.ndim - 1))

@@ -1,4 +1,4 @@
-"""The tables of the benchmark, in order, and what they were measured on."""
+"""The tables of the benchmark, in order, and the conditions that they hold under."""
 
 import platform
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomes
 
 
 def tables(benchmark: Benchmark) -> Iterator[Table]:
-    """The chosen tables, about in the order of the time that they take."""
+    """The chosen tables, roughly from the fastest to the slowest."""
     first, repeats, device = benchmark.keep[0], benchmark.repeats, benchmark.device
     settings = benchmark.settings()
     if "arithmetic" in benchmark.parts:
-        yield arithmetic_table([(each.model, each.size) for each in settings])
+        yield arithmetic_table(settings)
     if "small" in benchmark.parts:
         yield small_table(first, repeats)
     if "clustering" in benchmark.parts and device == "cuda":
@@ -43,8 +43,6 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
 
 
 def conditions(benchmark: Benchmark) -> str:
-    if benchmark.dry_run:
-        return f"Not measured yet; `python eval/speed.py --device {benchmark.device}` fills this in."
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     processor = f"{torch.get_num_threads()} CPU threads ({platform.processor() or platform.machine()})"
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, " if benchmark.device == "cuda" else ""

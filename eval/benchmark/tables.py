@@ -1,54 +1,36 @@
-"""Markdown tables whose cells are measured while they are printed."""
+"""Markdown tables whose rows are measured while they are printed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
-NOT_MEASURED = "not measured"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows that are measured together: their first cells, and what gives the other cells of each."""
-
-    names: Sequence[Sequence[str]]
-    measure: Callable[[], Sequence[Sequence[str]]]
+Row = Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
     title: str
     note: str
-    columns: Sequence[str]
-    rows: Sequence[Rows]
+    columns: Row
+    rows: Iterable[Row]
 
-    def lines(self, dry_run: bool = False) -> Iterator[str]:
-        """The table in GitHub's Markdown; a dry run measures nothing and says so in every cell."""
+    def lines(self) -> Iterator[str]:
+        """The table in GitHub's Markdown; it ends early where the GPU has too little memory."""
         yield from ["", f"## {self.title}", "", self.note, "", _line(self.columns), _line(["---"] * len(self.columns))]
-        for rows in self.rows:
-            cells = self._all(rows, NOT_MEASURED) if dry_run else self._measure(rows)
-            for name, values in zip(rows.names, cells, strict=True):
-                yield _line([*name, *values])
-
-    def _measure(self, rows: Rows) -> Sequence[Sequence[str]]:
-        """A GPU that is too small for some rows still measures the others."""
         try:
-            return rows.measure()
+            yield from map(_line, self.rows)
         except torch.OutOfMemoryError:
-            return self._all(rows, "out of memory")
-
-    def _all(self, rows: Rows, cell: str) -> list[list[str]]:
-        return [[cell] * (len(self.columns) - len(name)) for name in rows.names]
+            yield _line(["out of memory", *[""] * (len(self.columns) - 1)])
 
 
-def _line(cells: Sequence[str]) -> str:
+def _line(cells: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def write(lines: Iterable[str], files: Iterable[TextIO]) -> None:
-    """Each line goes to all files at once, so that a run that is stopped leaves what it has measured."""
+    """Write each line to all files at once, so that an interrupted run keeps what it has measured."""
     for line in lines:
         for file in files:
             print(line, file=file, flush=True)

@@ -1,4 +1,4 @@
-"""How calls are timed: warmed up, in turns, by the device's own clock."""
+"""Timing: every candidate warms up, then they take turns, so that drifts of the machine's speed affect all of them."""
 
 import sys
 import time
@@ -14,28 +14,16 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """One call: its seconds, and the most bytes of GPU memory that it had at a time (0 on the CPU)."""
+    """Seconds per call, and the peak of GPU memory in bytes beyond what was allocated before (0 on a CPU)."""
 
     seconds: float
     peak: int
 
 
 def take_turns(
-    candidates: Mapping[str, Call],
-    repeats: int,
-    device: str,
-    calls: int = 1,
-    warm_ups: int = 1,
+    candidates: Mapping[str, Call], repeats: int, device: str, calls: int = 1, warm_ups: int = 1
 ) -> dict[str, Timing]:
-    """The median of `repeats` timings of every candidate: each warms up first, then they alternate.
-
-    Args:
-        candidates: what is timed, by name.
-        repeats: how often each is timed.
-        device: "cpu" or "cuda".
-        calls: how many calls are timed together, for those that are short.
-        warm_ups: how many calls of each are not timed.
-    """
+    """The median of `repeats` timings of each candidate, taken in turn; each timing spans `calls` calls."""
     for candidate in candidates.values():
         for _ in range(warm_ups):
             candidate()
@@ -47,28 +35,26 @@ def take_turns(
     return {name: _median(several) for name, several in timings.items()}
 
 
+def time_alone(name: str, call: Call, repeats: int, device: str, warm_ups: int = 1) -> Timing:
+    return take_turns({name: call}, repeats, device, warm_ups=warm_ups)[name]
+
+
 def _time(call: Call, device: str, calls: int) -> Timing:
-    return _time_on_gpu(call, calls) if device == "cuda" else _time_on_cpu(call, calls)
-
-
-def _time_on_cpu(call: Call, calls: int) -> Timing:
+    before = _start_on_gpu() if device == "cuda" else 0
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    return Timing((time.perf_counter() - start) / calls, peak=0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / calls
+    return Timing(seconds, torch.cuda.max_memory_allocated() - before if device == "cuda" else 0)
 
 
-def _time_on_gpu(call: Call, calls: int) -> Timing:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _start_on_gpu() -> int:
+    """Wait until the GPU is idle; return the bytes allocated there."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return Timing(start.elapsed_time(end) / 1000 / calls, torch.cuda.max_memory_allocated() - before)
+    return torch.cuda.memory_allocated()
 
 
 def _median(timings: list[Timing]) -> Timing:

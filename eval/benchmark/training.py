@@ -1,7 +1,6 @@
-"""A table of LoRA training: a step forward and back, unmerged and merged, with and without gradient checkpointing."""
+"""A table of LoRA training: forward and backward passes, merged or not, with and without gradient checkpointing."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from benchmark.models import make_inputs
 from benchmark.step import Candidate, Setting, patch, select, share_weights
-from benchmark.tables import Rows, Table, mebibytes
-from benchmark.timing import Timing, take_turns
+from benchmark.tables import Row, Table, mebibytes
+from benchmark.timing import take_turns
 
 TRAINED = ("tomesd", "atc", "atc-fast")
 LORA = {"r": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
@@ -23,32 +22,26 @@ NOTE = (
 COLUMNS = ["checkpointing", "keep", "candidate", "seconds a step", "ratio to unpatched", "saved, MiB"]
 
 
-def training_table(setting: Setting, keeps: Sequence[int], repeats: int) -> Table:
+def training_table(setting: Setting, keeps: Sequence[float], repeats: int) -> Table:
     """Candidates in turn, on networks that share their weights."""
-    candidates = select(keeps, TRAINED, setting.model)
-    rows = [_rows(setting, candidates, repeats, checkpointing) for checkpointing in (False, True)]
+    rows = _in_turns(setting, select(keeps, TRAINED, setting.model), repeats)
     return Table(setting.title.replace("A step", "LoRA training"), NOTE.format(repeats), COLUMNS, rows)
 
 
-def _rows(setting: Setting, candidates: list[Candidate], repeats: int, checkpointing: bool) -> Rows:
-    names = [("on" if checkpointing else "off", *each.cells) for each in candidates]
-    return Rows(names, partial(_in_turns, setting, candidates, repeats, checkpointing))
-
-
-def _in_turns(setting: Setting, candidates: list[Candidate], repeats: int, checkpointing: bool) -> list[list[str]]:
+def _in_turns(setting: Setting, candidates: list[Candidate], repeats: int) -> Iterator[Row]:
     network = setting.load()
-    runs = {str(each): Training(setting, share_weights(network), each, checkpointing) for each in candidates}
-    timings = take_turns({name: run.step for name, run in runs.items()}, repeats, setting.device)
-    unpatched = next(iter(timings.values()))
-    return [_cells(run, timings[name], unpatched) for name, run in runs.items()]
-
-
-def _cells(run: "Training", timing: Timing, unpatched: Timing) -> list[str]:
-    return [f"{timing.seconds:.3g}", f"{timing.seconds / unpatched.seconds:.2f}", mebibytes(run.saved_bytes())]
+    for checkpointing in (False, True):
+        runs = {str(each): Training(setting, share_weights(network), each, checkpointing) for each in candidates}
+        timings = take_turns({name: run.step for name, run in runs.items()}, repeats, setting.device)
+        unpatched = timings["unpatched 100 %"].seconds
+        for candidate in candidates:
+            seconds, saved = timings[str(candidate)].seconds, runs[str(candidate)].saved_bytes()
+            figures = f"{seconds:.3g}", f"{seconds / unpatched:.2f}", mebibytes(saved)
+            yield "on" if checkpointing else "off", *candidate.cells, *figures
 
 
 class Training:
-    """A LoRA of a network that is patched as `candidate` says, and noise to train it on."""
+    """A LoRA of a network that is patched as `candidate` says, trained on noise."""
 
     def __init__(self, setting: Setting, network: Any, candidate: Candidate, checkpointing: bool) -> None:
         self.network = network.train()
@@ -64,7 +57,7 @@ class Training:
         self.network.zero_grad()
 
     def saved_bytes(self) -> int:
-        """How much the forward pass of a step keeps for the backward pass."""
+        """Bytes that the forward pass keeps for the backward pass."""
         storages: dict[int, int] = {}
         weights = {weight.untyped_storage().data_ptr() for weight in self.network.parameters()}
 

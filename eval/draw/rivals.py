@@ -15,6 +15,7 @@ from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_b
 from diffusers.hooks import HookRegistry
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion import ATCConfig, patched, summary
 
@@ -34,14 +35,7 @@ def fewer_steps(pipe: Any, share: float) -> Iterator[Draw]:
 
 @contextmanager
 def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
-    """Self-attention's keys and values downsampled on their square grid, at the layers that ATC merges by default.
-
-    With nearest neighbours it is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
-    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
-    """
-    hook = partial(_downsample_input, int(factor), downsample)
-    projections = [projection for layer in _merged_layers(pipe) for projection in (layer.to_k, layer.to_v)]
-    handles = [projection.register_forward_pre_hook(hook) for projection in projections]
+    handles = hook_keys(pipe, int(factor), downsample)
     try:
         yield pipe
     finally:
@@ -49,17 +43,30 @@ def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterat
             handle.remove()
 
 
+def hook_keys(model: Any, factor: int, downsample: Downsample) -> list[RemovableHandle]:
+    """Downsample the keys and values of self-attention on their square grid, in the layers that ATC merges by default.
+
+    With nearest neighbours this is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
+    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
+
+    Args:
+        model: a pipeline or a network.
+        factor: side of the cells of tokens that become one.
+        downsample: makes a grid `[B, C, H, W]` of the size given.
+    """
+    with patched(model, ATCConfig()):
+        layers = summary(model).layers
+    networks = [getattr(model, layer.network) if layer.network else model for layer in layers]
+    attentions = [network.get_submodule(layer.name) for network, layer in zip(networks, layers, strict=True)]
+    hook = partial(_downsample_input, factor, downsample)
+    return [each.register_forward_pre_hook(hook) for attn in attentions for each in (attn.to_k, attn.to_v)]
+
+
 def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Module, args: tuple[Tensor]) -> Tensor:
     """Tokens `[B, N, C]` of a square grid as `[B, N / factor^2, C]`."""
     side = round(args[0].shape[1] ** 0.5)
     grid = args[0].transpose(1, 2).unflatten(2, (side, side))
     return downsample(grid, (side // factor, side // factor)).flatten(2).transpose(1, 2)
-
-
-def _merged_layers(pipe: Any) -> list[Any]:
-    with patched(pipe, ATCConfig()):
-        layers = summary(pipe).layers
-    return [getattr(pipe, layer.network).get_submodule(layer.name) for layer in layers]
 
 
 @contextmanager

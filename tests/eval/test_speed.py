@@ -1,7 +1,7 @@
 """The benchmark's parts, run at tiny size; what they time is no test's business."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from atc_diffusion import ATCConfig
 from benchmark.arithmetic import self_attention
 from benchmark.attention import ways
 from benchmark.choices import Benchmark
-from benchmark.clustering import engines, floor, gaussian, same_partition
+from benchmark.clustering import floor
+from benchmark.engines import engines, gaussian, same_partition
 from benchmark.memory import peak_bytes
 from benchmark.models import MODELS, load, make_inputs
 from benchmark.step import Candidate, Denoising, Setting, select, share_weights
-from benchmark.tables import NOT_MEASURED, Rows, Table
+from benchmark.tables import Table
 from benchmark.timing import take_turns
 from tests.conftest import UNET
 from tests.families import FLUX, PIXART, SD3, SDXL
@@ -92,7 +93,7 @@ def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
 
 def test_small_problems_stand_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmark.clustering.SMALL", (24, 32))
-    monkeypatch.setattr("benchmark.clustering.CALLS", 1)
+    monkeypatch.setattr("benchmark.clustering.DISTANCES", 1)
     table = run("--parts small")
     assert len(table) == 2 * 2 * 2 * 4
     assert table[-1][:2] == ["16 x 32 x 384", "ward"]
@@ -228,7 +229,7 @@ def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.Monkey
     for turns in (1, 2, 3):
         run.turn()
         assert next(run.timesteps) == 1000 - 4 * turns  # three steps, and the one that this looks at
-        assert run.clusterings_a_step() == "1"  # three layers, every third step
+        assert run.clusterings_per_step() == "1"  # three layers, every third step
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -256,35 +257,30 @@ def test_the_networks_have_full_size(model: str, parameters: int) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-def test_a_dry_run_has_all_rows_and_no_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    speed.main(["--device", "cuda", "--dry-run", "--out", str(tmp_path / "new" / "speed.md")])
-    text = capsys.readouterr().out
-    table = rows(text)
-    assert (tmp_path / "new" / "speed.md").read_text() == text
-    assert "SDXL's UNet, random weights, 1024 x 1024, batch 2, float16, on cuda" in text
-    assert "torch.compile" in text
-    assert len(table) == 4 + 4 * 3 + 2 * 5 + 4 * 3 * 4 + 4 * (2 + 3 * 6) + 3
-    assert all(set(row[2:]) == {NOT_MEASURED} for row in table)
-
-
-def test_rows_that_do_not_fit_a_gpu_say_so_and_the_others_are_measured() -> None:
-    def measure_too_much() -> list[list[str]]:
+def test_a_table_ends_where_the_memory_of_a_gpu_does() -> None:
+    def measure() -> Iterator[list[str]]:
+        yield ["small", "1"]
         raise torch.OutOfMemoryError
 
-    table = Table("", "", ["size", "ms"], [Rows([["small"]], lambda: [["1"]]), Rows([["large"]], measure_too_much)])
-    assert list(table.lines())[-2:] == ["| small | 1 |", "| large | out of memory |"]
+    assert list(Table("", "", ["size", "ms"], measure()).lines())[-2:] == ["| small | 1 |", "| out of memory |  |"]
+
+
+def test_all_that_is_printed_is_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "speed.md"
+    speed.main(["--parts", "growth", "--growth-tokens", "64", "--repeats", "1", "--out", str(out)])
+    assert out.read_text() == capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
-    with pytest.raises(SystemExit, match=r"^PyTorch finds no CUDA GPU here; run this where there is one, or add"):
+    with pytest.raises(SystemExit, match=r"^PyTorch finds no CUDA GPU here; run this on a machine that has one, or"):
         speed.main(["--device", "cuda"])
 
 
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("--keep 0.6", "expected a whole percentage from 1 to 100, got '0.6'"),
+        ("--keep 0.6", "expected percentages of tokens kept, from 1 to 100, got 0.6; did you mean 60?"),
         ("--size 500", "expected a multiple of 64, from 64 up, got '500'"),
         ("--repeats 0", "expected a whole number from 1 up, got '0'"),
         ("--candidates dog", "invalid choice: 'dog'"),
@@ -297,5 +293,11 @@ def test_what_does_not_fit_is_named(line: str, text: str, refused: Callable[...,
 def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
     gpu, cpu = Benchmark(device="cuda", keep=(50,)), Benchmark()
     assert gpu.keep == (50,)
-    assert list(gpu.tokens) == [1024, 4096, 16384]
-    assert list(cpu.tokens) == [4096]
+    assert [(each.model, each.size) for each in gpu.settings()] == [
+        ("sd15", 512),
+        ("sd15", 1024),
+        ("sdxl", 1024),
+        ("sd15", 2048),
+    ]
+    assert (gpu.tokens, cpu.tokens) == ((1024, 4096, 16384), (4096,))
+    assert cpu.settings() == [Setting("sd15", 512, "cpu", torch.float32)]
