@@ -1,4 +1,4 @@
-"""The report: tables of accuracy and speed, and figures in the form of the ATC paper's Figures 4 and 5."""
+"""The report: tables of accuracy and speed, and figures like the ATC paper's Figures 4 and 5."""
 
 import platform
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from classification.methods import METHODS, Way
 from draw.experiment import this_command
 from files import write_atomically
 from report.page import Page, Section
+from report.plots import add_legend, line_figure
 from score.bootstrap import Estimate, bootstrap_draws
 
 DRAWS = 1000
@@ -36,19 +37,19 @@ PAPER_TABLE_1 = {
     "linear, t = 7": [86.9, 85.0, 85.6, 85.6, 85.8],
 }
 ACCURACY_TEXT = """\
-Top-1 in percent, ± half the 95 % interval by bootstrap over what the pictures show. Columns are shares of tokens kept
-at the 4th, 7th and 10th block, or tokens removed in every block."""
+Top-1 in percent, ± half the 95 % interval by bootstrap over the subjects of the pictures. Columns are shares of tokens
+kept at the 4th, 7th and 10th block, or tokens removed in every block."""
 LEAD_TEXT = """\
 In percentage points over the best other method of the column, paired picture by picture; a star marks 95 % intervals
-that exclude zero. The best other is chosen on these same pictures, which favours it. Each interval holds on its own,
-not all at once."""
+that exclude zero. The best other method is chosen on these same pictures, which favours it. Each interval holds on its
+own, not all at once."""
 SPEED_TEXT = """\
 Median over the batches, on one device, clustering included; rough if other processes ran beside it. No reduction:
 {:.0f}."""
 
 
 def evaluate_and_report(task: Task, ways: Sequence[Way], out: Path, folder: Path, batch_size: int, device: str) -> None:
-    """Evaluate what is missing in `out`, then report to `folder`."""
+    """Evaluate the ways that `out` lacks, then report to `folder`."""
     state = PartialState(cpu=device == "cpu")
     evaluations = [evaluate(task, way, out, batch_size, state) for way in ways]
     if state.is_main_process:
@@ -76,7 +77,7 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
 
 
 def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
-    """A row for every way, the unreduced model's first."""
+    """A row for each way, the unreduced model first."""
     draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
     rows = [
         {
@@ -94,7 +95,7 @@ def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
 
 
 def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
-    """Top-1 of every way, and ATC's lead; off the shelf, then trained further."""
+    """Top-1 of each way, and ATC's lead; off the shelf, then trained further."""
     for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
         rows = table[table.finetuned == finetuned]
         if len(rows):
@@ -128,38 +129,29 @@ def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
                 best = max(rivals, key=lambda each: each.accuracy)
                 gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
                 row = cells.setdefault(f"{own.way.label} over the best {kind}", {})
-                row[own.way.column] = f"{_signed(gain)} ({best.way.label})"
+                row[own.way.column] = f"{gain:+.1f}{gain.star} ({best.way.label})"
     return _named(pd.DataFrame(cells).T.fillna(""))
 
 
 def plot_accuracy(table: pd.DataFrame) -> Figure:
-    """Accuracy against the share kept, a line for every method, as in the paper's Figure 4."""
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
-    axes = figure.subplots()
-    axes.axhline(table[table.label == NONE].accuracy.iloc[0], color="black", linestyle="--", label=NONE)
-    by_keep = table.dropna(subset="keep").sort_values("keep")
-    for number, label in enumerate(table[table.label != NONE].label.unique()):
-        for finetuned, linestyle, ending in ((False, "-", ""), (True, ":", ", fine-tuned")):
-            line = by_keep[(by_keep.label == label) & (by_keep.finetuned == finetuned)]
-            if len(line):
-                style = f"C{number}{linestyle}o"
-                axes.plot(line.keep, line.accuracy, style, markersize=4, label=label + ending)
-    axes.set(xlabel="tokens kept at each stage (%)", ylabel="top-1 (%)")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    """Accuracy against the share kept, a line for each method, as in the paper's Figure 4."""
+    lines = table.dropna(subset="keep").groupby(["label", "finetuned"], sort=False)
+    figure, axes = line_figure(len(lines), "tokens kept at each stage (%)", "top-1 (%)")
+    axes.axhline(table.accuracy.iloc[0], color="black", linestyle="--", label=NONE)
+    for (label, finetuned), line in lines:
+        style, name = (":", f"{label}, fine-tuned") if finetuned else ("-", label)
+        line = line.sort_values("keep")
+        axes.plot(line.keep, line.accuracy, linestyle=style, markersize=4, label=name)
+    add_legend(figure, axes)
     return figure
 
 
 def _written(row: Any) -> str:
-    return f"{row.accuracy:.1f} ± {row.margin:.1f}"
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.1f} ± {estimate.margin:.1f}{'*' * estimate.differs}"
+    return f"{Estimate(row.accuracy, row.margin):.1f}"
 
 
 def _pivot(rows: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
-    """Methods by columns, in the order in which they come."""
+    """Methods by columns, both in the order of their first row."""
     table = rows.assign(cell=cells).pivot(index="label", columns="column", values="cell")
     return _named(table.reindex(index=rows.label.unique(), columns=rows.column.unique()).fillna(""))
 

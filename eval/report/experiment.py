@@ -1,4 +1,4 @@
-"""The whole experiment: draws what is missing, then times, scores and reports."""
+"""The whole experiment: draw the missing pictures, time, score, report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ from score.scorer import Scorer
 
 @dataclass(frozen=True)
 class Output:
-    """where it goes"""
+    """what is written"""
 
     out: Path = option("folder for pictures and features", Path("out/fid"), checks.folder_to_write)
     report: Path | None = option("folder for the report (default: the same)", None, checks.folder_to_write)
-    time: int = option("time so many batches of each configuration, in turn", 0, checks.whole(0))
+    time: int = option("batches to time with each configuration, in turn", 0, checks.whole(0))
 
 
 def run(ways: Sequence[Configuration], prompts: Prompts, sampling: Sampling, scoring: Scoring, output: Output) -> None:
-    """Everything that can be wrong is found before the first picture is drawn."""
+    """Run the experiment; everything is checked before the first picture is drawn."""
     state = PartialState(cpu=sampling.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
     pictures, settings, out = prompts.plan(), sampling.json(state.device), output.out
     claim_folder(out, settings, write=state.is_main_process)
@@ -74,7 +74,7 @@ def score(sets: Sets, scorer: Scorer, times: Times) -> list[Result]:
 def conditions(
     unmerged: Result, prompts: Prompts, sampling: Sampling, scoring: Scoring, references: int
 ) -> dict[str, str]:
-    """What the figures hold under, in words."""
+    """The conditions that the figures hold under, in words."""
     pictures, record = unmerged.pictures.pictures, unmerged.record
     width, height = unmerged.pictures.load(pictures[0]).size
     scheduler = f", {sampling.scheduler}" if sampling.scheduler else ""

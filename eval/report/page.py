@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML page, and as Markdown with its figures beside it."""
+"""Reports: one self-contained HTML page, and Markdown with its figures in files."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a report: text, then code, a table (cells as text), a figure, and pictures."""
+    """Part of a report, in this order; cells of the table are text."""
 
     title: str
     text: str = ""
@@ -48,8 +48,8 @@ class Page:
 
     Attributes:
         title: the headline.
-        conditions: name and value of what the figures hold under.
-        commands: command lines that made them.
+        conditions: name and value of the conditions that the figures hold under.
+        commands: the command lines that made them.
         sections: the parts, in order.
     """
 
@@ -60,22 +60,21 @@ class Page:
 
     @property
     def html(self) -> str:
-        """The page, with nothing to fetch."""
+        """The page, which loads nothing else."""
         return _environment(escape=True).get_template("report.html.jinja").render(page=self)
 
     @property
     def markdown(self) -> str:
-        """The page as Markdown; figures and pictures lie beside it, as `write` puts them."""
+        """The page as Markdown, which links to the figures and pictures that `write` puts beside it."""
         return _environment(escape=False).get_template("report.md.jinja").render(page=self)
 
     def write(self, folder: Path, name: str = "report") -> None:
-        """Write `name`.html, `name`.md and what the latter shows."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `name`.html, `name`.md, and the figures and pictures of the latter."""
         for section in self.sections:
             if section.figure is not None:
                 write_atomically(folder / f"{section.slug}.svg", svg(section.figure).encode())
             if section.pictures:
-                write_atomically(folder / f"{section.slug}.png", _png(contact_sheet(section.pictures)))
+                write_atomically(folder / f"{section.slug}.png", contact_sheet(section.pictures))
         write_atomically(folder / f"{name}.md", self.markdown.encode())
         write_atomically(folder / f"{name}.html", self.html.encode())
 
@@ -90,26 +89,22 @@ def svg(figure: Figure) -> str:
 
 
 def data_uri(image: Image.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+    file = io.BytesIO()
+    image.save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def contact_sheet(pictures: Sequence[Shown], columns: int = 6) -> Image.Image:
-    """All `pictures` with their captions."""
+def contact_sheet(pictures: Sequence[Shown], columns: int = 6) -> bytes:
+    """All `pictures` with their captions, as a PNG."""
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained", dpi=110)
-    for axes in (grid := figure.subplots(rows, columns, squeeze=False).flat):
+    for number, shown in enumerate(pictures, start=1):
+        axes = figure.add_subplot(rows, columns, number)
         axes.set_axis_off()
-    for axes, shown in zip(grid.base.flat, pictures, strict=False):
         axes.imshow(shown.image, interpolation="nearest")
         axes.set_title(fill(shown.caption, CAPTION), fontsize=6)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
-    return Image.open(file)
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "png")
     return file.getvalue()
 
 

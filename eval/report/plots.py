@@ -14,20 +14,19 @@ def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure:
         fid: rows with "method", "keep" (percent), "fid" and "margin" (of the paired difference from the unmerged set).
         unmerged: FID of the unmerged set.
     """
-    figure, axes = _figure(fid["method"].nunique(), "tokens kept (%)", "FID")
+    figure, axes = line_figure(fid["method"].nunique(), "tokens kept (%)", "FID")
     for method, line in fid.groupby("method", sort=False):
         line = line.sort_values("keep", ascending=False)
         axes.errorbar(line["keep"], line["fid"], line["margin"], markersize=4, capsize=3, label=str(method))
     axes.axhline(unmerged, color="grey", linestyle="--", label="unmerged")
     axes.invert_xaxis()
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def plot_fidelity(frame: pd.DataFrame) -> Figure:
-    """PSNR to the unmerged picture against the time it takes, for rows with "method", "setting", "ratio",
-    "psnr" and "frontier"."""
-    figure, axes = _figure(
+    """PSNR against time, for rows with "method", "setting", "ratio", "psnr" and "frontier"."""
+    figure, axes = line_figure(
         frame["method"].nunique(), "seconds per picture, of the unmerged model's", "PSNR to the unmerged picture (dB)"
     )
     best = frame[frame["frontier"]].sort_values("ratio")
@@ -41,21 +40,22 @@ def plot_fidelity(frame: pd.DataFrame) -> Figure:
             position = (row["ratio"], row["psnr"])
             axes.annotate(row["setting"], position, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axes.axvline(1, color="grey", linestyle="--", label="unmerged")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def on_frontier(seconds: pd.Series, psnr: pd.Series) -> pd.Series:
-    """Whether no other row is both as fast and nearer, nor faster and as near.
+    """Whether no other row is both as fast and closer, nor faster and as close.
 
-    NaN stands for the unmerged pictures themselves, nearer than any other; that row is not marked.
+    The unmerged pictures have a PSNR of NaN; they are closer than any other, but not marked themselves.
     """
     order = pd.DataFrame({"seconds": seconds, "error": -psnr.fillna(float("inf"))}).sort_values(["seconds", "error"])
     best_before = order["error"].cummin().shift(fill_value=float("inf"))
     return (order["error"] < best_before).reindex(seconds.index) & psnr.notna()
 
 
-def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
+def line_figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty plot for so many lines, each of its own marker and colour."""
     figure = Figure(figsize=(9, 4.5 + 0.08 * lines), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(cycler(marker=["o", "s", "^", "v"]) * cycler(color=color_sequences["tab10"]))
@@ -65,5 +65,5 @@ def _figure(lines: int, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def add_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)

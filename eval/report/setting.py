@@ -1,4 +1,4 @@
-"""What `tune` found, as a page and as rows for a JSON file."""
+"""The findings of `tune`, as a page and as rows of a JSON file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,12 +15,12 @@ from report.plots import on_frontier, plot_fidelity
 
 TEXT = """\
 Median seconds per call, and the median ratio to the unmerged call for the same prompt; PSNR to its pictures, mean over
-the prompts. What was slower than the unmerged model or far from it was drawn for the first prompt only. A star marks
-the frontier: nothing else tried is both as fast and closer."""
+the prompts. Settings that were slower than the unmerged model, or far from its picture, were drawn for the first prompt
+only. A star marks the frontier: nothing else tried is both as fast and closer."""
 
 
 def describe(sampling: Sampling, device: torch.device, prompts: Sequence[str]) -> dict[str, str]:
-    """What the figures hold under, in words."""
+    """The conditions that the figures hold under, in words."""
     return {
         "model": sampling.name,
         "prompts": ", ".join(prompts),
@@ -33,7 +33,6 @@ def rows(found: Tuning) -> list[dict[str, Any]]:
     return [
         {
             "method": str(row.way),
-            "setting": "",
             "seconds": row.seconds,
             "ratio": row.ratio,
             "psnr": row.psnr if row.psnr < float("inf") else None,
@@ -47,20 +46,14 @@ def rows(found: Tuning) -> list[dict[str, Any]]:
 
 def make_page(found: Tuning, conditions: Mapping[str, str]) -> Page:
     frame = pd.DataFrame(rows(found)).astype({"psnr": float})
-    frame["frontier"] = on_frontier(frame["ratio"], frame["psnr"])
-    shown = [Shown(str(row), row.image) for row in found.rows if row.image]
+    frame = frame.assign(setting="", frontier=on_frontier(frame["ratio"], frame["psnr"]))
+    table = frame[["method", "pictures"]].copy()
+    table["s/call"], table["ratio"] = frame["seconds"].map("{:.2f}".format), frame["ratio"].map("{:.2f}".format)
+    stars = frame["frontier"].map({True: " *", False: ""})
+    table["PSNR (dB)"] = frame["psnr"].map("{:.1f}".format, na_action="ignore").fillna("") + stars
     sections = [
         Section("What to use", code=found.advice),
-        Section("Time and fidelity", TEXT, table=_table(frame), figure=plot_fidelity(frame[frame["psnr"].notna()])),
-        Section("The first prompt", pictures=shown),
+        Section("Time and fidelity", TEXT, table=table, figure=plot_fidelity(frame[frame["psnr"].notna()])),
+        Section("The first prompt", pictures=[Shown(str(row), row.image) for row in found.rows if row.image]),
     ]
     return Page("Which setting?", conditions, [this_command()], sections)
-
-
-def _table(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` as texts."""
-    columns = {"seconds": ("s/call", 2), "ratio": ("ratio", 2), "psnr": ("PSNR (dB)", 1)}
-    table = frame[["method", "pictures"]].copy()
-    for column, (name, digits) in columns.items():
-        table[name] = frame[column].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna("")
-    return table.assign(frontier=frame["frontier"].map({True: "*", False: ""}))

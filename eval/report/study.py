@@ -1,4 +1,4 @@
-"""What the experiment found: one result for every configuration, and the study that they make up."""
+"""The results of an experiment: one for each configuration, and the study that they make up."""
 
 import json
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ from score.scorer import Fidelity, Scores
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration: its pictures, their scores, what made it, and its time.
+    """One configuration with its pictures, their scores, a record of the run, and its time.
 
     `timing` has the median "seconds" per picture and their "ratio" to the unmerged model's, or is empty.
     """
@@ -34,9 +34,8 @@ class Result:
 
     @property
     def fidelity(self) -> Fidelity:
-        """Nearness to the unmerged set, for any other set."""
-        if self.scores.fidelity is None:
-            raise ValueError("the unmerged set is what fidelity is measured against")
+        """Fidelity of any set but the unmerged one."""
+        assert self.scores.fidelity is not None
         return self.scores.fidelity
 
     @property
@@ -52,25 +51,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """Results with the conditions that they hold under.
+    """Results with the conditions that they hold under."""
 
-    Attributes:
-        results: the unmerged one first.
-        features: the network and the resizing that all scores are by.
-        conditions: name and value of each condition, in words.
-        commands: the command lines that made the results.
-        draws: the bootstrap draws `[B, n]` of the pictures.
-        shown: pictures to show.
-        is_papers_model: whether the paper's figures are worth setting beside these.
-    """
-
-    results: Sequence[Result]
-    features: str
+    results: Sequence[Result]  # the unmerged one first
+    features: str  # network and resizing of all scores
     conditions: dict[str, str]
-    commands: Sequence[str]
-    draws: Draws
+    commands: Sequence[str]  # command lines that made the results
+    draws: Draws  # bootstrap draws of the pictures, [B, n]
     shown: Sequence[Picture]
-    is_papers_model: bool
+    is_papers_model: bool  # whether the paper's figures are worth comparing with these
 
     @property
     def unmerged(self) -> Result:
@@ -86,7 +75,7 @@ class Study:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row of figures for every result, the unmerged one first."""
+        """A row of figures for each result, the unmerged one first."""
         return pd.DataFrame([result.row for result in self.results])
 
     @property

@@ -1,5 +1,6 @@
 """The report of a study: results as JSON and CSV, and a page of tables, plots and pictures."""
 
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -34,12 +35,12 @@ else tried is both as fast and closer. Seconds are medians per picture of batche
 configuration, and the ratio is the median ratio to the unmerged model in the same round."""
 NEARNESS = (45, 40, 35)  # dB
 EQUAL_FIDELITY_TEXT = """\
-The least time, as a ratio to the unmerged model's {seconds:.2f} s, at which each method stays within the column's PSNR,
-and the setting that does it. Empty: no setting tried was close enough."""
+The least time at which each method reaches the column's PSNR, as a ratio to the unmerged model's {seconds:.2f} s, and
+the setting that reaches it. Empty: no setting tried was close enough."""
 RATIOS = (0.8, 0.65, 0.5)
 EQUAL_SECONDS_TEXT = """\
 The highest PSNR in dB that each method reaches within the column's share of the unmerged seconds, and the setting that
-does it. Empty: no setting tried was fast enough."""
+reaches it. Empty: no setting tried was fast enough."""
 CHANGES_TEXT = """\
 Change of PSNR in dB between two configurations that differ in one choice, paired picture by picture, ± half the 95 %
 interval of the mean. A star marks intervals that exclude zero; each interval holds on its own, not all at once."""
@@ -54,83 +55,73 @@ def write_report(study: Study, folder: Path) -> None:
 
 def make_page(study: Study) -> Page:
     sections = [
-        ways_section(study),
-        equal_fidelity_section(study),
-        equal_seconds_section(study),
-        changes_section(study),
-        fid_section(study),
+        *ways_section(study),
+        *best_sections(study),
+        *changes_section(study),
+        *fid_section(study),
         scores_section(study),
         *(pictures_section(study, picture) for picture in study.shown),
     ]
     title = "Token merging: fidelity to the unmerged model, time, and FID"
-    return Page(title, study.conditions, study.commands, [section for section in sections if section is not None])
+    return Page(title, study.conditions, study.commands, sections)
 
 
-def ways_section(study: Study) -> Section | None:
-    """Every configuration with its time and its nearness to the unmerged pictures."""
+def ways_section(study: Study) -> Iterator[Section]:
+    """Every configuration with its time and its fidelity to the unmerged pictures."""
     if not study.others:
-        return None
-    frame = study.frame
-    table = pd.DataFrame({"method": frame["method"], "setting": frame["setting"]})
+        return
+    frame, figure = study.frame, None
+    table, stars = frame[["method", "setting"]].copy(), pd.Series("", frame.index)
     if study.is_timed:
-        table["s/picture"], table["ratio"] = _written(frame, "seconds", 2), _written(frame, "ratio", 2)
-    table["PSNR (dB)"] = _with_margin(frame, "psnr", 1) + _stars(study)
-    table["SSIM"] = _with_margin(frame, "ssim", 3)
-    if frame["lpips"].notna().any():
-        table["LPIPS"] = _with_margin(frame, "lpips", 3)
-    table["feature distance"] = _with_margin(frame, "feature_distance", 2)
-    figure = (
-        plot_fidelity(frame.assign(frontier=on_frontier(frame["ratio"], frame["psnr"]))[1:]) if study.is_timed else None
-    )
-    return Section("Fidelity and time", WAYS_TEXT, table=table, figure=figure)
+        frontier = on_frontier(frame["ratio"], frame["psnr"])
+        table["s/picture"], table["ratio"] = frame["seconds"].map("{:.2f}".format), frame["ratio"].map("{:.2f}".format)
+        stars, figure = frontier.map({True: " *", False: ""}), plot_fidelity(frame.assign(frontier=frontier)[1:])
+    table["PSNR (dB)"] = _fidelities(study, "psnr", 1) + stars
+    table["SSIM"] = _fidelities(study, "ssim", 3)
+    if study.others[0].fidelity.lpips:
+        table["LPIPS"] = _fidelities(study, "lpips", 3)
+    table["feature distance"] = _fidelities(study, "feature_distance", 2)
+    yield Section("Fidelity and time", WAYS_TEXT, table=table, figure=figure)
 
 
-def _stars(study: Study) -> pd.Series:
-    if not study.is_timed:
-        return pd.Series("", study.frame.index)
-    return on_frontier(study.frame["seconds"], study.frame["psnr"]).map({True: " *", False: ""})
+def _fidelities(study: Study, figure: str, digits: int) -> pd.Series:
+    """A figure of every set, as text; empty for the unmerged set."""
+    cells = [f"{getattr(each.fidelity, figure):.{digits}f}" for each in study.others]
+    return pd.Series(["", *cells], study.frame.index)
 
 
-def equal_fidelity_section(study: Study) -> Section | None:
-    """Speed at equal fidelity: the least time of each method within some PSNR."""
+def best_sections(study: Study) -> Iterator[Section]:
+    """The best setting of each method: the fastest that is close enough, and the closest that is fast enough."""
     if not study.is_timed or not study.others:
-        return None
-    columns = {f"{psnr} dB": study.frame[1:].query("psnr >= @psnr") for psnr in NEARNESS}
-    best = {name: rows.loc[rows.groupby("method")["ratio"].idxmin()] for name, rows in columns.items()}
-    text = f"{EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)} {_first(best, 'ratio', least=True)}"
-    return Section("Speed at equal fidelity", text, table=_by_method(study, best, "ratio", 2))
+        return
+    rows = study.frame[1:]
+    near = {f"{psnr} dB": rows[rows["psnr"] >= psnr] for psnr in NEARNESS}
+    fast = {f"{ratio:g} of the time": rows[rows["ratio"] <= ratio] for ratio in RATIOS}
+    text = EQUAL_FIDELITY_TEXT.format(seconds=study.unmerged.seconds)
+    methods = pd.Index(rows["method"].unique(), name="method")
+    yield _best_section("Speed at equal fidelity", text, methods, near, ("ratio", 2), least=True)
+    yield _best_section("Fidelity at equal time", EQUAL_SECONDS_TEXT, methods, fast, ("psnr", 1), least=False)
 
 
-def equal_seconds_section(study: Study) -> Section | None:
-    """Fidelity at equal time: the best PSNR of each method within some share of the unmerged seconds."""
-    if not study.is_timed or not study.others:
-        return None
-    columns = {f"{ratio:g} of the time": study.frame[1:].query("ratio <= @ratio") for ratio in RATIOS}
-    best = {name: rows.loc[rows.groupby("method")["psnr"].idxmax()] for name, rows in columns.items()}
-    text = f"{EQUAL_SECONDS_TEXT} {_first(best, 'psnr', least=False)}"
-    return Section("Fidelity at equal time", text, table=_by_method(study, best, "psnr", 1))
-
-
-def _first(columns: dict[str, pd.DataFrame], value: str, least: bool) -> str:
-    """Who is first in each column: the method whose `value` is the least, or the greatest."""
-    ordered = {name: rows.sort_values(value, ascending=least) for name, rows in columns.items() if len(rows)}
-    first = [f"{rows['method'].iloc[0]} ({name})" for name, rows in ordered.items()]
-    return f"First: {'; '.join(first) or 'none'}."
-
-
-def _by_method(study: Study, columns: dict[str, pd.DataFrame], value: str, digits: int) -> pd.DataFrame:
-    """A row for each method: in every column `value` and the setting of that column's row for the method."""
-    table = pd.DataFrame(index=pd.Index(study.frame["method"][1:].unique(), name="method"))
+def _best_section(
+    title: str, text: str, methods: pd.Index, columns: dict[str, pd.DataFrame], value: tuple[str, int], least: bool
+) -> Section:
+    """A row per method; in each column the best value among its rows, and the setting that reaches it."""
+    table, first = pd.DataFrame(index=methods), []
     for name, rows in columns.items():
-        table[name] = (_written(rows, value, digits) + " (" + rows["setting"] + ")").set_axis(rows["method"])
-    return table.fillna("").reset_index()
+        best = rows.sort_values(value[0], ascending=least, kind="stable").drop_duplicates("method")
+        cells = {row["method"]: f"{row[value[0]]:.{value[1]}f} ({row['setting']})" for _, row in best.iterrows()}
+        first += [f"{method} ({name})" for method in list(cells)[:1]]
+        table[name] = pd.Series(cells, dtype=object)
+    return Section(title, f"{text} First: {'; '.join(first) or 'none'}.", table=table.fillna("").reset_index())
 
 
-def changes_section(study: Study) -> Section | None:
-    """Paired changes of PSNR for all pairs of configurations that differ in one choice."""
+def changes_section(study: Study) -> Iterator[Section]:
+    """Paired changes of PSNR between configurations that differ in one choice."""
     merged = [result for result in study.others if result.configuration.merge is not None]
     rows = [row for pair in combinations(merged, 2) if (row := _change(study, *pair))]
-    return Section("One choice changed", CHANGES_TEXT, table=pd.DataFrame(rows)) if rows else None
+    if rows:
+        yield Section("One choice changed", CHANGES_TEXT, table=pd.DataFrame(rows))
 
 
 def _change(study: Study, before: Result, after: Result) -> dict[str, str] | None:
@@ -138,12 +129,11 @@ def _change(study: Study, before: Result, after: Result) -> dict[str, str] | Non
     if title is None or before.configuration.setting != after.configuration.setting:
         return None
     gain = Estimate.of_mean(after.fidelity.psnr_of_each - before.fidelity.psnr_of_each, study.draws)
-    change = f"{gain.value:+.1f} ± {gain.margin:.1f}{' *' if gain.differs else ''}"
-    return {"change": title, "setting": after.configuration.setting, "PSNR (dB)": change}
+    return {"change": title, "setting": after.configuration.setting, "PSNR (dB)": f"{gain:+.1f}{gain.star}"}
 
 
 def _one_choice(before: Configuration, after: Configuration) -> str | None:
-    """What `after` has instead of `before`, in words, if just one choice that both have differs."""
+    """The change from `before` to `after` in words, if exactly one choice that both have differs."""
     old, new = before.choices, after.choices
     differing = [field for field in old if field in new and old[field] != new[field]]
     if len(differing) != 1 or differing == ["rival"]:
@@ -152,52 +142,46 @@ def _one_choice(before: Configuration, after: Configuration) -> str | None:
     return f"{after.label}, instead of {before_this}"
 
 
-def fid_section(study: Study) -> Section | None:
+def fid_section(study: Study) -> Iterator[Section]:
     """FID by the share of tokens kept, as in the paper's Table 2."""
     merged = [each for each in study.others if each.configuration.keep is not None]
     if not merged:
-        return None
-    rows = [_fid_row(result) for result in [study.unmerged, *merged]]
-    text = FID_TEXT
+        return
+    rows = pd.DataFrame([_fid_row(result) for result in [study.unmerged, *merged]])
+    figure = plot_fid(rows[1:], study.unmerged.scores.fid.value)
     if study.is_papers_model:
-        rows += [
-            {"method": f"{label}, in the paper", "keep": keep, "cell": f"{fid:.2f}"}
-            for label, line in PAPER_TABLE_2.items()
-            for keep, fid in line.items()
-        ]
-        text += " " + PAPER_TEXT
-    cells = pd.DataFrame(rows).pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
+        rows = pd.concat([rows, _paper_rows()])
+    cells = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
     table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
-    figure = plot_fid(pd.DataFrame(rows[1 : len(merged) + 1]), study.unmerged.scores.fid.value)
-    return Section(f"FID by {study.features}", text, table=table, figure=figure)
+    text = f"{FID_TEXT} {PAPER_TEXT}" if study.is_papers_model else FID_TEXT
+    yield Section(f"FID by {study.features}", text, table=table, figure=figure)
 
 
 def _fid_row(result: Result) -> dict[str, object]:
     fid, fidelity = result.scores.fid, result.scores.fidelity
-    star = " *" if fidelity is not None and fidelity.fid_change.differs else ""
     return {
         "method": result.configuration.label,
         "keep": 100.0 if result.configuration.is_unmerged else result.configuration.keep,
-        "cell": f"{fid.value:.2f} ± {fid.margin:.2f}{star}",
+        "cell": f"{fid:.2f}{fidelity.fid_change.star if fidelity else ''}",
         "fid": fid.value,
-        "margin": fidelity.fid_change.margin if fidelity is not None else 0.0,
+        "margin": fidelity.fid_change.margin if fidelity else 0.0,
     }
+
+
+def _paper_rows() -> pd.DataFrame:
+    cells = pd.DataFrame(PAPER_TABLE_2).map("{:.2f}".format).add_suffix(", in the paper", axis="columns")
+    return cells.rename_axis("keep").reset_index().melt("keep", var_name="method", value_name="cell")
 
 
 def scores_section(study: Study) -> Section:
     """All distances to the reference pictures."""
     frame = study.frame
-    table = pd.DataFrame(
-        {
-            "method": frame["method"],
-            "setting": frame["setting"],
-            "FID": _with_margin(frame, "fid", 2),
-            "FID less unmerged": _with_margin(frame, "fid_change", 2) if "fid_change" in frame else "",
-            "KID x 1000": (1000 * frame["kid"]).map("{:.2f}".format),
-            "precision": _written(frame, "precision", 3),
-            "recall": _written(frame, "recall", 3),
-        }
-    )
+    table = frame[["method", "setting"]].copy()
+    table["FID"] = [f"{each.scores.fid:.2f}" for each in study.results]
+    table["FID less unmerged"] = _fidelities(study, "fid_change", 2)
+    table["KID x 1000"] = (1000 * frame["kid"]).map("{:.2f}".format)
+    for column in ("precision", "recall"):
+        table[column] = frame[column].map("{:.3f}".format)
     if frame["peak_memory_bytes"].notna().any():
         table["peak GiB"] = (frame["peak_memory_bytes"] / 2**30).map("{:.2f}".format)
     return Section("Distance to the reference pictures", f"By {study.features}.", table=table)
@@ -213,13 +197,3 @@ def pictures_section(study: Study, picture: Picture) -> Section:
 def _caption(result: Result, index: int) -> str:
     name = ", ".join(filter(None, [result.configuration.label, result.configuration.setting]))
     return name if result.scores.fidelity is None else f"{name}: {result.fidelity.psnr_of_each[index]:.1f} dB"
-
-
-def _written(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
-    texts = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in frame[column]]
-    return pd.Series(texts, frame.index, dtype=object)
-
-
-def _with_margin(frame: pd.DataFrame, column: str, digits: int) -> pd.Series:
-    texts = _written(frame, column, digits) + " ± " + _written(frame, f"{column}_margin", digits)
-    return texts.where(frame[column].notna(), "")
