@@ -1,8 +1,9 @@
 """Top-1 accuracy of a vision transformer with fewer tokens, as in Figure 4 and Table 1 of the ATC paper (ECCV 2024).
 
-Evaluates the model as it is and with every method at every share kept, off the shelf, and writes tables, a plot and
+Evaluates the unreduced model and every method at every share kept, off the shelf, and writes tables, a plot and
 pictures of the clusters. Rerun the command to resume; `accelerate launch eval/classify.py ...` divides the pictures
-between GPUs. `--demo` trains a small model on emoji, and also trains it further with tokens merged: offline, no GPU.
+between GPUs. `--demo` trains a small model on emoji instead, offline and without a GPU; `--finetune` trains it further
+with tokens merged.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 Draws the same pictures (prompts and seeds are fixed) with the unmerged model and with every configuration asked for,
 scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to
-resume an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands can
-add configurations to the same --out; the report covers all that are complete.
+resume an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands add
+configurations to the same --out; the report covers all complete ones.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ with door("fid.py", extra="eval"):
     from report.experiment import Output, run
     from score.options import Scoring
 
-DEMO = {  # the experiment in small, on the model of this repository
+DEMO = {  # a small experiment, on the model of this repository
     "model": str(EMOJI_DIFFUSION),
     "class_names": str(EMOJI_DIFFUSION / "things.txt"),
     "prompt": "{}",
@@ -49,7 +49,7 @@ class Experiment:
     prompts: Prompts
     sampling: Sampling
     scoring: Scoring
-    demo: bool = switch("the small emoji model of this repository: offline, no GPU")
+    demo: bool = switch("a small experiment on the emoji model of this repository: offline, no GPU")
     list: bool = switch("print seed, file and prompt of every picture, and stop")
 
 
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         experiment.prompts.print_list()
         return
     with door("fid.py", extra="eval"):
-        ways = experiment.ways.configurations()
-        run(ways, experiment.prompts, experiment.sampling, experiment.scoring, experiment.output)
+        configurations = experiment.ways.configurations()
+        run(configurations, experiment.prompts, experiment.sampling, experiment.scoring, experiment.output)
 
 
 if __name__ == "__main__":

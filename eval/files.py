@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all, and what to do about one that is damaged."""
+"""Files that are written completely or not at all, and folders of pictures."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is as it was, whenever the process is killed."""
+    """Write `data` so that `path` holds all of it or stays as it was, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """The value in a JSON file.
 
     Raises:
         ValueError: naming the file, if it is damaged.
@@ -36,3 +40,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and rerun the command") from error
+
+
+def list_pictures(folder: Path) -> tuple[Path, ...]:
+    """Paths of the pictures in `folder`, sorted by name."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".")
+    return tuple(sorted(found))
+
+
+def picture_mode(path: Path) -> str | None:
+    """PIL's name for the kind of pixels at `path`; None if they cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return str(image.mode)
+    except (OSError, SyntaxError):
+        return None

@@ -1,7 +1,7 @@
-"""Gathers the paper's reference pictures: the first five ImageNet validation pictures, by name, of every class.
+"""Gather the paper's reference pictures: the first five ImageNet validation pictures of each class, by name.
 
-The validation pictures may lie in one folder for each class, or all in one folder; the latter needs the development
-kit's ILSVRC2012_validation_ground_truth.txt. They are copied byte for byte.
+The validation pictures may be in one folder for each class, or all in one folder; the latter needs the development
+kit's ILSVRC2012_validation_ground_truth.txt. They are copied unchanged.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ class Gathering:
     """What the command line asks for."""
 
     imagenet_val: Path = option("folder of the validation pictures", parse=checks.folder)
-    out: Path = option("folder to make, for the 5000 pictures", parse=checks.folder_to_write)
-    ground_truth: Path | None = option("the class of each picture, a line each", None, checks.file)
+    out: Path = option("new folder for the 5000 pictures", parse=checks.folder_to_write)
+    ground_truth: Path | None = option("file with the class of each picture, one per line", None, checks.file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     wanted = parse(Gathering, __doc__, arguments)
     with door("reference.py", extra="eval"):
         converted = gather(wanted.imagenet_val, wanted.ground_truth, wanted.out)
-    said = shortened(converted)
-    print(f"{NUM_CLASSES * PER_CLASS} pictures in {wanted.out}; not RGB, converted when read: {said}")
+    names = shortened(converted)
+    print(f"{NUM_CLASSES * PER_CLASS} pictures in {wanted.out}; not RGB, converted when read: {names}")
 
 
 if __name__ == "__main__":

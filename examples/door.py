@@ -1,4 +1,4 @@
-"""The way out of every command here: a result, or one sentence and a status."""
+"""The exit of every command here: a result, or one sentence and a status."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def door(command: str, extra: str = "") -> Iterator[None]:
-    """Turns what can go wrong in `command`, which needs an `extra` of the package, into one sentence."""
+    """Exit with one sentence if `command`, which needs an `extra` of the package, fails."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,13 +1,12 @@
-"""What an argument may be. Whatever names a file or a folder is opened here, before anything is drawn."""
+"""Checks of arguments. Files and folders are opened here, before anything is drawn."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
+from files import list_pictures
 
-FEWEST_PICTURES = 4  # in a set that is scored: precision and recall look at three neighbours
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+FEWEST_PICTURES = 4  # in a set to score: precision and recall look at three neighbours
 
 
 def whole(least: int, multiple: int = 1) -> Callable[[str], int]:
@@ -61,7 +60,7 @@ def folder_to_write(text: str) -> Path:
 
 
 def file_to_write(*suffixes: str) -> Callable[[str], Path]:
-    """A file that can be written, with one of the `suffixes`; its folder is made where it is missing."""
+    """A file that can be written and has one of the `suffixes`."""
 
     def parse_file(text: str) -> Path:
         path = Path(text)
@@ -75,7 +74,7 @@ def file_to_write(*suffixes: str) -> Callable[[str], Path]:
 
 
 def _writable(path: Path) -> Path:
-    """`path`, if its nearest part that exists is a folder in which one may write."""
+    """`path`, if its nearest existing parent is a folder that can be written."""
     nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     if not nearest.is_dir() and nearest != path.absolute():
         raise ValueError(f"{path} cannot be made, because {nearest} is a file")
@@ -85,7 +84,7 @@ def _writable(path: Path) -> Path:
 
 
 def lines(text: str) -> tuple[str, ...]:
-    """The lines of a file of names; a byte order mark is no part of them."""
+    """The lines of a file of names, without a byte order mark."""
     try:
         names = file(text).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -98,19 +97,19 @@ def lines(text: str) -> tuple[str, ...]:
 
 
 def template(text: str) -> str:
-    """A prompt with `{}` where the name of a class goes."""
+    """A prompt with `{}` in place of the class name."""
     if "{}" not in text:
         raise ValueError(f"expected a prompt with {{}} for the name of the class, got {text!r}")
     return text
 
 
 def model(text: str) -> str:
-    """A folder with a pipeline, or a name on the hub, which is looked up when it is loaded."""
+    """A folder with a pipeline, or a hub id, which is looked up when the model is loaded."""
     return _on_the_hub(text, "pipeline", "model_index.json")
 
 
 def lora(text: str) -> str:
-    """A folder with a LoRA, or a name on the hub, which is looked up when it is loaded."""
+    """A folder with a LoRA, or a hub id, which is looked up when the LoRA is loaded."""
     return _on_the_hub(text, "LoRA", "*.safetensors")
 
 
@@ -119,29 +118,13 @@ def _on_the_hub(text: str, kind: str, pattern: str) -> str:
     if path.is_dir() and not any(path.glob(pattern)):
         raise ValueError(f"the folder {text} holds no diffusers {kind}: it has no {pattern}")
     if not path.is_dir() and (text.count("/") != 1 or text[0] in "/.~"):
-        raise ValueError(f"there is no folder {text}; give a folder with a {kind}, or a name on the hub (owner/name)")
+        raise ValueError(f"there is no folder {text}; give a folder with a {kind}, or a hub id (owner/name)")
     return str(path) if path.is_dir() else text
 
 
 def pictures(text: str) -> tuple[Path, ...]:
-    """The pictures in a folder, sorted by name; enough of them to score."""
+    """The pictures in a folder, sorted by name, if they are enough to score."""
     paths = list_pictures(folder(text))
     if len(paths) < FEWEST_PICTURES:
-        raise ValueError(f"{text} has {len(paths)} pictures; {FEWEST_PICTURES} at least are needed")
+        raise ValueError(f"{text} has {len(paths)} pictures; at least {FEWEST_PICTURES} are needed")
     return paths
-
-
-def list_pictures(folder: Path) -> tuple[Path, ...]:
-    """Paths of the pictures in `folder`, sorted by name."""
-    found = (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".")
-    return tuple(sorted(found))
-
-
-def picture_mode(path: Path) -> str | None:
-    """PIL's name for the kind of pixels at `path`; None if they cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return str(image.mode)
-    except (OSError, SyntaxError):
-        return None

@@ -1,4 +1,4 @@
-"""The way out of every command: a result, or one sentence and a status."""
+"""The exit of every command: a result, or one sentence and a status."""
 
 import sys
 from collections.abc import Iterator
@@ -7,13 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def door(command: str, extra: str, stopped: str = "rerun the command to resume") -> Iterator[None]:
-    """Turns what can go wrong in `command` into one sentence.
-
-    Args:
-        command: name of the file.
-        extra: the extra of the package that has what the command needs.
-        stopped: what to say after Ctrl-C.
-    """
+    """Exit with one sentence if `command`, which needs an `extra` of the package, fails or is stopped."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""A command line from a dataclass: a field made by `option` is an option, a field that is a dataclass a group of them.
+"""A command line from a dataclass: fields made by `option` or `switch` are options, other dataclasses are groups.
 
-What comes out is typed and checked; `argparse` stays in here.
+The result is typed and checked. No other module uses `argparse`.
 """
 
 import argparse
@@ -17,22 +17,20 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 def option(
     text: str, default: Any = MISSING, parse: Callable[[str], Any] = str, flag: str | None = None, **details: Any
 ) -> Any:
-    """A field of a dataclass that is an option of the command line.
-
-    It takes several values where the field is a tuple.
+    """A field that is an option of the command line; if the field is a tuple, the option takes several values.
 
     Args:
         text: the help, to which the default is added.
-        default: a string is parsed like the user's own; without a default the option is required.
-        parse: turns text into a value, or raises ValueError with a sentence that says what is wrong.
-        flag: the option's name, where that cannot be the field's.
-        details: as `add_argument` of `argparse` takes them.
+        default: its value if not given; strings are parsed. Without a default the option is required.
+        parse: turns text into a value, or raises ValueError with a sentence that names the fault.
+        flag: the option's name, if it differs from the field's.
+        details: further arguments of `argparse.ArgumentParser.add_argument`.
     """
     return field(default=default, metadata={"text": text, "parse": parse, "flag": flag, "details": details})
 
 
 def switch(text: str) -> Any:
-    """A field that is True where its option is given."""
+    """A field that is True if its option is given."""
     return field(default=False, metadata={"text": text, "flag": None, "details": {"action": "store_true"}})
 
 
@@ -45,9 +43,9 @@ def parse(
 ) -> T:
     """Fill the dataclass `kind` from the command line.
 
-    `defaults` takes precedence over the fields' own defaults, by name of field, and `demo` does with `--demo`.
+    `defaults` replaces the fields' own defaults, by name of field; with `--demo`, `demo` does.
 
-    Exits with status 2 and one sentence where a value does not fit, or where `kind` raises ValueError.
+    Exits with status 2 and one sentence if a value does not fit, or if `kind` raises ValueError.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_options(parser, kind)
@@ -97,7 +95,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for argparse, which shows only errors of its own kind in full."""
+    """`parse` with errors of the type that argparse shows in full."""
 
     @wraps(parse)
     def parse_argument(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures of the clusters that each method makes at each stage, as in Figure 5 of the ATC paper."""
+"""Pictures of the clusters of each method after each stage, as in Figure 5 of the ATC paper."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from classification.evaluation import Evaluation, Task
 from classification.methods import Way
 
 STAGES = (4, 7, 10)
-PIXELS = 288  # a side, as shown
+PIXELS = 288  # a side of a picture in the figure
 
 
 def plot_clusters(evaluations: Sequence[Evaluation], task: Task) -> list[Figure]:
-    """A figure for each picture to show: a row for every method at the lowest share kept, a column for every stage."""
+    """A figure for each picture to show: a row for each method at the lowest share kept, a column for each stage."""
     keeps = [each.way.keep for each in evaluations if each.way.keep is not None]
     ways = [each.way for each in evaluations if each.way.keep == min(keeps, default=None) and not each.way.finetuned]
     return [_figure(task, ways, number) for number in task.shown] if keeps else []
@@ -46,7 +46,7 @@ def _figure(task: Task, ways: Sequence[Way], number: int) -> Figure:
 
 @torch.no_grad()
 def cluster_labels(model: VisionTransformer, way: Way, image: Tensor) -> list[NDArray[np.int64]]:
-    """Which cluster each patch is in after every stage, `[h, w]`: patches of one cluster have the same features."""
+    """The cluster of each patch after each stage, `[h, w]`: patches of one cluster have equal features."""
     image, indices = image[None].to(next(model.parameters()).device), [stage - 1 for stage in STAGES]
     with way.applied(model):
         maps = model.forward_intermediates(image, indices=indices, intermediates_only=True)
@@ -55,7 +55,7 @@ def cluster_labels(model: VisionTransformer, way: Way, image: Tensor) -> list[ND
 
 
 def paint(picture: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
-    """The picture `[H, W, 3]` with every cluster in its mean colour, and the borders of clusters."""
+    """The picture `[H, W, 3]` with each cluster in its mean colour and the clusters' borders."""
     rows, columns = (np.arange(size) * count // size for size, count in zip(picture.shape, labels.shape, strict=False))
     pixels = labels[rows[:, None], columns]
     return mark_boundaries(

@@ -1,7 +1,7 @@
 """The demo's pictures: emoji of three vendors, in Unicode's nine groups.
 
-All drawings of an emoji are either training pictures or test pictures: no tested emoji was seen in training, drawn by
-anybody.
+All drawings of an emoji are either for training or for testing, so a model has seen no tested emoji in training, by
+whichever vendor.
 """
 
 import json
@@ -20,7 +20,7 @@ VENDORS = {  # package, its folder of pictures, their suffix
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64", "png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets", "webp"),
 }
-SHOWN = ("1F98A", "1F354", "1F69C")  # fox, hamburger and tractor: test pictures, shown as the last vendor drew them
+SHOWN = ("1F98A", "1F354", "1F69C")  # fox, hamburger and tractor: test pictures, in the last vendor's drawing
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pictures:
     Attributes:
         images: `[n, 3, H, W]` uint8.
         classes: `[n]` int64.
-        subjects: `[n]` int64, which emoji each shows, whoever drew it.
+        subjects: `[n]` int64, the emoji that each shows, the same for all vendors.
     """
 
     images: Tensor
@@ -42,7 +42,7 @@ class Pictures:
 
 
 def load_emoji(folder: Path) -> tuple[Pictures, Pictures]:
-    """The pictures to train and those to test."""
+    """The training and the test pictures."""
     listed = _listed(folder)
     groups = sorted({emoji["category"] for emoji in listed})
     found = [
@@ -59,12 +59,12 @@ def load_emoji(folder: Path) -> tuple[Pictures, Pictures]:
 
 
 def subject(code_points: str) -> int:
-    """The number of an emoji, which does not depend on what others there are."""
+    """The number of an emoji; it does not depend on the others."""
     return zlib.crc32(code_points.encode())
 
 
 def _listed(folder: Path) -> list[dict[str, str]]:
-    """All emoji with a group, as the packages list them."""
+    """All emoji with a group, from the packages' list."""
     missing = [vendor for vendor, (_, images, _) in VENDORS.items() if not (folder / vendor / images).is_dir()]
     if missing:
         package = VENDORS[missing[0]][0]

@@ -1,4 +1,4 @@
-"""Which pictures a model classifies right, one file per way of reducing its tokens, and what that says."""
+"""Top-1 accuracy of a model: the pictures it classifies correctly, in one file per way of reducing its tokens."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +27,11 @@ class Task:
 
     Attributes:
         name: in words.
-        pictures: entries are a picture `[3, H, W]`, as the model takes it, and its class.
-        subjects: `[n]`, what each picture shows; pictures of one subject are drawn together in a bootstrap.
-        shown: which pictures' clusters to show, and how to make one visible, `[H, W, 3]` from 0 to 1.
-        finetune: trains a copy of the model with a reduction in place; None: cannot.
+        pictures: pairs of a picture `[3, H, W]`, as the model takes it, and its class.
+        subjects: `[n]`, what each picture shows; the bootstrap draws pictures of one subject together.
+        shown: indices of the pictures whose clusters are shown.
+        visible: makes a picture visible, `[H, W, 3]` from 0 to 1.
+        finetune: trains a copy of the model with a reduction in place; None if it cannot be trained.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One way, which pictures it got right `[n]`, and how fast it was on one device."""
+    """One way: whether each picture was classified correctly, `[n]`, and its speed on one device."""
 
     way: Way
     correct: NDArray[np.bool_]
@@ -57,7 +58,7 @@ class Evaluation:
 
 
 def evaluate(task: Task, way: Way, out: Path, batch_size: int, state: PartialState) -> Evaluation:
-    """Classify all pictures, or read the file of an earlier run."""
+    """Classify all pictures, unless the file of an earlier run is there."""
     file = out / "ways" / way.file
     if not file.exists():
         model = task.finetune(way) if way.finetuned and task.finetune else task.model
@@ -85,7 +86,7 @@ def _classify(model: nn.Module, task: Task, way: Way, batch_size: int, state: Pa
 def _batches(
     model: nn.Module, pictures: Dataset[Any], numbers: range, batch_size: int, state: PartialState
 ) -> Iterator[tuple[float, list[int]]]:
-    """Seconds, and 1 for every picture that is classified right, of each batch."""
+    """For each batch, its seconds and, for each picture, 1 if it is classified correctly, else 0."""
     loader = DataLoader(Subset(pictures, numbers), batch_size, num_workers=4 if state.device.type == "cuda" else 0)
     for images, classes in tqdm(loader, desc="classifying", disable=not state.is_main_process, leave=False):
         images = images.to(state.device)
@@ -95,7 +96,7 @@ def _batches(
 
 
 def mean_by_subject(values: NDArray[Any], subjects: NDArray[np.int64], draws: Draws) -> Estimate:
-    """The mean of `values` `[n]` over pictures, with a bootstrap over `S` subjects by `draws` `[B, S]`."""
+    """The mean of `values` `[n]`, one per picture, with a bootstrap over the subjects by `draws` `[B, S]`."""
     _, subject = np.unique(subjects, return_inverse=True)
     totals, counts = np.bincount(subject, values), np.bincount(subject)
     return Estimate.of(values.mean(), totals[draws].sum(axis=1) / counts[draws].sum(axis=1))

@@ -1,4 +1,4 @@
-"""Ways of reducing a vision transformer's tokens, as the experiment names them."""
+"""The ways of reducing a vision transformer's tokens, and their names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from atc_diffusion.clustering import LINKAGES
 
 METHODS = {"atc": "ATC", "tome": "ToMe", "kmedoids": "K-Medoids", "dpc_knn": "DPC-KNN", "topk": "Top-K", "evit": "EViT"}
 SCHEDULES = ("constant", "linear")
-TOME_KEEPS = 50  # percent at least
+TOME_KEEPS = 50  # percent, at least
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way, with how much it reduces: a share kept at the 4th, 7th and 10th block, or tokens removed per block.
+    """One way, and its strength: a share kept at the 4th, 7th and 10th block, or tokens removed per block.
 
     Attributes:
-        method: as in `ViTConfig`; None: the model as it is.
+        method: as in `ViTConfig`; None: no reduction.
         keep: percent kept at each stage.
         remove: tokens removed per block, by `schedule`.
         finetuned: whether the model was trained further with this reduction in place.
@@ -43,7 +43,7 @@ class Way:
 
     @property
     def column(self) -> str:
-        """How much it reduces: only ways of one column are compared."""
+        """The strength in words; only ways of one column are compared."""
         if self.method is None:
             return ""
         return f"{self.keep:g} %" if self.keep is not None else f"{self.schedule}, t = {self.remove}"
@@ -55,7 +55,7 @@ class Way:
 
     @contextmanager
     def applied(self, model: VisionTransformer) -> Iterator[None]:
-        """Reduces the tokens of `model` for the length of a `with` block."""
+        """Reduce the tokens of `model` within a `with` block."""
         if self.method is None:
             yield
             return
@@ -85,10 +85,10 @@ class Reductions:
         checks.whole(1),
     )
     schedule: tuple[str, ...] = option("of --remove (default: both)", SCHEDULES, choices=SCHEDULES)
-    finetune: tuple[float, ...] = option("for --demo: percentages also trained further at", (), checks.percent)
+    finetune: tuple[float, ...] = option("with --demo: percentages at which to train further, too", (), checks.percent)
 
     def ways(self) -> list[Way]:
-        """The unreduced model first, then every method at every reduction that it can do; then those fine-tuned."""
+        """The unreduced model, then every method at every strength that it supports, then the fine-tuned ways."""
         chosen = [Way(), *(way for method in self.method for way in self._of(method))]
         further = [way for way in chosen if way.keep in self.finetune]
         return [*chosen, *(replace(way, finetuned=True) for way in chosen[: bool(further)] + further)]

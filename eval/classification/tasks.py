@@ -1,4 +1,4 @@
-"""What is classified: ImageNet by a model of timm's, or emoji by a small model that is trained first."""
+"""The two tasks: ImageNet with a model of timm's, and emoji with a small model that is trained first."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ class ImageNetTask:
     weights: Path | None = option("of the model (default: downloaded)", None, checks.file)
 
     def make(self, out: Path) -> Task:
-        """The validation pictures, in a folder for each class, and a model of timm's."""
         if self.imagenet_val is None:
             raise ValueError(
                 "--imagenet-val DIR is needed: ILSVRC2012's 50 000 validation pictures, in one folder for each of the"
@@ -60,8 +59,8 @@ def load_model(name: str, weights: Path | None) -> torch.nn.Module:
         return timm.create_model(name, pretrained=weights is None, checkpoint_path=str(weights or ""))
     except Exception as error:  # the hub's errors are of many kinds
         raise ValueError(
-            f"no weights for {name} ({type(error).__name__}); fetch timm/{name} from the Hugging Face hub on a machine"
-            " that reaches it and give its model.safetensors by --weights"
+            f"no weights for {name} ({type(error).__name__}); download timm/{name} from the Hugging Face hub elsewhere"
+            " and give its model.safetensors by --weights"
         ) from error
 
 
@@ -73,7 +72,7 @@ class DemoTask:
     epochs: int = option("of training", 16, checks.whole(1))
 
     def make(self, out: Path) -> Task:
-        """The test pictures, and the model in `out`, trained first if there is none."""
+        """The test pictures, and the model in `out`, which is trained first if missing."""
         claim_folder(out, {"demo": "emoji", "epochs": self.epochs}, write=True)
         training, test = load_emoji(self.emoji_pictures)
         return _emoji_task(training, test, out / "model.pt", self.epochs)

@@ -1,4 +1,4 @@
-"""The demo's small vision transformer, trained on emoji, and trained further with its tokens reduced."""
+"""Training of the demo's small vision transformer on emoji, at first and further with reduced tokens."""
 
 import copy
 
@@ -17,7 +17,7 @@ FINETUNE_RATE = 5e-4
 
 
 def make_model(num_classes: int) -> VisionTransformer:
-    """As deep as DeiT, so that the paper's stages fit; 8 x 8 patches."""
+    """A transformer as deep as DeiT, so that it has the paper's stages; 8 x 8 patches."""
     torch.manual_seed(0)
     return VisionTransformer(
         img_size=SIZE, patch_size=6, embed_dim=64, depth=12, num_heads=2, num_classes=num_classes, drop_path_rate=0.05
@@ -25,7 +25,7 @@ def make_model(num_classes: int) -> VisionTransformer:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirror half of the pictures, and move all by up to four pixels."""
+    """Mirror half of the pictures, and shift all by up to four pixels."""
     mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
     padded = F.pad(mirrored, (SHIFT,) * 4, value=255)
     y, x = torch.randint(2 * SHIFT + 1, (2,)).tolist()
@@ -33,7 +33,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, pictures: Pictures, epochs: int, learning_rate: float, batch_size: int = 64) -> None:
-    """Train `model` in place, in an order that is the same every time."""
+    """Train `model` in place, with the same order of pictures in every run."""
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     batches = len(pictures.images) // batch_size
@@ -54,7 +54,7 @@ def train(model: nn.Module, pictures: Pictures, epochs: int, learning_rate: floa
 
 
 def finetuned(model: VisionTransformer, pictures: Pictures, way: Way) -> VisionTransformer:
-    """A copy of `model`, trained further with its tokens reduced."""
+    """A copy of `model`, trained further with reduced tokens."""
     twin = copy.deepcopy(model)
     with way.applied(twin):
         train(twin, pictures, FINETUNE_EPOCHS, FINETUNE_RATE)

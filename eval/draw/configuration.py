@@ -1,7 +1,7 @@
-"""One way to draw: merging, a rival, both or neither, and its names in folders and reports."""
+"""One way to draw (merging, a rival, both or neither) and its names in folders and reports."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -10,14 +10,14 @@ from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, 
 from draw.rivals import Draw, Rival
 
 _BASELINES: dict[type[MergeConfig], str] = {ToMeConfig: "ToMe", KMedoidsConfig: "K-Medoids", DPCKNNConfig: "DPC-KNN"}
-_KINDS: dict[str, type[MergeConfig]] = {"ATCConfig": ATCConfig} | {kind.__name__: kind for kind in _BASELINES}
-# Fields that are no choice of a method: the strength, and what changes no cluster.
+_KINDS = {kind.__name__: kind for kind in (ATCConfig, *_BASELINES)}
+# Fields that do not belong to a method: its strength, and those that change no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to draw: merging as `merge` says, a rival, both, or (neither) the unmerged model."""
+    """One way to draw: merging, a rival, both, or (neither) the unmerged model."""
 
     merge: MergeConfig | None = None
     rival: Rival | None = None
@@ -28,40 +28,41 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """The method: how tokens are merged, with every choice that is not the default, and the rival."""
-        return self._label(_merge_label)
+        """The method with every choice that differs from its defaults, and the rival."""
+        return self._label("forecasting alone" if self._only_forecasts else None)
 
     @property
     def setting(self) -> str:
-        """The strength in words: shares kept, and the rival's own."""
-        return self._setting(_merge_setting)
+        """The strength in words: shares kept, and the rival's own strength."""
+        return self._setting(
+            f"tolerance {self.merge.forecast_tolerance:g}" if self.merge and self._only_forecasts else None
+        )
 
     @property
     def strength(self) -> list[float]:
-        """The shares kept of queries and of keys, and the rival's own, as far as there are any."""
+        """The shares of queries and of keys kept, and the rival's strength, as far as each is set."""
         shares = [self.merge.r, self.merge.r_keys] if self.merge else []
         values = [*shares, self.rival.strength if self.rival else None]
         return [cast(float, value) for value in values if value is not None]
 
     @property
     def keep(self) -> float | None:
-        """The percentage of tokens kept, where that is the only strength."""
+        """The percentage of tokens kept, if that is the only strength."""
         if self.merge is None or self.rival is not None or self.merge.r_keys is not None:
             return None
         return round(100 * cast(float, self.merge.r), 6)
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen, by field, but for the strength; "method" is ToMe, or ATC with its linkage."""
+        """Every choice by field, without the strength; "method" is ToMe, or ATC with its linkage."""
         if self.merge is None:
             return {"method": self.label}
-        rival = self.rival.kind.label if self.rival else None
-        return _choices(self.merge) | {"rival": rival}
+        return _choices(self.merge) | {"rival": self.rival.label if self.rival else None}
 
     @property
     def folder(self) -> str:
-        """Name of the folder for its pictures, with every choice: no other configuration may write there."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self._label(_method)} {self._setting(_shares)}".lower()).strip("-")
+        """Name of the folder for its pictures; it differs for any two configurations."""
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self._label()} {self._setting()}".lower()).strip("-")
 
     @property
     def json(self) -> dict[str, Any]:
@@ -73,27 +74,27 @@ class Configuration:
     def from_json(cls, values: dict[str, Any]) -> "Configuration":
         merge, rival = dict(values["merge"] or {}), values["rival"]
         kind: Any = _KINDS[merge.pop("kind")] if merge else None
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()
-        }
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()}
         return cls(kind(**fields) if kind else None, Rival(**rival) if rival else None)
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Draw]:
-        """`pipe` drawing this way, for the length of a `with` block; yields what draws."""
-        with patched(pipe, self.merge) if self.merge else nullcontext(), self._rival(pipe) as draw:
+        """Make `pipe` draw this way within a `with` block; yields the callable that draws."""
+        merging = patched(pipe, self.merge) if self.merge else nullcontext()
+        with merging, self.rival.applied(pipe) if self.rival else nullcontext(pipe) as draw:
             yield draw
 
-    def _label(self, name: Callable[[MergeConfig], str]) -> str:
-        parts = [name(self.merge)] if self.merge else []
-        return " + ".join([*parts, self.rival.kind.label] if self.rival else parts) or "unmerged"
+    @property
+    def _only_forecasts(self) -> bool:
+        return self.merge is not None and self.merge.r == 1 and self.merge.r_keys is None
 
-    def _setting(self, name: Callable[[MergeConfig], str]) -> str:
-        parts = [name(self.merge)] if self.merge else []
-        return ", ".join([*parts, self.rival.kind.setting(self.rival.strength)] if self.rival else parts)
+    def _label(self, merging: str | None = None) -> str:
+        parts = [merging or _method(self.merge)] if self.merge else []
+        return " + ".join([*parts, self.rival.label] if self.rival else parts) or "unmerged"
 
-    def _rival(self, pipe: Any) -> Any:
-        return self.rival.applied(pipe) if self.rival else nullcontext(pipe)
+    def _setting(self, merging: str | None = None) -> str:
+        parts = [merging or _shares(self.merge)] if self.merge else []
+        return ", ".join([*parts, self.rival.setting] if self.rival else parts)
 
 
 def describe(field: str, value: object) -> str:
@@ -113,16 +114,8 @@ def _choices(merge: MergeConfig) -> dict[str, Any]:
     return {"method": f"ATC {choices.pop('linkage')}"} | choices
 
 
-def _merge_label(merge: MergeConfig) -> str:
-    return "forecasting alone" if _keeps_all(merge) else _method(merge)
-
-
-def _merge_setting(merge: MergeConfig) -> str:
-    return f"tolerance {merge.forecast_tolerance:g}" if _keeps_all(merge) else _shares(merge)
-
-
 def _method(merge: MergeConfig) -> str:
-    """The method and what differs from its defaults, or from the paper's setting if that is less."""
+    """The method and its differences from the defaults, or from the paper's setting if those are fewer."""
     choices = _choices(merge)
     if type(merge) in _BASELINES:
         return ", ".join([choices["method"], *_differences(choices, type(merge)())])
@@ -137,15 +130,10 @@ def _differences(choices: dict[str, Any], base: MergeConfig) -> list[str]:
     return [describe(field, value) for field, value in choices.items() if field != "method" and value != others[field]]
 
 
-def _keeps_all(merge: MergeConfig) -> bool:
-    """Whether steps are forecast and nothing is merged."""
-    return merge.r == 1 and merge.r_keys is None
-
-
 def _shares(merge: MergeConfig) -> str:
-    keys = merge.r_keys
-    texts = [_percent(merge.r)] if keys is None or merge.r != 1 else []
-    return ", ".join(texts if keys is None else [*texts, f"keys {_percent(keys)}"])
+    keys = None if merge.r_keys is None else f"keys {_percent(merge.r_keys)}"
+    queries = _percent(merge.r) if keys is None or merge.r != 1 else None
+    return ", ".join(filter(None, [queries, keys]))
 
 
 def _percent(share: object) -> str:

@@ -1,4 +1,4 @@
-"""What is compared: every combination of methods, shares kept, options and rivals that a command asks for."""
+"""The configurations to compare: every combination of the methods, shares kept, options and rivals asked for."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,13 +25,13 @@ Options = Mapping[str, Sequence[Any]]  # fields of a configuration, with the val
 
 
 def parse_shares(text: str) -> Shares:
-    """The shares of queries and of keys kept that "100/10" asks for, in percent; "50" is for both."""
+    """The shares of queries and of keys in "100/10", which are percentages; "50" is for both."""
     queries, _, keys = text.partition("/")
     return checks.percent(queries) / 100, checks.percent(keys) / 100 if keys else None
 
 
 def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
-    """A field of `ATCConfig` and the values to try, as in "linkage=average,ward"; values are YAML."""
+    """A field of `ATCConfig` and the values to try, such as "linkage=average,ward"; values are YAML."""
     field, _, values = text.partition("=")
     known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
     if field not in known or not values:
@@ -66,17 +66,17 @@ class Ways:
         flag="--set",
     )
     rival: tuple[Rival, ...] = option(
-        "other ways to draw faster: steps:0.7 (that share of the steps), todo:2 and pooled:2 (keys downsampled by that "
-        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), ca-tome:0.7 (least similarity)",
+        "other ways to draw faster: steps:0.7 (a share of the steps), todo:2 and pooled:2 (keys downsampled by that "
+        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval)",
         (),
         Rival.parse,
     )
     together: tuple[Rival, ...] = option(
-        "rivals that every way of merging is also drawn together with, such as deepcache:2", (), Rival.parse, "--with"
+        "rivals to combine with every way of merging, such as deepcache:2", (), Rival.parse, "--with"
     )
 
     def __post_init__(self) -> None:
-        self.configurations()  # refuses what no configuration can be
+        self.configurations()  # raises ValueError for values that a configuration refuses
 
     def configurations(self) -> list[Configuration]:
         """The unmerged model, every way of merging, each rival alone, and merging together with rivals."""
@@ -89,7 +89,7 @@ class Ways:
 def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> list[Configuration]:
     """The unmerged model, then every method at every pair of shares kept with every combination of options.
 
-    ToMe is left out where it cannot keep so few tokens, and takes the options that it has.
+    Each method takes the options that it has. ToMe is left out where it cannot keep so few tokens.
 
     Raises:
         ValueError: for a value that the configuration refuses.
@@ -104,7 +104,7 @@ def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> l
 
 
 def _can_keep(method: str, share: float, options: Mapping[str, Any]) -> bool:
-    """Keeping all is a way to draw only where steps are forecast."""
+    """Whether the method can keep this share; keeping all tokens makes sense only where steps are forecast."""
     if share == 1:
         return bool(options.get("forecast_tolerance"))
     return method != "tome" or share * ToMeConfig.stride**2 >= 1

@@ -1,4 +1,4 @@
-"""The folder of pictures that one configuration makes: every picture whole, and stamped with what it is."""
+"""The pictures of one configuration in a folder: each is whole, and stamped with its prompt, seed and settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,17 @@ from PIL.PngImagePlugin import PngInfo
 from draw.pictures import Picture
 from files import read_json, write_atomically, write_json
 
-STAMP = "atc_diffusion"  # the PNG text field that says what a picture is
+STAMP = "atc_diffusion"  # the PNG text field of the stamp
 
 
 class PictureSet:
-    """The pictures that one configuration makes, in a folder.
+    """The pictures of one configuration, in a folder.
 
-    A picture is written whole or not at all, and carries a stamp that says what it is; only a file that is whole and
-    has the right stamp counts. Other files in the folder are ignored.
+    A picture is written whole or not at all. Only a whole file with the right stamp counts; other files are ignored.
 
     Args:
-        folder: where the pictures are; made at the first `save`.
-        pictures: what belongs to the set.
+        folder: the folder, made at the first `save`.
+        pictures: the pictures of the set.
         origin: what made the set (model, steps, how tokens are merged, ...); part of every stamp.
     """
 
@@ -40,15 +39,14 @@ class PictureSet:
         return [self.path(picture) for picture in self.pictures]
 
     def missing(self) -> list[Picture]:
-        """Pictures still to be made: not there, or damaged.
+        """The pictures that are not there, or damaged.
 
         Raises:
-            ValueError: if a file of that name is whole but something else, which must not be overwritten.
+            ValueError: if a picture's file is whole but has another stamp; it must not be overwritten.
         """
         return [picture for picture in self.pictures if not self._holds(picture)]
 
     def save(self, picture: Picture, image: Image.Image) -> None:
-        """Write a generated `image`, stamped."""
         stamp = PngInfo()
         stamp.add_text(STAMP, self._stamp(picture))
         file = BytesIO()
@@ -73,7 +71,7 @@ class PictureSet:
 
 
 def read_stamp(path: Path) -> str | None:
-    """What the PNG at `path` says it is ("{}" if nothing); None if there is no file or it is not whole."""
+    """The stamp of the PNG at `path` ("{}" if it has none); None if there is no file or it is damaged."""
     try:
         with Image.open(path) as image:
             image.verify()  # the checksums of all chunks, without decoding
@@ -83,11 +81,10 @@ def read_stamp(path: Path) -> str | None:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool) -> None:
-    """Make `folder` the place of runs with these `settings`, or check that it is.
+    """Reserve `folder` for runs with these `settings`.
 
     Raises:
-        ValueError: if it holds pictures of a run with other settings, with the difference shown.
-        OSError: if it cannot be written.
+        ValueError: naming the difference, if it holds pictures of a run with other settings.
     """
     path = folder / "settings.json"
     if path.exists() and (difference := _difference(read_json(path), settings)):
@@ -97,6 +94,6 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool) -> None
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The fields in which two JSON objects differ, as one phrase; empty where they are equal."""
+    """The fields in which two JSON objects differ, in words; empty if they are equal."""
     fields = [field for field in {**wanted, **there} if there.get(field) != wanted.get(field)]
     return "; ".join(f"{field}: {there.get(field)!r} there, {wanted.get(field)!r} now" for field in fields)

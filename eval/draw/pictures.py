@@ -1,4 +1,4 @@
-"""Which pictures are drawn: a prompt and a seed for each, as in the paper's experiment."""
+"""The pictures to draw, with prompts and seeds as in the paper's experiment."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the experiment: a prompt and a seed, both functions of class and image index."""
+    """One picture; class and image index determine its prompt and seed."""
 
     class_index: int
     image_index: int
@@ -44,11 +44,10 @@ class Prompts:
     def __post_init__(self) -> None:
         count = len(self.plan())
         if count < checks.FEWEST_PICTURES:
-            raise ValueError(f"{count} pictures are too few to score; {checks.FEWEST_PICTURES} at least")
+            raise ValueError(f"{count} pictures are too few to score; at least {checks.FEWEST_PICTURES} are needed")
         self.shown()
 
     def plan(self) -> list[Picture]:
-        """All pictures to draw."""
         classes = select_classes(self.classes, len(self.class_names))
         return plan(self.class_names, classes, self.images_per_class, self.prompt, self.seed)
 
@@ -67,14 +66,9 @@ class Prompts:
 
 
 def plan(names: Sequence[str], classes: Sequence[int], per_class: int, template: str, seed: int) -> list[Picture]:
-    """The pictures to generate, with prompts and seeds as in the authors' code.
+    """The pictures of `classes`, with prompts and seeds as in the authors' code.
 
-    Args:
-        names: names of all classes; line `i` of the file is class `i`.
-        classes: indices of the classes to picture.
-        per_class: pictures of each class.
-        template: prompt with `{}` for the class name.
-        seed: added to every picture's own seed, which is the class index followed by the image index.
+    The seed is the class index followed by the image index, plus `seed`; `template` has `{}` for the class name.
     """
     return [
         Picture(index, image, template.replace("{}", names[index]), seed + int(f"{index}{image}"))
@@ -84,10 +78,10 @@ def plan(names: Sequence[str], classes: Sequence[int], per_class: int, template:
 
 
 def select_classes(text: str, count: int) -> list[int]:
-    """Class indices that `text` asks for: "all", a number ("10": the first ten) or a list ("3,7" or "3,").
+    """Class indices in `text`: "all", a number ("10": the first ten) or a list ("3,7" or "3,").
 
     Raises:
-        ValueError: if `text` is none of these, or asks for a class that is not there.
+        ValueError: if `text` is none of these, or names a class that is not there.
     """
     if text == "all":
         return list(range(count))

@@ -1,8 +1,10 @@
-"""How pictures are sampled: the model, its scheduler, and whatever else changes the bits of a picture."""
+"""How pictures are sampled: the model, its scheduler, and everything else that changes the bits of a picture."""
 
 import hashlib
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,12 +41,12 @@ class Sampling:
     """how they are sampled"""
 
     model: str = option("hub id or folder of a pipeline", STABLE_DIFFUSION, checks.model)
-    lora: str | None = option("hub id or folder of a LoRA to load into it", None, checks.lora)
+    lora: str | None = option("hub id or folder of a LoRA for it", None, checks.lora)
     steps: int = option("denoising steps", 50, checks.whole(1))
     guidance: float | None = option("classifier-free guidance scale; None: the pipeline's own", 7.5, float)
     size: int | None = option("height and width in pixels (default: the model's own)", None, checks.whole(1))
     scheduler: str | None = option("(default: the model's own)", None, choices=list(SCHEDULERS))
-    batch_size: int = option("prompts in a batch; part of what a picture is, for rounding", 8, checks.whole(1))
+    batch_size: int = option("prompts in a batch; it changes how pictures are rounded", 8, checks.whole(1))
     dtype: str | None = option("of the model (default: float16 on a CUDA GPU, else float32)", None, choices=DTYPES)
     device: str = option("auto: the fastest there is", "auto", choices=["auto", "cpu", "cuda", "mps"])
 
@@ -56,7 +58,7 @@ class Sampling:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the pipeline is called with."""
+        """Arguments of the pipeline's call."""
         size = {} if self.size is None else {"height": self.size, "width": self.size}
         return size | ({} if self.guidance is None else {"guidance_scale": self.guidance})
 
@@ -64,13 +66,13 @@ class Sampling:
         return self.dtype or ("float16" if device.type == "cuda" else "float32")
 
     def json(self, device: torch.device) -> dict[str, Any]:
-        """What every set has in common: whatever changes the bits of a picture besides prompt, seed and merging.
+        """Everything that changes the bits of a picture besides prompt, seed and merging.
 
-        The batch size and the number of CPU threads are among them, for they decide how matrix products are rounded,
-        and so which tokens are the most similar; and a digest of the weights, which may be trained further.
+        Batch size and number of CPU threads belong to it because they change how matrix products are rounded, and so
+        which tokens are the most similar. A digest stands for the weights, which may be trained further.
 
         Raises:
-            ValueError: if another device was asked for.
+            ValueError: if `device` is not the one asked for.
         """
         if self.device not in ("auto", device.type):
             raise ValueError(f"--device {self.device}, but the device here is {device.type}")
@@ -81,7 +83,7 @@ class Sampling:
 
 
 def weights_digest(model: str) -> str:
-    """The first digits of a SHA-256 over the weights in the folder `model`; "hub" for a model of the hub."""
+    """The first digits of the SHA-256 of the weights in the folder `model`; "hub" for a hub id."""
     if not Path(model).is_dir():
         return "hub"
     digest = hashlib.sha256()
@@ -93,53 +95,48 @@ def weights_digest(model: str) -> str:
 
 
 def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline:
-    """The pipeline of `sampling` on `device`, with no safety checker.
+    """The pipeline of `sampling` on `device`, without a safety checker.
 
     Raises:
-        ValueError: if the hub does not give the model or the LoRA, or the scheduler does not fit the model.
+        ValueError: if the model or the LoRA cannot be loaded, or the scheduler does not fit the model.
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, sampling.dtype_on(device))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
-            pipe = DiffusionPipeline.from_pretrained(
-                sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-    except OSError as error:
-        raise ValueError(
-            f"cannot load the model {sampling.model!r}: it is no folder with a diffusers pipeline, and the hub gave "
-            f"none; give --model FOLDER, or connect once and run: hf download {sampling.model}"
-        ) from error
+    with _loading("model", sampling.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
+        pipe = DiffusionPipeline.from_pretrained(
+            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
     if sampling.lora:
-        load_lora(pipe, sampling.lora)
+        with _loading("lora", sampling.lora):
+            pipe.load_lora_weights(sampling.lora)
     if sampling.scheduler:
         pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def load_lora(pipe: Any, lora: str) -> None:
+@contextmanager
+def _loading(option: str, source: str) -> Iterator[None]:
     try:
-        pipe.load_lora_weights(lora)
+        yield
     except OSError as error:
         raise ValueError(
-            f"cannot load the LoRA {lora!r}: it is no folder with a LoRA's weights, and the hub gave none; give --lora"
-            f" FOLDER, or connect once and run: hf download {lora}"
+            f"cannot load --{option} {source}: it is no folder with its weights, and the hub gave none; give a folder, "
+            f"or connect once and run: hf download {source}"
         ) from error
 
 
 def from_picture(pipe: Any, path: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The image-to-image pipeline with the parts of `pipe`, and `arguments` for it, with the picture at `path`."""
+    """The image-to-image pipeline made of `pipe`, and `arguments` for it that start from the picture at `path`."""
     others = {name: value for name, value in arguments.items() if name not in ("height", "width")}
     picture = load_image(str(path))
     if "height" in arguments:
         picture = picture.resize((arguments["width"], arguments["height"]))
-    return AutoPipelineForImage2Image.from_pipe(pipe), others | {
-        "image": [picture] * arguments["num_images_per_prompt"]
-    }
+    others["image"] = [picture] * arguments["num_images_per_prompt"]
+    return AutoPipelineForImage2Image.from_pipe(pipe), others
 
 
 def make_scheduler(name: str, own: Any) -> Any:
@@ -151,7 +148,7 @@ def make_scheduler(name: str, own: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that make and score the pictures, as far as they are installed."""
+    """Versions of Python and of those packages that are installed."""
     packages = {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))}
     return {"atc_diffusion": atc_diffusion.__version__, "python": platform.python_version()} | packages
 

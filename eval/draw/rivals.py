@@ -1,6 +1,6 @@
-"""What a user could do instead of merging by clusters; each rival by its own package where there is one.
+"""The rivals of merging by clusters, each by its authors' package where there is one.
 
-A rival is a context manager over a pipeline. It yields what draws: a callable that takes the pipeline's arguments.
+A rival is a context manager over a pipeline. It yields the callable that draws, with the pipeline's arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
 
 @contextmanager
 def fewer_steps(pipe: Any, share: float) -> Iterator[Draw]:
-    """The unmerged model with this share of the denoising steps."""
+    """The unmerged model with a share of the denoising steps."""
 
     def draw(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
         return pipe(*args, num_inference_steps=max(1, round(share * num_inference_steps)), **kwargs)
@@ -71,10 +71,10 @@ def _downsample_input(factor: int, downsample: Downsample, module: torch.nn.Modu
 
 @contextmanager
 def tomesd(pipe: Any, keep: float) -> Iterator[Draw]:
-    """Token merging by its authors' package, with `keep` percent of the tokens kept."""
+    """Token merging by its authors' package, which keeps `keep` percent of the tokens."""
     import tomesd
 
-    with torch.random.fork_rng():  # its draw of tokens goes on from the global state
+    with torch.random.fork_rng():  # it draws tokens from the global random state
         torch.manual_seed(0)
         tomesd.apply_patch(pipe, ratio=1 - keep / 100)
         try:
@@ -131,26 +131,6 @@ def _note_timestep(steps: list[int], network: torch.nn.Module, args: tuple[Any, 
     steps[0] = int(args[1])
 
 
-@contextmanager
-def ca_tome(pipe: Any, threshold: float) -> Iterator[Draw]:
-    """CA-ToMe (Saghatchian et al. 2025) by its authors' package, with new matches every third step.
-
-    Tokens merge if their cosine similarity is above `threshold`. The package replaces the UNet's forward, and draws
-    through an attribute `call` that it gives to the pipeline; it takes neither back.
-    """
-    from ca_tome import apply_CA_ToMe
-    from ca_tome.patch import remove_patch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        apply_CA_ToMe(pipe, list(range(0, 1000, 3)), threshold)
-        try:
-            yield pipe.call
-        finally:
-            remove_patch(pipe)
-            del pipe.unet.forward, pipe.call
-
-
 @dataclass(frozen=True)
 class _Kind:
     label: str
@@ -173,7 +153,6 @@ KINDS = {
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
     "pab": _Kind("PAB", "every {:g} steps".format, pyramid_attention_broadcast, (2, 1000), needs_unet=True),
-    "ca-tome": _Kind("CA-ToMe", "similarity {:g}".format, ca_tome, (-1, 1), "ca_tome", whole=False, needs_unet=True),
 }
 
 
@@ -185,10 +164,10 @@ class Rival:
         name: a key of `KINDS`.
         strength: share of the denoising steps ("steps"); side of the cells of keys that become one ("todo", "pooled");
             percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of an
-            attention ("pab") serves; least similarity ("ca-tome").
+            attention ("pab") serves.
 
     Raises:
-        ValueError: for another name or strength, or if the rival's package is not installed.
+        ValueError: if there is no such rival, the strength is out of range, or the rival's package is not installed.
     """
 
     name: str
@@ -202,7 +181,7 @@ class Rival:
             kind = "a whole number" if self.kind.whole else "a number"
             raise ValueError(f"{self.name} takes {kind} from {least:g} to {most:g}, got {self.strength:g}")
         if find_spec(self.kind.package) is None:
-            raise ValueError(f"{self.name} needs a package: pip install --no-deps {self.kind.package}")
+            raise ValueError(f"{self.name} needs a package: pip install {self.kind.package}")
 
     @classmethod
     def parse(cls, text: str) -> "Rival":
@@ -218,11 +197,20 @@ class Rival:
     def kind(self) -> _Kind:
         return KINDS[self.name]
 
+    @property
+    def label(self) -> str:
+        return self.kind.label
+
+    @property
+    def setting(self) -> str:
+        """The strength in words."""
+        return self.kind.setting(self.strength)
+
     def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
-        """`pipe` with this rival at work, for the length of a `with` block; yields what draws.
+        """Apply the rival to `pipe` within a `with` block; yields the callable that draws.
 
         Raises:
-            ValueError: if it is for another kind of pipeline.
+            ValueError: if the rival needs a UNet and `pipe` has none.
         """
         if self.kind.needs_unet and not hasattr(pipe, "unet"):
             raise ValueError(f"{self.name} needs a UNet, and {type(pipe).__name__} has none; leave it out")

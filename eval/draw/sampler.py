@@ -19,10 +19,10 @@ from files import read_json, write_json
 
 
 class Sampler:
-    """Draws this process's share of the pictures that the sets lack.
+    """Draws this process's share of the missing pictures.
 
     Every batch is full: the last one repeats a picture. So a picture depends only on its prompt, its seed and the
-    settings: not on its neighbours, on the order, on interruptions or on how many processes share.
+    settings, not on its neighbours, their order, interruptions or the number of processes.
     """
 
     def __init__(self, sampling: Sampling, state: PartialState) -> None:
@@ -35,10 +35,10 @@ class Sampler:
         return load_pipeline(self.sampling, self.state.device)
 
     def complete(self, sets: dict[Configuration, PictureSet]) -> None:
-        """Complete all sets, with a record of what made them next to the pictures.
+        """Draw the missing pictures of all sets, and write a record of the run beside them.
 
         Raises:
-            ValueError: if a configuration does not fit the pipeline; nothing is drawn then.
+            ValueError: if a configuration does not fit the pipeline, before anything is drawn.
         """
         if not any(pictures.missing() for pictures in sets.values()):
             return
@@ -46,20 +46,13 @@ class Sampler:
             with configuration.applied(self.pipe):
                 pass
         shares = {configuration: self._share(pictures) for configuration, pictures in sets.items()}
-        self.state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
-        with tqdm(total=sum(map(len, shares.values())), unit="picture", desc=self._title, disable=self._quiet) as bar:
+        self.state.wait_for_everyone()  # no process writes before all have seen what is missing
+        total, count = sum(map(len, shares.values())), self.state.num_processes
+        title = "generating" if count == 1 else f"generating, process 1 of {count}"
+        with tqdm(total=total, unit="picture", desc=title, disable=not self.state.is_main_process) as bar:
             for configuration, share in shares.items():
                 self._complete(configuration, sets[configuration], share, bar)
         self.state.wait_for_everyone()
-
-    @property
-    def _title(self) -> str:
-        count = self.state.num_processes
-        return "generating" if count == 1 else f"generating, process 1 of {count}"
-
-    @property
-    def _quiet(self) -> bool:
-        return not self.state.is_main_process
 
     def _share(self, pictures: PictureSet) -> list[Picture]:
         with self.state.split_between_processes(pictures.missing()) as share:
@@ -84,7 +77,7 @@ class Sampler:
     def draw(
         self, configuration: Configuration, batch: Sequence[Picture], steps: int | None = None
     ) -> list[Image.Image]:
-        """Draw one picture for every prompt, each from noise of its own seed, drawn on the CPU."""
+        """Draw each picture from noise of its own seed, made on the CPU."""
         full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
         with configuration.applied(self.pipe) as draw:
             output = draw(
@@ -97,7 +90,7 @@ class Sampler:
 
 
 def read_records(folder: Path) -> dict[str, Any]:
-    """What all processes recorded in `folder`, as one: largest memory, devices, versions."""
+    """The records of all processes in `folder` as one: largest memory, devices, versions."""
     records = [read_json(path) for path in sorted(folder.glob("record-*.json"))]
     memory = [record["peak_memory_bytes"] for record in records if record["peak_memory_bytes"] is not None]
     return {

@@ -1,9 +1,8 @@
-"""Seconds per picture of every way to draw, measured in turn, so that a change of the machine's speed meets all."""
+"""Seconds per picture of each configuration, measured in turn, so that drifts of the machine's speed affect all."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -16,21 +15,18 @@ from files import read_json, write_json
 
 
 class Times:
-    """Rounds of one batch with each configuration, in a JSON file that later runs add to."""
+    """Rounds of one batch with each configuration, in a JSON file to which later runs add."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rounds: list[dict[str, float]] = read_json(path) if path.exists() else []
 
     def of(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
-        """Seconds per picture: a row for every round in which all `configurations` were timed, a column for each."""
+        """Seconds per picture: a row for each round in which all `configurations` were timed, a column for each."""
         return pd.DataFrame(self.rounds, columns=[each.folder for each in configurations]).dropna()
 
     def medians(self, configurations: Sequence[Configuration]) -> pd.DataFrame:
-        """Median "seconds" and the median "ratio" to the unmerged model's in the same round, by folder.
-
-        Empty without a round.
-        """
+        """Median "seconds", and median "ratio" to the unmerged model in the same round, by folder."""
         times = self.of(configurations)
         ratios = times.div(times[Configuration().folder], axis=0)
         return pd.DataFrame({"seconds": times.median(), "ratio": ratios.median()}).dropna()
@@ -38,7 +34,7 @@ class Times:
     def measure(
         self, sampler: Sampler, configurations: Sequence[Configuration], pictures: Sequence[Picture], rounds: int
     ) -> None:
-        """Add rounds until there are as many that have all `configurations`; nothing else should be running."""
+        """Add rounds until so many have all `configurations`; nothing else should be running."""
         missing = max(0, rounds - len(self.of(configurations)))
         size = sampler.sampling.batch_size
         with tqdm(total=missing * len(configurations), desc="timing", unit="batch", disable=not missing) as bar:
@@ -50,20 +46,14 @@ class Times:
                 write_json(self.path, self.rounds)
 
     def _time(self, sampler: Sampler, configuration: Configuration, batch: Sequence[Picture], bar: tqdm) -> float:
-        seconds = time_batch(sampler, configuration, batch)[1]
+        start = time.perf_counter()
+        sampler.draw(configuration, batch)
         bar.update()
-        return seconds
-
-
-def time_batch(sampler: Sampler, configuration: Configuration, batch: Sequence[Picture]) -> tuple[list[Any], float]:
-    """The pictures of one batch, and the seconds that each took."""
-    start = time.perf_counter()
-    images = sampler.draw(configuration, batch)
-    return images, (time.perf_counter() - start) / sampler.sampling.batch_size
+        return (time.perf_counter() - start) / sampler.sampling.batch_size
 
 
 def warm_up(sampler: Sampler, configurations: Sequence[Configuration], batch: Sequence[Picture], bar: tqdm) -> None:
-    """Two steps with each configuration, for what is compiled or tuned at its first call."""
+    """Draw two steps with each configuration, so that everything is compiled and tuned."""
     with on_compilation(lambda: bar.set_description("compiling (once)")):
         for configuration in configurations:
             bar.set_description("warming up")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from atc_diffusion import Tuning
 from draw.experiment import this_command
 from draw.pipeline import Sampling, device_name, versions
+from files import write_atomically, write_json
 from report.page import Page, Section, Shown
 from report.plots import on_frontier, plot_fidelity
 
@@ -27,6 +29,13 @@ def describe(sampling: Sampling, device: torch.device, prompts: Sequence[str]) -
         "device": f"{device_name(device)}, {sampling.dtype_on(device)}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
+
+
+def write_files(found: Tuning, conditions: Mapping[str, str], json: Path | None, html: Path | None) -> None:
+    if json:
+        write_json(json, {"conditions": conditions, "min_psnr": found.min_psnr, "results": rows(found)})
+    if html:
+        write_atomically(html, make_page(found, conditions).html.encode())
 
 
 def rows(found: Tuning) -> list[dict[str, Any]]:

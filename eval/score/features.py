@@ -1,4 +1,4 @@
-"""Features of sets of pictures, computed once for the same content."""
+"""Features of sets of pictures, cached by content."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,23 +13,22 @@ from torch.utils.data import Dataset
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from arguments.checks import picture_mode
-from files import write_atomically
+from files import picture_mode, write_atomically
 from score.networks import LAYERS, RESIZERS, find_inception_weights
 
 
 class Features:
-    """Features of sets of pictures by one network and one way of resizing; those of a set are computed once.
+    """Features of sets of pictures by one network and one way of resizing, computed once for each set.
 
     Args:
         network: "inception" or "efficientnet-lite0".
         resize: "tensorflow" or "clean".
-        cache: folder for the features computed, named by the content of the pictures.
+        cache: folder of the features, named by the content of the pictures.
         device: where the network runs.
-        inception_weights: torch-fidelity's weights file. None: downloaded, or where a download left it.
+        inception_weights: torch-fidelity's weights file. None: the downloaded file; it is downloaded if missing.
 
     Raises:
-        ValueError: if the weights cannot be had, or are not the right ones.
+        ValueError: if the weights are missing or wrong.
     """
 
     def __init__(
@@ -46,11 +45,11 @@ class Features:
 
     @property
     def name(self) -> str:
-        """What every table says beside its figures."""
+        """Network and resizing, as reports name them."""
         return f"{self.network.get_name()}, {self.resize} resizing"
 
     def __call__(self, paths: Sequence[Path]) -> Tensor:
-        """Features `[n, C]` of the pictures at `paths`, in their order.
+        """Features `[n, C]` of the pictures at `paths`, in this order.
 
         Raises:
             ValueError: naming the pictures that cannot be read.

@@ -1,4 +1,4 @@
-"""Distances of a set of pictures to a reference set, by their features: FID, KID, precision and recall."""
+"""Distances between sets of pictures by their features: FID, KID, precision and recall."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,8 @@ from score.bootstrap import Array, Draws
 class FrechetDistance:
     """FID of sets to a reference of `m` pictures (Heusel et al. 2017, Eq. 6).
 
-    The trace of the root of the product of two covariances `A'A` and `B'B` is the sum of the singular values of `AB'`:
-    with n pictures, n eigenvalues instead of the C complex ones of a product of covariances `[C, C]`.
+    For covariances `A'A` and `B'B`, the trace of the root of their product is the sum of the singular values of `AB'`.
+    These take n real eigenvalues for n pictures, instead of C complex ones of a matrix `[C, C]`.
     """
 
     def __init__(self, reference: Tensor) -> None:
@@ -22,7 +22,7 @@ class FrechetDistance:
         self.covariance = np.cov(features, rowvar=False)
 
     def __call__(self, features: Tensor, draws: Draws) -> Array:
-        """FID `[B]` of the sets that `draws` `[B, n]` picks from `features` `[n, C]`."""
+        """FID `[B]` of the sets that `draws` `[B, n]` pick from `features` `[n, C]`."""
         x = features.double().numpy() - self.mean
         gram, inner = x @ self.covariance @ x.T, x @ x.T
         return np.array([self._distance(gram, inner, draw) for draw in draws])
@@ -37,7 +37,7 @@ class FrechetDistance:
 
 
 def _centred(gram: Array, pictures: NDArray[np.int64], counts: NDArray[np.int64]) -> Array:
-    """The inner products of the pictures drawn, about their mean, each as often as it was drawn."""
+    """Inner products of the drawn pictures about their mean, each weighted by how often it was drawn."""
     inner = gram[np.ix_(pictures, pictures)]
     to_mean = inner @ counts / counts.sum()
     centred = inner - to_mean - to_mean[:, None] + to_mean @ counts / counts.sum()

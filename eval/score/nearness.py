@@ -1,4 +1,4 @@
-"""How near a picture is to another: PSNR, SSIM and LPIPS of 8-bit pictures `[H, W, 3]`."""
+"""Similarity of two pictures: PSNR, SSIM and LPIPS of 8-bit pictures `[H, W, 3]`."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 from atc_diffusion import fidelity
 
 Pixels = NDArray[np.uint8]
-ROUNDING = 10 * np.log10(12 * 255**2)  # dB of the rounding to 8 bits alone, 58.9: closer pictures cannot be told apart
+ROUNDING = 10 * np.log10(12 * 255**2)  # 58.9 dB, the PSNR of rounding to 8 bits; closer pictures cannot be told apart
 
 
 def pixels(image: Image.Image) -> Pixels:
@@ -17,7 +17,7 @@ def pixels(image: Image.Image) -> Pixels:
 
 
 def psnr(image: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB, at most that of rounding."""
+    """Peak signal-to-noise ratio in dB, at most `ROUNDING`."""
     return min(fidelity.psnr(image, other), ROUNDING)
 
 
@@ -45,7 +45,6 @@ class Lpips:
             ) from error
 
     def __call__(self, image: Pixels, other: Pixels) -> float:
-        """The distance of two pictures."""
         pair = [torch.from_numpy(each).float().movedim(2, 0)[None] / 127.5 - 1 for each in (image, other)]
         with torch.inference_mode():
             return float(self.network(*pair))

@@ -1,4 +1,4 @@
-"""The networks that features are taken from, their weights, and how a picture is resized for them."""
+"""The networks that compute features, their weights, and the ways to resize pictures for them."""
 
 import hashlib
 import urllib.error
@@ -16,16 +16,16 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torch_fidelity.registry import register_feature_extractor
 
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-INCEPTION_SHA256 = "6726825d"  # the first digits, which the file's name ends in
+INCEPTION_SHA256 = "6726825d"  # the first digits, with which the file's name ends
 
 
 def resize_tensorflow(image: Tensor, size: int) -> Tensor:
-    """`image` `[3, H, W]` as `[3, size, size]`, resized as in the original FID: bilinear, not antialiased."""
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as for the original FID: bilinear, not antialiased."""
     return interpolate_bilinear_2d_like_tensorflow1x(image[None].float(), (size, size), align_corners=False)[0]
 
 
 def resize_clean(image: Tensor, size: int) -> Tensor:
-    """`image` `[3, H, W]` as `[3, size, size]`, resized as by clean-fid: PIL's bicubic, antialiased, in float."""
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as in clean-fid: PIL's bicubic, antialiased, in float."""
     channels = [Image.fromarray(channel.float().numpy()) for channel in image]
     resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
     return torch.from_numpy(np.stack(resized)).clamp(0, 255)
@@ -35,7 +35,7 @@ RESIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"tensorflow": resize_ten
 
 
 class InceptionV3(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception v3 for pictures `[B, 3, 299, 299]` in 0..255 that are resized already."""
+    """torch-fidelity's Inception v3 for pictures `[B, 3, 299, 299]` in 0..255, which are already resized."""
 
     size = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
 
@@ -45,7 +45,7 @@ class InceptionV3(FeatureExtractorInceptionV3):
 
 
 class EfficientNetLite0(FeatureExtractorBase):
-    """EfficientNet-Lite0, whose weights ship as a package; pooled features `[B, 1280]` of `[B, 3, H, W]` in 0..255."""
+    """EfficientNet-Lite0 with the weights of a package; pooled features `[B, 1280]` of `[B, 3, H, W]` in 0..255."""
 
     size = 224
 
@@ -82,21 +82,21 @@ LAYERS = {"inception": "2048", "efficientnet-lite0": "1280"}
 
 
 def find_inception_weights(path: Path | None = None) -> str:
-    """The file of torch-fidelity's Inception weights, checked: `path`, or else downloaded where torch.hub puts it.
+    """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder.
 
     Raises:
-        ValueError: if there is no such file and no network, or its hash is not the right one.
+        ValueError: if the file does not exist and cannot be downloaded, or has another hash.
     """
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path is None and not file.exists():
         _download_inception(file)
     if not file.is_file():
-        raise ValueError(f"--inception-weights {file} is no file; fetch it from {URL_INCEPTION_V3}")
+        raise ValueError(f"--inception-weights {file} is no file; download it from {URL_INCEPTION_V3}")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(INCEPTION_SHA256):
         raise ValueError(
             f"{file} has SHA-256 {found[:8]}..., but torch-fidelity's Inception weights have {INCEPTION_SHA256}...; "
-            f"fetch them again from {URL_INCEPTION_V3}"
+            f"download them again from {URL_INCEPTION_V3}"
         )
     return str(file)
 
@@ -107,6 +107,6 @@ def _download_inception(file: Path) -> None:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(
-            f"cannot download the Inception weights ({error}); fetch {URL_INCEPTION_V3} elsewhere and put it at "
+            f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
             f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
         ) from error

@@ -1,4 +1,4 @@
-"""How pictures are scored, as the command line says it."""
+"""The options of scoring."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,15 +25,17 @@ class Scoring:
     )
     features: str = option("network whose features are compared", "inception", choices=list(LAYERS))
     inception_weights: Path | None = option("torch-fidelity's (default: downloaded)", None, checks.file)
-    resize: str = option("as in the original FID, or as clean-fid (the paper)", "tensorflow", choices=list(RESIZERS))
-    bootstrap: int = option("draws for the intervals", 200, checks.whole(2))
+    resize: str = option(
+        "as for the original FID, or as in clean-fid (the paper)", "tensorflow", choices=list(RESIZERS)
+    )
+    bootstrap: int = option("bootstrap draws for the intervals", 200, checks.whole(2))
     lpips: bool = switch("LPIPS too, with AlexNet's weights, which are downloaded")
 
     def prepare(self, cache: Path, device: torch.device) -> Callable[[PictureSet], Scorer]:
-        """A function that makes the scorer once the unmerged pictures are there; all else is loaded and read now.
+        """A function that makes the scorer from the unmerged set; everything else is loaded now.
 
         Raises:
-            ValueError: if there are no reference pictures, some cannot be read, or weights are missing.
+            ValueError: if reference pictures are missing or unreadable, or weights are missing.
         """
         if not self.reference:
             raise ValueError(

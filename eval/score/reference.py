@@ -1,4 +1,4 @@
-"""Gathers the paper's reference pictures: the first five ImageNet validation pictures, by name, of every class."""
+"""Gather the paper's reference pictures: the first five ImageNet validation pictures of each class, by name."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from arguments.checks import list_pictures, picture_mode
+from files import list_pictures, picture_mode
 
 NUM_CLASSES = 1000
 PER_CLASS = 5
@@ -19,22 +19,21 @@ def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
     Args:
         source: folder with a folder of pictures for each class, or with all pictures.
         ground_truth: for the latter, a file whose line `i` is the class of the `i`-th picture by name.
-        out: made by this, complete or not at all.
+        out: the new folder, written completely or not at all.
 
     Returns:
-        What is not RGB, described by name.
+        Names and modes of the pictures that are not RGB.
 
     Raises:
-        ValueError: naming what is missing or unreadable.
+        ValueError: naming the pictures that are missing or unreadable.
     """
     if out.exists():
-        raise ValueError(f"--out {out} is there already; give a new folder")
+        raise ValueError(f"--out {out} already exists; give a new folder")
     classes = by_folder(source) if ground_truth is None else by_ground_truth(source, ground_truth)
     chosen = first_of_each(classes)
     with ThreadPoolExecutor() as threads:
-        modes = dict(
-            zip(chosen, tqdm(threads.map(picture_mode, chosen), total=len(chosen), unit="picture"), strict=True)
-        )
+        found = tqdm(threads.map(picture_mode, chosen), total=len(chosen), unit="picture")
+        modes = dict(zip(chosen, found, strict=True))
     unreadable = [path.name for path, mode in modes.items() if mode is None]
     if unreadable:
         raise ValueError(f"{len(unreadable)} pictures are unreadable: {shortened(unreadable)}")
@@ -48,7 +47,7 @@ def by_folder(source: Path) -> dict[str, Sequence[Path]]:
 
 
 def by_ground_truth(source: Path, ground_truth: Path) -> dict[str, Sequence[Path]]:
-    """Pictures in `source` by the class that `ground_truth` gives the i-th of them by name."""
+    """Pictures in `source` by class: line `i` of `ground_truth` is the class of the i-th picture by name."""
     paths, labels = list_pictures(source), ground_truth.read_text().split()
     if len(paths) != len(labels):
         raise ValueError(f"{source} has {len(paths)} pictures, but {ground_truth} has {len(labels)} lines")
@@ -62,8 +61,8 @@ def first_of_each(classes: dict[str, Sequence[Path]]) -> list[Path]:
     """The first five pictures of each of the 1000 classes."""
     if len(classes) != NUM_CLASSES:
         raise ValueError(
-            f"found {len(classes)} classes instead of {NUM_CLASSES}; --imagenet-val is a folder of {NUM_CLASSES} class "
-            "folders, or of all pictures together with --ground-truth"
+            f"found {len(classes)} classes instead of {NUM_CLASSES}; give --imagenet-val a folder of {NUM_CLASSES} "
+            "class folders, or a folder of all pictures together with --ground-truth"
         )
     short = [f"{name} has {len(paths)}" for name, paths in classes.items() if len(paths) < PER_CLASS]
     if short:

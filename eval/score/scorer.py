@@ -1,4 +1,4 @@
-"""All scores of a set of pictures: distances to the reference, and fidelity to the unmerged model's pictures."""
+"""All scores of a set of pictures: distances to the reference, and fidelity to the unmerged pictures."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from score.nearness import Lpips, pixels, psnr, ssim
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a set is to the unmerged pictures of the same seeds; `psnr_of_each` is `[n]`."""
+    """Closeness of a set to the unmerged pictures of the same seeds; `psnr_of_each` is `[n]`."""
 
     fid_change: Estimate
     psnr: Estimate
@@ -48,16 +48,11 @@ class Scorer:
         reference: features of the reference pictures, `[m, C]`.
         unmerged: the pictures of the unmerged model.
         bootstrap: number of bootstrap draws.
-        lpips: measures LPIPS; None: not measured.
+        lpips: measures LPIPS; None: LPIPS is left out.
     """
 
     def __init__(
-        self,
-        features: Features,
-        reference: Tensor,
-        unmerged: PictureSet,
-        bootstrap: int,
-        lpips: Lpips | None = None,
+        self, features: Features, reference: Tensor, unmerged: PictureSet, bootstrap: int, lpips: Lpips | None = None
     ) -> None:
         self.lpips = lpips
         self.features = features
@@ -98,6 +93,6 @@ class Scorer:
         )
 
     def _nearness(self, pictures: PictureSet, picture: Picture) -> tuple[float, float, float]:
-        """PSNR, SSIM and LPIPS (NaN if not measured) of one picture to the unmerged one."""
+        """PSNR, SSIM and LPIPS (NaN if left out) of one picture to the unmerged one."""
         pair = pixels(pictures.load(picture)), pixels(self.unmerged.load(picture))
         return psnr(*pair), ssim(*pair), self.lpips(*pair) if self.lpips else float("nan")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor
 
-from arguments.checks import list_pictures
+from files import list_pictures
 from score import networks
 from score.features import Features
 from score.networks import EfficientNetLite0, InceptionV3, find_inception_weights, resize_clean, resize_tensorflow
@@ -53,14 +53,14 @@ def test_weights_with_the_right_hash_are_taken(weights: Path, monkeypatch: pytes
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"inception-weights .*nothing\.pth is no file; fetch it from https://"):
+    with pytest.raises(ValueError, match=r"inception-weights .*nothing\.pth is no file; download it from https://"):
         find_inception_weights(tmp_path / "nothing.pth")
 
 
 def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(networks, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
-    with pytest.raises(ValueError, match=rf"fetch http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
+    with pytest.raises(ValueError, match=rf"download http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
         find_inception_weights()
 
 

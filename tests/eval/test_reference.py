@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arguments.checks import list_pictures
+from files import list_pictures
 from reference import main
 from score.reference import gather
 
@@ -124,5 +124,5 @@ def test_the_ground_truth_must_be_of_these_pictures(flat: tuple[Path, Path], tmp
 
 def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match=r"reference\.py: --out .*out is there already"):
+    with pytest.raises(SystemExit, match=r"reference\.py: --out .*out already exists"):
         main(["--imagenet-val", str(tmp_path), "--out", str(tmp_path / "out")])

@@ -1,7 +1,6 @@
 """Other ways to draw faster: what each does to a real pipeline, and that it leaves no trace."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch import Tensor
 from atc_diffusion import ATCConfig
 from draw.configuration import Configuration
 from draw.rivals import Rival
-
-RIVALS = ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2"]
 
 
 @pytest.fixture
@@ -30,18 +27,7 @@ def draw(pipe: Callable[..., Any], steps: int = 4) -> np.ndarray[Any, Any]:
     return pipe("ant", num_inference_steps=steps, generator=generator, output_type="np").images
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *RIVALS,
-        pytest.param(
-            "ca-tome:0.5",
-            marks=pytest.mark.skipif(
-                find_spec("ca_tome") is None, reason="ca-tome is not installed: its requirements exclude this torch"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("text", ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2"])
 def test_a_rival_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPipeline, text: str) -> None:
     before = draw(pipe)
     with Rival.parse(text).applied(pipe) as rival:
