@@ -10,7 +10,7 @@ from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, 
 from draw.rivals import Draw, Rival
 
 _BASELINES: dict[type[MergeConfig], str] = {ToMeConfig: "ToMe", KMedoidsConfig: "K-Medoids", DPCKNNConfig: "DPC-KNN"}
-_KINDS: dict[str, type[MergeConfig]] = {kind.__name__: kind for kind in [ATCConfig, *_BASELINES]}
+_KINDS: dict[str, type[MergeConfig]] = {"ATCConfig": ATCConfig} | {kind.__name__: kind for kind in _BASELINES}
 # Fields that do not belong to a method: its strength, and those that change no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
