@@ -113,13 +113,6 @@ def test_a_mask_is_merged_with_the_tokens(unet, proportional_attention):
     assert torch.allclose(attend(unet, tokens, attention_mask=mask), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(unet, dtype):
-    merged = run(apply_patch(unet.to(dtype)))
-    assert merged.dtype == dtype
-    assert merged.isfinite().all()
-
-
 def test_the_features_decide_what_is_merged(unet):
     outputs = [run(apply_patch(unet, features=f)) for f in ("keys", "values", "keys_values", "hidden_states")]
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
