@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE, CPU = torch.device("mps:0"), torch.device("cpu")
 
-# What merging adds to a network's own operations; PyTorch 2.6 has each of them on MPS, or composes it of such, as
+# What merging adds to a network's own operations; PyTorch 2.8 has each of them on MPS, or composes it of such, as
 # `native_functions.yaml` in its macOS wheel says.
 OPERATIONS = {
     "__rshift__",

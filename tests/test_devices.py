@@ -48,7 +48,7 @@ def test_a_step_on_mps_needs_what_it_has_and_gives_what_the_cpu_gives(name, conf
     network = family.make()
     output, device = step(network, family, config)
     added = device.used - step(network, family, None)[1].used
-    assert added <= OPERATIONS, f"check that PyTorch 2.6 has {added - OPERATIONS} on MPS, and add them to the list"
+    assert added <= OPERATIONS, f"check that PyTorch 2.8 has {added - OPERATIONS} on MPS, and add them to the list"
     apply_patch(network, config)
     assert torch.allclose(output, family.run(network), atol=1e-5)
 

@@ -34,11 +34,11 @@ class MergedQwenAttnProcessor(MergedProcessor):
             hidden_states: the image's tokens, and those of images to edit behind them.
             encoder_hidden_states: the text.
             encoder_hidden_states_mask: bool `[B, T]`, which tokens of the text are attended to.
-            attention_mask: bool `[B, T + S]`, which diffusers 0.37 gives in place of the mask of the text.
+            attention_mask: refused by diffusers' processor.
             image_rotary_emb: complex rotations `[S, D / 2]` of the images, `[T, D / 2]` of the text.
             merge: how the image's keys merge; None: not at all.
         """
-        if merge is None or encoder_hidden_states is None:
+        if merge is None or encoder_hidden_states is None or attention_mask is not None:
             return self.original(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
@@ -46,8 +46,8 @@ class MergedQwenAttnProcessor(MergedProcessor):
         text = _projected_text(attn, encoder_hidden_states, text_rotary)
         image = _projected(attn, hidden_states, image_rotary)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-        mask = _joint_mask(encoder_hidden_states_mask, hidden_states) if attention_mask is None else attention_mask
-        attended = self.attend(query, key, value, merge, None if mask is None else mask[:, None, None])
+        mask = _joint_mask(encoder_hidden_states_mask, hidden_states)
+        attended = self.attend(query, key, value, merge, mask)
         of_text, of_image = attended.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         of_image = attn.to_out[0](of_image.contiguous())
         if len(attn.to_out) > 1:
@@ -112,7 +112,7 @@ def _rotated(norm: nn.Module | None, x: Tensor, rotary: Tensor | None) -> Tensor
 
 
 def _joint_mask(of_text: Tensor | None, images: Tensor) -> Tensor | None:
-    """Bool `[B, T + S]`: which keys are attended to, by the mask `[B, T]` of the text; all of `images` are."""
+    """Bool `[B, 1, 1, T + S]`: which keys are attended to, by the mask `[B, T]` of the text; all of `images` are."""
     if of_text is None:
         return None
-    return F.pad(of_text, (0, images.shape[1]), value=True)
+    return F.pad(of_text, (0, images.shape[1]), value=True)[:, None, None]
