@@ -48,6 +48,11 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(found))
 
 
+def load_picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def picture_mode(path: Path) -> str | None:
     """PIL's name for the kind of pixels at `path`; None if they cannot be read."""
     try:

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import torch
 
@@ -13,6 +12,7 @@ from benchmark.clustering import floor_table, growth_table, peers_table, small_t
 from benchmark.step import compiled_table, step_table
 from benchmark.tables import Table
 from benchmark.training import training_table
+from machine import in_words, versions
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
 
@@ -43,7 +43,6 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
 
 
 def conditions(benchmark: Benchmark) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     processor = f"{torch.get_num_threads()} CPU threads ({platform.processor() or platform.machine()})"
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, " if benchmark.device == "cuda" else ""
-    return f"{gpu}{processor}; Python {platform.python_version()}, {versions}."
+    return f"{gpu}{processor}; {in_words(versions(PACKAGES))}."

@@ -1,13 +1,10 @@
 """The report: tables of accuracy and speed, and figures like the ATC paper's Figures 4 and 5."""
 
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import timm
-import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
@@ -16,6 +13,7 @@ from classification.evaluation import Evaluation, Task, evaluate, mean_by_subjec
 from classification.methods import METHODS, Way
 from draw.experiment import this_command
 from files import write_atomically
+from machine import in_words, versions
 from report.page import Page, Section
 from report.plots import add_legend, line_figure
 from score.bootstrap import Estimate, bootstrap_draws
@@ -61,7 +59,6 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
     """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
     table = frame(evaluations, task)
     write_atomically(folder / "results.csv", table.to_csv(index=False, float_format="%.2f").encode())
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     sections = [
         *accuracy_sections(evaluations, table, task),
         *paper_section(table),
@@ -72,7 +69,7 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
             for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
         ),
     ]
-    conditions = {"task": task.name, "device": device, "versions": versions}
+    conditions = {"task": task.name, "device": device, "versions": in_words(versions(("torch", "timm")))}
     Page("Classification with fewer tokens", conditions, [command], sections).write(folder)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from draw.pictures import Picture
-from files import read_json, write_atomically, write_json
+from files import load_picture, read_json, write_atomically, write_json
 
 STAMP = "atc_diffusion"  # the PNG text field of the stamp
 
@@ -54,8 +54,7 @@ class PictureSet:
         write_atomically(self.path(picture), file.getvalue())
 
     def load(self, picture: Picture) -> Image.Image:
-        with Image.open(self.path(picture)) as image:
-            return image.convert("RGB")
+        return load_picture(self.path(picture))
 
     def _stamp(self, picture: Picture) -> str:
         return json.dumps(self.origin | {"prompt": picture.prompt, "seed": picture.seed}, sort_keys=True)

@@ -1,14 +1,11 @@
 """How pictures are sampled: the model, its scheduler, and everything else that changes the bits of a picture."""
 
 import hashlib
-import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,11 @@ import transformers
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.utils import load_image
 
-import atc_diffusion
 from arguments import checks
 from arguments.options import option
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[2] / "examples" / "emoji_diffusion"
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity", "scipy")
 DTYPES = ("float16", "bfloat16", "float32")
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -145,15 +140,3 @@ def make_scheduler(name: str, own: Any) -> Any:
     if class_name not in {each.__name__ for each in own.compatibles} | {type(own).__name__}:
         raise ValueError(f"--scheduler {name} does not fit this model, which comes with {type(own).__name__}")
     return getattr(diffusers, class_name).from_config(own.config, **options)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of those packages that are installed."""
-    packages = {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))}
-    return {"atc_diffusion": atc_diffusion.__version__, "python": platform.python_version()} | packages
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"

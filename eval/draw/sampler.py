@@ -14,8 +14,9 @@ from tqdm import tqdm
 from draw.configuration import Configuration
 from draw.picture_set import PictureSet
 from draw.pictures import Picture
-from draw.pipeline import Sampling, device_name, load_pipeline, versions
+from draw.pipeline import Sampling, load_pipeline
 from files import read_json, write_json
+from machine import device_name, versions
 
 
 class Sampler:

@@ -17,6 +17,7 @@ from draw.pictures import Prompts
 from draw.pipeline import STABLE_DIFFUSION, Sampling
 from draw.sampler import Sampler, read_records
 from draw.timing import Times
+from machine import in_words
 from report.study import Result, Study
 from report.tables import write_report
 from score.options import Scoring
@@ -86,6 +87,6 @@ def conditions(
         f"base seed {prompts.seed}",
         "device": f"{', '.join(record['devices'])}; {sampling.dtype or 'default dtype'}, "
         f"batch size {sampling.batch_size}",
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "versions": in_words(record["versions"]),
         "intervals": f"95 %, {scoring.bootstrap} bootstrap draws",
     }

@@ -10,8 +10,9 @@ import torch
 
 from atc_diffusion import Tuning
 from draw.experiment import this_command
-from draw.pipeline import Sampling, device_name, versions
+from draw.pipeline import Sampling
 from files import write_atomically, write_json
+from machine import device_name, in_words, versions
 from report.page import Page, Section, Shown
 from report.plots import on_frontier, plot_fidelity
 
@@ -27,7 +28,7 @@ def describe(sampling: Sampling, device: torch.device, prompts: Sequence[str]) -
         "model": sampling.name,
         "prompts": ", ".join(prompts),
         "device": f"{device_name(device)}, {sampling.dtype_on(device)}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": in_words(versions()),
     }
 
 

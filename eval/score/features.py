@@ -2,19 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from files import picture_mode, write_atomically
-from score.networks import LAYERS, RESIZERS, find_inception_weights
+from files import load_picture, picture_mode, write_atomically
+from score.networks import RESIZERS, make_network
 
 
 class Features:
@@ -34,19 +34,11 @@ class Features:
     def __init__(
         self, network: str, resize: str, cache: Path, device: torch.device, inception_weights: Path | None = None
     ) -> None:
-        weights = find_inception_weights(inception_weights) if network == "inception" else None
-        cuda = device.type == "cuda"
-        self.network = create_feature_extractor(
-            network, [LAYERS[network]], cuda=cuda, verbose=False, feature_extractor_weights_path=weights
-        )
-        self.resize = resize
+        self.network = make_network(network, inception_weights).to(device)
+        self.name = f"{network}, {resize} resizing"  # as reports name it
+        self.load = partial(load_pictures, RESIZERS[resize], self.network.size)
         self.cache = cache
-        self.cuda = cuda
-
-    @property
-    def name(self) -> str:
-        """Network and resizing, as reports name them."""
-        return f"{self.network.get_name()}, {self.resize} resizing"
+        self.device = device
 
     def __call__(self, paths: Sequence[Path]) -> Tensor:
         """Features `[n, C]` of the pictures at `paths`, in this order.
@@ -67,29 +59,17 @@ class Features:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:32]
 
+    @torch.no_grad()
     def _compute(self, paths: Sequence[Path]) -> Tensor:
-        dataset = ResizedPictures(paths, RESIZERS[self.resize], self.network.size)
+        workers = 4 if self.device.type == "cuda" else 0
+        loader: Any = DataLoader(paths, batch_size=32, collate_fn=self.load, num_workers=workers)  # type: ignore[arg-type]
         try:
-            features = get_featuresdict_from_dataset(
-                dataset, self.network, batch_size=32, cuda=self.cuda, save_cpu_ram=not self.cuda, verbose=False
-            )
+            return torch.cat([self.network(images.to(self.device)).cpu() for images in loader])
         except (OSError, SyntaxError) as error:
             unreadable = ", ".join(str(path) for path in paths if picture_mode(path) is None)
             raise ValueError(f"unreadable pictures: {unreadable or error}") from error
-        return features[LAYERS[self.network.get_name()]]
 
 
-class ResizedPictures(Dataset[Tensor]):
-    """Pictures `[3, size, size]` in 0..255 from files."""
-
-    def __init__(self, paths: Sequence[Path], resize: Callable[[Tensor, int], Tensor], size: int) -> None:
-        self.paths = paths
-        self.resize = resize
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        with Image.open(self.paths[index]) as image:
-            return self.resize(pil_to_tensor(image.convert("RGB")), self.size)
+def load_pictures(resize: Callable[[Tensor, int], Tensor], size: int, paths: Sequence[Path]) -> Tensor:
+    """The pictures at `paths` as `[B, 3, size, size]` in 0..255."""
+    return torch.stack([resize(pil_to_tensor(load_picture(path)), size) for path in paths])

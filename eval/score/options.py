@@ -12,7 +12,7 @@ from arguments.options import option, switch
 from draw.picture_set import PictureSet
 from score.features import Features
 from score.nearness import Lpips
-from score.networks import LAYERS, RESIZERS
+from score.networks import NETWORKS, RESIZERS
 from score.scorer import Scorer
 
 
@@ -23,7 +23,7 @@ class Scoring:
     reference: tuple[Path, ...] = option(
         "folder of the reference pictures; eval/reference.py makes the paper's", (), checks.pictures, nargs=None
     )
-    features: str = option("network whose features are compared", "inception", choices=list(LAYERS))
+    features: str = option("network whose features are compared", "inception", choices=NETWORKS)
     inception_weights: Path | None = option("torch-fidelity's (default: downloaded)", None, checks.file)
     resize: str = option(
         "as for the original FID, or as in clean-fid (the paper)", "tensorflow", choices=list(RESIZERS)
