@@ -22,7 +22,7 @@ with door("classify.py", extra="eval,vision"):
 
 @dataclass(frozen=True)
 class Classification:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     imagenet: ImageNetTask
     emoji: DemoTask

@@ -42,7 +42,7 @@ DEMO = {  # a small experiment, on the model of this repository
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     ways: Ways
     output: Output

@@ -13,12 +13,13 @@ from arguments.door import door
 from arguments.options import option, parse
 
 with door("reference.py", extra="eval"):
-    from score.reference import NUM_CLASSES, PER_CLASS, gather, shortened
+    from files import list_pictures
+    from score.reference import gather, shortened
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     imagenet_val: Path = option("folder of the validation pictures", parse=checks.folder)
     out: Path = option("new folder for the 5000 pictures", parse=checks.folder_to_write)
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = parse(Gathering, __doc__, arguments)
     with door("reference.py", extra="eval"):
         converted = gather(wanted.imagenet_val, wanted.ground_truth, wanted.out)
-    names = shortened(converted)
-    print(f"{NUM_CLASSES * PER_CLASS} pictures in {wanted.out}; not RGB, converted when read: {names}")
+    count, names = len(list_pictures(wanted.out)), shortened(converted)
+    print(f"{count} pictures in {wanted.out}; not RGB, converted when read: {names}")
 
 
 if __name__ == "__main__":

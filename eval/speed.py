@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmark = parse(Benchmark, __doc__, arguments)
     if benchmark.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no CUDA GPU here; run this on a machine that has one, or leave out --device cuda")
-    with door("speed.py", extra="eval", stopped="what was measured is printed above"), ExitStack() as stack:
+    with door("speed.py", extra="eval", stopped="the measurements so far are printed above"), ExitStack() as stack:
         files: list[TextIO] = [sys.stdout]
         if benchmark.out:
             benchmark.out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ DEFAULTS = {"model": EMOJI, "steps": 20, "guidance": None, "batch_size": 1}
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     sampling: Sampling
     prompt: tuple[str, ...] = option("what to draw (default: two prompts that suit the model)", ())

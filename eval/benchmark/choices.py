@@ -1,4 +1,4 @@
-"""What the command line chooses to time; the device decides what it leaves open."""
+"""The options of the benchmark; their defaults depend on the device."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the command line asks for."""
+    """The options of the command line."""
 
-    device: str = option("what is timed", "cpu", choices=list(DEFAULTS))
+    device: str = option("device to time", "cpu", choices=list(DEFAULTS))
     parts: tuple[str, ...] = option("(default: all but training; CPU: no compile; GPU: no small)", (), choices=PARTS)
     model: tuple[str, ...] = option("(default: sd15; GPU: sd15 sdxl)", (), choices=list(MODELS))
     blocks: int | None = option("time only so many of a transformer's blocks (default: all)", None, checks.whole(1))
@@ -57,7 +57,7 @@ class Benchmark:
         checks.whole(1),
     )
     repeats: int = option("timings of every candidate", 3, checks.whole(1))
-    out: Path | None = option("a copy of what is printed", None, checks.file_to_write(".md", ".txt"))
+    out: Path | None = option("file for a copy of the output", None, checks.file_to_write(".md", ".txt"))
 
     def __post_init__(self) -> None:
         for name, default in DEFAULTS[self.device].items():

@@ -21,7 +21,7 @@ def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) 
 def _growth_of_peak(num_tokens: int, channels: int, num_clusters: int, linkage: str, threads: int) -> int:
     torch.set_num_threads(threads)
     tokens = torch.randn(1, num_tokens, channels)
-    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # loads what is loaded once
+    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # loads everything that is loaded once
     before = _peak()
     agglomerate(tokens, num_clusters, linkage)
     return _peak() - before

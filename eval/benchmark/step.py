@@ -107,9 +107,7 @@ def _fits(name: str, model: Model) -> bool:
 
 
 def _note(repeats: int) -> str:
-    return (
-        f"Mean over the steps that one clustering serves, median of {repeats}. Clusterings are counted over all layers."
-    )
+    return f"Mean over the steps that one clustering serves, median of {repeats}; all layers' clusterings are counted."
 
 
 def _legend(model: str) -> str:

@@ -67,7 +67,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Reductions:
-    """how tokens are reduced"""
+    """reduction of the tokens"""
 
     method: tuple[str, ...] = option("(default: all)", tuple(METHODS), choices=list(METHODS))
     linkage: tuple[str, ...] = option(

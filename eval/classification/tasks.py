@@ -66,7 +66,7 @@ def load_model(name: str, weights: Path | None) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class DemoTask:
-    """the demo"""
+    """demo"""
 
     emoji_pictures: Path = option("folder of the three packages", Path("out/emoji"), Path)
     epochs: int = option("of training", 16, checks.whole(1))

@@ -44,7 +44,7 @@ def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Ways:
-    """what is compared"""
+    """configurations to compare"""
 
     keep: tuple[Shares, ...] = option(
         "percent of tokens kept, of queries and of keys: 100/10, or 50 for both; 100 together with "

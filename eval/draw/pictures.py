@@ -27,7 +27,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prompts:
-    """the pictures"""
+    """pictures"""
 
     classes: str = option("'all', a count (100: the first hundred) or a list of indices (3,7,12)", "all")
     images_per_class: int = option("pictures of each class", 2, checks.whole(1))

@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """how they are sampled"""
+    """sampling"""
 
     model: str = option("hub id or folder of a pipeline", STABLE_DIFFUSION, checks.model)
     lora: str | None = option("hub id or folder of a LoRA for it", None, checks.lora)

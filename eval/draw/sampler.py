@@ -47,7 +47,7 @@ class Sampler:
             with configuration.applied(self.pipe):
                 pass
         shares = {configuration: self._share(pictures) for configuration, pictures in sets.items()}
-        self.state.wait_for_everyone()  # no process writes before all have seen what is missing
+        self.state.wait_for_everyone()  # no process writes before all have listed the missing pictures
         total, count = sum(map(len, shares.values())), self.state.num_processes
         title = "generating" if count == 1 else f"generating, process 1 of {count}"
         with tqdm(total=total, unit="picture", desc=title, disable=not self.state.is_main_process) as bar:

@@ -26,7 +26,7 @@ from score.scorer import Scorer
 
 @dataclass(frozen=True)
 class Output:
-    """what is written"""
+    """output"""
 
     out: Path = option("folder for pictures and features", Path("out/fid"), checks.folder_to_write)
     report: Path | None = option("folder for the report (default: the same)", None, checks.folder_to_write)

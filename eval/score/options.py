@@ -18,7 +18,7 @@ from score.scorer import Scorer
 
 @dataclass(frozen=True)
 class Scoring:
-    """how they are scored"""
+    """scoring"""
 
     reference: tuple[Path, ...] = option(
         "folder of the reference pictures; eval/reference.py makes the paper's", (), checks.pictures, nargs=None

@@ -25,6 +25,8 @@ from fid import main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "fid.py"
 Draw = Callable[..., Path]
+Rows = list[dict[str, str]]
+Run = Callable[..., tuple[Path, Rows]]
 
 
 @pytest.fixture
@@ -41,6 +43,18 @@ def options(model: Path, draw_pictures: Draw, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
+def run(options: list[str], tmp_path: Path) -> Run:
+    """Runs the command with more options; returns its folder and the rows of its results."""
+
+    def run(line: str = "", folder: str = "out") -> tuple[Path, Rows]:
+        out = tmp_path / folder
+        main([*options, "--out", str(out), *line.split()])
+        return out, list(csv.DictReader((out / "results.csv").open()))
+
+    return run
+
+
+@pytest.fixture
 def sampling(model: Path) -> Sampling:
     return Sampling(str(model), steps=2, guidance=7.5, size=64, batch_size=4, device="cpu")
 
@@ -54,12 +68,10 @@ def draw(sampling: Sampling, pictures: list[Picture]) -> list[np.ndarray[Any, An
     return [np.asarray(each) for each in sampler.draw(Configuration(), pictures)]
 
 
-def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    ways = (
+def test_the_report_has_everything(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    out, rows = run(
         "--method paper tome --set proportional_attention=off,on --rival steps:0.5 --with deepcache:2 --show 1 --time 1"
     )
-    main([*options, "--out", str(out), *ways.split()])
     assert f"wrote {out / 'report.html'}" in capsys.readouterr().out
     report = (out / "report.md").read_text()
     for text in (
@@ -73,10 +85,8 @@ def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: 
     assert "in the paper" not in report  # another model
     for name in ("fidelity-and-time.svg", "report.html"):
         assert (out / name).stat().st_size > 1000
-
-    rows = list(csv.DictReader((out / "results.csv").open()))
-    results = json.loads((out / "results.json").read_text())["results"]
-    merged = [
+    assert [row["method"] for row in rows] == [
+        "unmerged",
         "ToMe",
         "ToMe + DeepCache",
         "ToMe, proportional attention",
@@ -87,8 +97,8 @@ def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: 
         "ATC average, the paper's, proportional attention",
         "ATC average, the paper's, proportional attention + DeepCache",
     ]
-    assert [row["method"] for row in rows] == ["unmerged", *merged]
     assert [row["setting"] for row in rows[:3]] == ["", "50 %", "50 %, every 2 steps"]
+    results = json.loads((out / "results.json").read_text())["results"]
     assert float(rows[6]["fid"]) == pytest.approx(results[6]["fid"])
     assert results[6]["configuration"]["merge"]["features"] == "hidden_states"
     assert rows[0]["ratio"] == "1.0"
@@ -96,83 +106,65 @@ def test_the_report_says_everything(options: list[str], tmp_path: Path, capsys: 
     assert 0 < float(rows[6]["psnr"]) < 58.9
 
 
-def test_scored_again_nothing_is_generated_and_the_results_are_the_same(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main([*options, "--out", str(tmp_path / "out")])
-    results = (tmp_path / "out" / "results.json").read_bytes()
-    monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("generated again"))
-    main([*options, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "results.json").read_bytes() == results
-
-
-def test_a_model_trained_further_is_other_settings(options: list[str], tmp_path: Path) -> None:
-    main([*options, "--out", str(tmp_path / "out"), "--method", "none"])
-    weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    weights["conv_in.bias"] += 1
-    save_file(weights, tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(SystemExit, match=r"other settings \(weights: '\w+' there, '\w+' now\)"):
-        main([*options, "--out", str(tmp_path / "out"), "--method", "none"])
-
-
-def test_a_folder_takes_more_configurations_but_no_other_settings(options: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    main([*options, "--out", str(out), "--method", "none"])
-    main([*options, "--out", str(out), "--set", "linkage=ward", "--method", "atc"])
-    assert [row["method"] for row in csv.DictReader((out / "results.csv").open())] == ["unmerged", "ATC ward"]
-    before = pictures_in(out)
-    with pytest.raises(SystemExit, match="steps: 2 there, 3 now"):
-        main([*options, "--out", str(out), "--steps", "3"])
-    assert pictures_in(out) == before
-
-
-def test_a_damaged_picture_is_made_again_before_scoring(options: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    main([*options, "--out", str(out)])
-    before, results = pictures_in(out), (out / "results.csv").read_bytes()
+def test_a_rerun_draws_damaged_pictures_again_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = run()
+    pictures, results = pictures_in(out), (out / "results.json").read_bytes()
     path = next(out.glob("sets/atc*/0001_1.png"))
     path.write_bytes(path.read_bytes()[:100])
-    main([*options, "--out", str(out)])
+    run()
+    assert pictures_in(out) == pictures
+    monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("drawn again"))
+    run()
+    assert (out / "results.json").read_bytes() == results
+
+
+def test_a_folder_takes_more_configurations_but_no_other_settings(run: Run, model: Path) -> None:
+    out, _ = run("--method none")
+    _, rows = run("--method atc --set linkage=ward")
+    assert [row["method"] for row in rows] == ["unmerged", "ATC ward"]
+    before = pictures_in(out)
+    with pytest.raises(SystemExit, match="steps: 2 there, 3 now"):
+        run("--steps 3")
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_in.bias"] += 1
+    save_file(weights, model / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(SystemExit, match=r"other settings \(weights: '\w+' there, '\w+' now\)"):
+        run("--method none")
     assert pictures_in(out) == before
-    assert (out / "results.csv").read_text().splitlines()[0] == results.decode().splitlines()[0]
 
 
-def test_an_incomplete_set_of_an_earlier_command_is_left_out(options: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    main([*options, "--out", str(out), "--method", "paper", "tome"])
+def test_an_incomplete_set_of_an_earlier_command_is_left_out(run: Run) -> None:
+    out, _ = run("--method paper tome")
     next(out.glob("sets/tome*/0001_1.png")).unlink()
-    main([*options, "--out", str(out), "--method", "paper"])
-    methods = [row["method"] for row in csv.DictReader((out / "results.csv").open())]
-    assert methods == ["unmerged", "ATC average, the paper's"]
+    _, rows = run()
+    assert [row["method"] for row in rows] == ["unmerged", "ATC average, the paper's"]
 
 
-def test_more_configurations_are_timed_again_in_turn_with_the_others(options: list[str], tmp_path: Path) -> None:
+def test_more_configurations_are_timed_again_in_turn_with_the_others(run: Run) -> None:
     """Rounds that lack a configuration count no more."""
-    out = tmp_path / "out"
-    main([*options, "--out", str(out), "--method", "none", "--time", "2"])
-    main([*options, "--out", str(out), "--method", "tome", "--time", "1"])
+    run("--method none --time 2")
+    out, rows = run("--method tome --time 1")
     rounds = json.loads((out / "times.json").read_text())
     assert [sorted(each) for each in rounds] == [["unmerged"], ["unmerged"], ["tome-50", "unmerged"]]
-    seconds = {row["method"]: float(row["seconds"]) for row in csv.DictReader((out / "results.csv").open())}
+    seconds = {row["method"]: float(row["seconds"]) for row in rows}
     assert seconds == {"unmerged": rounds[2]["unmerged"], "ToMe": rounds[2]["tome-50"]}
 
 
-def test_pictures_of_a_rival_are_stamped_and_resumed(options: list[str], tmp_path: Path) -> None:
-    line = [*options, "--out", str(tmp_path / "out"), "--method", "none", "--rival", "todo:2", "tomesd:50"]
-    main(line)
-    before = pictures_in(tmp_path / "out")
+def test_pictures_of_a_rival_are_stamped_and_resumed(run: Run) -> None:
+    line = "--method none --rival todo:2 tomesd:50"
+    out, _ = run(line)
+    before = pictures_in(out)
     assert len({data for name, data in before.items() if "0001_1" in name}) == 3
-    for path in (tmp_path / "out" / "sets").glob("*/0001_1.png"):
+    for path in (out / "sets").glob("*/0001_1.png"):
         path.unlink()
-    main(line)
-    assert pictures_in(tmp_path / "out") == before
+    run(line)
+    assert pictures_in(out) == before
 
 
-def test_merging_changes_pictures_and_is_undone_for_the_next_set(options: list[str], tmp_path: Path) -> None:
-    main([*options, "--out", str(tmp_path / "one"), "--method", "paper", "tome"])
-    main([*options, "--out", str(tmp_path / "two"), "--method", "tome", "paper"])
-    pictures = pictures_in(tmp_path / "one")
-    assert pictures == pictures_in(tmp_path / "two")
+def test_merging_changes_pictures_and_is_undone_for_the_next_set(run: Run) -> None:
+    one, two = run("--method paper tome", "one")[0], run("--method tome paper", "two")[0]
+    pictures = pictures_in(one)
+    assert pictures == pictures_in(two)
     assert len({data for name, data in pictures.items() if "0000_0" in name}) == 3
 
 
@@ -196,15 +188,15 @@ def test_another_batch_size_changes_no_more_than_rounding(sampling: Sampling) ->
 def test_two_processes_share_the_pictures_and_resume_after_being_killed(options: list[str], tmp_path: Path) -> None:
     main([*options, "--out", str(tmp_path / "whole")])
     out = tmp_path / "out"
-    run = launch([*options, "--out", str(out)])
+    launched = launch([*options, "--out", str(out)])
     wait_for(lambda: len(pictures_in(out)) >= 3)
-    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+    for process in [psutil.Process(launched.pid), *psutil.Process(launched.pid).children(recursive=True)]:
         process.kill()
         process.wait()
     assert 3 <= len(pictures_in(out)) < 12
-    run = launch([*options, "--out", str(out)])
-    said, _ = run.communicate()
-    assert run.returncode == 0, said
+    launched = launch([*options, "--out", str(out)])
+    said, _ = launched.communicate()
+    assert launched.returncode == 0, said
     assert pictures_in(out) == pictures_in(tmp_path / "whole")
     assert sorted(path.name for path in out.glob("sets/atc*/record-*")) == ["record-0.json", "record-1.json"]
     assert said.count("generating, process 1 of 2") > 0
