@@ -1,9 +1,10 @@
 """One way to draw (merging, a rival, both or neither) and its names in folders and reports."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched
@@ -11,6 +12,7 @@ from draw.rivals import Draw, Rival
 
 _BASELINES: dict[type[MergeConfig], str] = {ToMeConfig: "ToMe", KMedoidsConfig: "K-Medoids", DPCKNNConfig: "DPC-KNN"}
 _KINDS: dict[str, type[MergeConfig]] = {"ATCConfig": ATCConfig} | {kind.__name__: kind for kind in _BASELINES}
+_rival_label, _rival_setting = attrgetter("label"), attrgetter("setting")
 # Fields that do not belong to a method: its strength, and those that change no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
@@ -29,14 +31,12 @@ class Configuration:
     @property
     def label(self) -> str:
         """The method with every choice that differs from its defaults, and the rival."""
-        return self._label("forecasting alone" if self._only_forecasts else None)
+        return " + ".join(self._words(_label, _rival_label)) or "unmerged"
 
     @property
     def setting(self) -> str:
         """The strength in words: shares kept, and the rival's own strength."""
-        return self._setting(
-            f"tolerance {self.merge.forecast_tolerance:g}" if self.merge and self._only_forecasts else None
-        )
+        return ", ".join(self._words(_setting, _rival_setting))
 
     @property
     def strength(self) -> list[float]:
@@ -62,7 +62,8 @@ class Configuration:
     @property
     def folder(self) -> str:
         """Name of the folder for its pictures; it differs for any two configurations."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self._label()} {self._setting()}".lower()).strip("-")
+        words = [*self._words(_method, _rival_label), *self._words(_shares, _rival_setting)] or ["unmerged"]
+        return re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
 
     @property
     def json(self) -> dict[str, Any]:
@@ -84,17 +85,11 @@ class Configuration:
         with merging, self.rival.applied(pipe) if self.rival else nullcontext(pipe) as draw:
             yield draw
 
-    @property
-    def _only_forecasts(self) -> bool:
-        return self.merge is not None and self.merge.r == 1 and self.merge.r_keys is None
-
-    def _label(self, merging: str | None = None) -> str:
-        parts = [merging or _method(self.merge)] if self.merge else []
-        return " + ".join([*parts, self.rival.label] if self.rival else parts) or "unmerged"
-
-    def _setting(self, merging: str | None = None) -> str:
-        parts = [merging or _shares(self.merge)] if self.merge else []
-        return ", ".join([*parts, self.rival.setting] if self.rival else parts)
+    def _words(self, merging: Callable[[MergeConfig], str], rival: Callable[[Rival], str]) -> Iterator[str]:
+        if self.merge:
+            yield merging(self.merge)
+        if self.rival:
+            yield rival(self.rival)
 
 
 def describe(field: str, value: object) -> str:
@@ -112,6 +107,18 @@ def _choices(merge: MergeConfig) -> dict[str, Any]:
     if "linkage" not in choices:
         return {"method": _BASELINES[type(merge)]} | choices
     return {"method": f"ATC {choices.pop('linkage')}"} | choices
+
+
+def _label(merge: MergeConfig) -> str:
+    return "forecasting alone" if _merges_nothing(merge) else _method(merge)
+
+
+def _setting(merge: MergeConfig) -> str:
+    return f"tolerance {merge.forecast_tolerance:g}" if _merges_nothing(merge) else _shares(merge)
+
+
+def _merges_nothing(merge: MergeConfig) -> bool:
+    return merge.r == 1 and merge.r_keys is None
 
 
 def _method(merge: MergeConfig) -> str:
