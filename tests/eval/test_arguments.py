@@ -1,4 +1,4 @@
-"""What the commands refuse before the first picture is drawn, each in one sentence that names the value."""
+"""The commands refuse wrong values before the first picture is drawn, in one sentence that names the value."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""What the tables say, and what they do not."""
+"""The tables, plots and pictures of a report."""
 
 from dataclasses import replace
 from pathlib import Path

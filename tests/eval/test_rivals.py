@@ -1,4 +1,4 @@
-"""Other ways to draw faster: what each does to a real pipeline, and that it leaves no trace."""
+"""Rivals: each changes the pictures of a real pipeline, and leaves no trace."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who is timed, and what happens before."""
+"""Every configuration warms up before it is timed."""
 
 from pathlib import Path
 from typing import Any
