@@ -8,7 +8,8 @@ from itertools import product
 import torch
 
 from atc_diffusion import agglomerate
-from benchmark.engines import CHANNELS, LINKAGES, OTHERS, OURS, engines, gaussian, num_kept, same_partition
+from atc_diffusion.clustering import LINKAGES
+from benchmark.engines import CHANNELS, OTHERS, OURS, engines, gaussian, num_kept, same_partition
 from benchmark.memory import peak_bytes
 from benchmark.tables import Row, Table, mebibytes
 from benchmark.timing import Timing, take_turns, time_alone

@@ -16,7 +16,6 @@ from torch import Tensor
 from atc_diffusion import ATCConfig, agglomerate
 from benchmark.timing import Call
 
-LINKAGES = ("average", "complete", "single", "ward")
 CHANNELS = 320
 OURS = "atc_diffusion"
 OTHERS = ("fastcluster", "scipy", "scikit-learn")  # each clusters one problem at a time, on the CPU
