@@ -48,10 +48,10 @@ def test_masks_of_any_number_of_keys_are_aligned_as_xformers_asks(unet, keys, dt
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image", "z_image"])
 def test_so_are_those_of_rotary_transformers(name):
-    network: Any = FAMILIES[name].make()
+    network = FAMILIES[name].make()
     expected = FAMILIES[name].run(apply_patch(network, ATCConfig.fast(0.25)))
-    network.set_attention_backend("xformers")
-    assert torch.allclose(FAMILIES[name].run(network), expected, atol=1e-5)
+    with attention_dispatch.attention_backend("xformers"):
+        assert torch.allclose(FAMILIES[name].run(network), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer, Merge, Place, first
 from atc_diffusion.adapters.forward import check_forward
-from atc_diffusion.adapters.masks import aligned
+from atc_diffusion.adapters.weights import aligned, wider_heads
 
 # By name: which of them exist depends on the version of diffusers.
 _ADD_MASKS = {"native", "_native_cudnn", "_native_efficient", "_native_math", "flex", "xformers"}
@@ -179,23 +179,9 @@ def _attend_with_mask(
 def _attend_with_wider_heads(
     query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, mask: Tensor | None, backend: Any
 ) -> Tensor:
-    """The same softmax without an additive mask: `q k + log n` is the product of `[q, 1]` and `[k, log n]`.
-
-    In half precision the logarithm takes two channels, its value and what rounding took from it.
-    """
+    """`[B, S, H, D]`; log weights `[B, K]` go into channels of the heads."""
     width = query.shape[-1]
     if weights is not None:
-        logs = weights * width**0.5  # the logits are divided by that
-        high = logs.to(key.dtype)
-        columns = torch.stack([high, (logs - high).to(key.dtype)], dim=-1)[:, :, None]
-        query = _widened(query, torch.ones_like(columns[:1, :1]))
-        key = _widened(key, columns)
-        value = _widened(value, torch.zeros_like(columns[:1, :1]))
+        query, key, value = wider_heads(query, key, value, weights)
     attended = dispatch_attention_fn(query, key, value, attn_mask=mask, scale=width**-0.5, backend=backend)
     return attended[..., :width]
-
-
-def _widened(x: Tensor, columns: Tensor) -> Tensor:
-    """`x` `[B, N, H, D]` with `columns` `[B, N, 1, E]` behind its channels, and zeros up to a multiple of eight."""
-    x = torch.cat([x, columns.expand(*x.shape[:3], -1)], dim=-1)
-    return F.pad(x, (0, -x.shape[-1] % 8))

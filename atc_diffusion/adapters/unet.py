@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
 from atc_diffusion.adapters.forward import check_forward
-from atc_diffusion.adapters.masks import aligned
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
+from atc_diffusion.adapters.weights import aligned
 
 _MASKED = -1e4  # as good as -inf, and finite in float16
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
