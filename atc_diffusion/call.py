@@ -1,6 +1,6 @@
 """What belongs to one call of a network. The hooks inside the network find it, whichever thread they run in."""
 
-from contextvars import ContextVar
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,14 @@ class Call:
     running: bool = True
 
 
-present: ContextVar[Call | None] = ContextVar("present", default=None)
+class _Present(threading.local):
+    """The call that a thread is in. PyTorch traces this in all versions; a `ContextVar` only in the newest."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+
+present = _Present()
 
 # By the input of a block: a gradient checkpoint keeps that, and recomputes the block when its call is long over.
 _checkpointed = WeakTensorKeyDictionary()
@@ -67,7 +74,7 @@ _checkpointed = WeakTensorKeyDictionary()
 
 def enter_block(layer: str, hidden_states: Tensor) -> Call | None:
     """The call that a layer's block is in, or was in if a checkpoint recomputes it; None outside of any."""
-    call = present.get()
+    call = present.call
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return call
     if call is not None:
@@ -75,12 +82,12 @@ def enter_block(layer: str, hidden_states: Tensor) -> Call | None:
     elif hidden_states in _checkpointed:
         call, visits = _checkpointed[hidden_states]
         call.visits[layer] = visits
-        present.set(call)
+        present.call = call
     return call
 
 
 def leave_block() -> None:
     """End what `enter_block` recalled; also where a checkpoint stops a block half-way by an exception."""
-    call = present.get()
+    call = present.call
     if call is not None and not call.running:
-        present.set(None)
+        present.call = None

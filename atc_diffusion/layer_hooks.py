@@ -52,7 +52,7 @@ class LayerHooks:
         leave_block()
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = present.get()
+        call = present.call
         if call is None:
             raise ValueError(
                 f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
@@ -65,7 +65,7 @@ class LayerHooks:
         return self.family.merge(self.layer, args, kwargs, merge)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
-        call = present.get()
+        call = present.call
         assert call is not None  # or `_merge` would have raised
         call.hidden_states.pop(self.layer.name, None)
         return self.family.unmerge(output, call.merges[self.layer.name])

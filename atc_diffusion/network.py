@@ -95,21 +95,19 @@ class NetworkPatch:
         for layer in self._layers:
             self._family.attach(layer)
         self._last_run = run
-        present.set(
-            Call(
-                owner=self,
-                kept=kept,
-                fewest=self._fewest(size, moment, kept),
-                timestep=torch.as_tensor(timestep, device=image.latents.device).float().max(),
-                log=run.log,
-                size=size,
-                after=image.after,
-                items=_items(image.latents),
-                step=run.moments - 1 if moment is None else moment.index,
-                clusters=clusters,
-                outer=present.get(),
-                visit=visit,
-            )
+        present.call = Call(
+            owner=self,
+            kept=kept,
+            fewest=self._fewest(size, moment, kept),
+            timestep=torch.as_tensor(timestep, device=image.latents.device).float().max(),
+            log=run.log,
+            size=size,
+            after=image.after,
+            items=_items(image.latents),
+            step=run.moments - 1 if moment is None else moment.index,
+            clusters=clusters,
+            outer=present.call,
+            visit=visit,
         )
 
     def _clusters(self, run: Run, inputs: Inputs) -> Clusters:
@@ -127,16 +125,16 @@ class NetworkPatch:
     @torch.compiler.disable
     def _forecast(self) -> Any:
         """What the present call returns without running the network; None if it must run."""
-        call = present.get()
+        call = present.call
         return call.visit.output if call is not None and call.owner is self else None
 
     @torch.compiler.disable
     def _end(self, network: nn.Module, args: Args, output: Any) -> None:
         """Log the call; one that an exception ended has no output and is forgotten."""
-        call = present.get()
+        call = present.call
         if call is None or call.owner is not self:
             return
-        present.set(call.outer)
+        present.call = call.outer
         call.running = False
         if output is None:
             return

@@ -167,6 +167,12 @@ class Family(ABC):
         """The attention's output, with the output of every cluster copied to its members."""
 
 
+def named(args: Args, kwargs: Kwargs) -> Kwargs:
+    """The arguments of an attention, by name."""
+    names = ("hidden_states", "encoder_hidden_states", "attention_mask")
+    return {names[i]: value for i, value in enumerate(args)} | kwargs
+
+
 def first(args: Args, kwargs: Kwargs) -> Tensor:
     """The first argument of a block or an attention: its tokens `[B, N, C]`."""
     return args[0] if args else kwargs["hidden_states"]

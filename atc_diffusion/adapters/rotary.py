@@ -163,7 +163,7 @@ def _check_backend(layer: Layer, processor: Any) -> None:
 def _backend(processor: Any) -> str:
     """The name of the backend that diffusers sends a processor's attention to."""
     backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-    return AttentionBackendName(backend).value
+    return backend.value if isinstance(backend, AttentionBackendName) else backend
 
 
 def _attend_with_mask(

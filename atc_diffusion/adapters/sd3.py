@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
 from atc_diffusion.adapters.forward import check_forward
 
 
@@ -53,7 +53,7 @@ class SD3Family(Family):
         return _keys(attn, tokens).transpose(1, 2).flatten(2) if which == "keys" else attn.to_v(tokens)
 
     def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
-        given = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        given = named(args, kwargs)
         tokens = given["hidden_states"]
         weights = merge.keys.sizes if merge.weigh and merge.keys is not None else None
         merged = {

@@ -12,7 +12,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge
+from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
 from atc_diffusion.adapters.forward import check_forward
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 from atc_diffusion.adapters.weights import aligned
@@ -76,7 +76,7 @@ class UNetFamily(Family):
         return projection(tokens)
 
     def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
-        given = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        given = named(args, kwargs)
         tokens = given["hidden_states"]
         given["hidden_states"] = merge.merge_queries(tokens)
         if given.get("encoder_hidden_states") is None:
