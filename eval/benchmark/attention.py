@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from atc_diffusion.adapters.weights import wider_heads
 from benchmark.engines import num_kept
 from benchmark.models import BATCH, MODELS
 from benchmark.tables import Row, Table
@@ -54,18 +55,10 @@ def ways(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> dict[str, Call]:
 
 
 def fold(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Append a channel of ones to `q` and of weights to `k`, then zeros up to a multiple of 8, as fused kernels need.
-
-    `(q, 1) · (k, sqrt(D) log n) / sqrt(D)` is `q · k / sqrt(D) + log n`.
-    """
-    width = q.shape[3]
-    zeros = -(width + 1) % 8
-    weights = (width**0.5 * log_sizes)[:, None, :, None].expand(*k.shape[:3], 1)
-    return (
-        pad(pad(q, (0, 1), value=1.0), (0, zeros)),
-        pad(torch.cat([k, weights], dim=3), (0, zeros)),
-        pad(v, (0, 1 + zeros)),
-    )
+    """The library's `wider_heads` for heads `[B, H, N, D]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in wider_heads(q, k, v, log_sizes))
+    return q, k, v
 
 
 def attend_folded(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
