@@ -72,11 +72,13 @@ def make_patches(networks: dict[str, nn.Module], config: MergeConfig) -> "dict[s
             f"{type(networks[first]).__name__} has no self-attention that can be merged; supported are {_SUPPORTED}"
         )
     wanted = _levels(config, layers[first], {layer.level for each in layers.values() for layer in each})
-    return {
-        name: NetworkPatch(name, networks[name], family, chosen, config)
-        for name, family in families.items()
-        if family and (chosen := [layer for layer in layers[name] if layer.level in wanted])
-    }
+    patches: dict[str, NetworkPatch] = {}
+    for name, family in families.items():
+        chosen = [layer for layer in layers[name] if layer.level in wanted]
+        if family and chosen:
+            denoiser = patches[first].schedule if first in patches else None
+            patches[name] = NetworkPatch(name, networks[name], family, chosen, config, denoiser)
+    return patches
 
 
 def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Collection[int]:

@@ -12,8 +12,9 @@ change of the latents that a forecast would cause.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +77,16 @@ class Picture:
 
     def lane(self, inputs: Inputs) -> Lane:
         """The lane that a call continues; each serves one call a step."""
-        waiting = (lane for lane in self.lanes if lane.index == self.index - 1)
-        lane = next((lane for lane in waiting if lane.inputs.same_conditions(inputs)), None)
+        lane = next((lane for lane in self.waiting() if lane.inputs.same_conditions(inputs)), None)
         if lane is None:
             lane = Lane(inputs.clone(), self.index)
             self.lanes = [*(each for each in self.lanes if each.index >= self.index - 1), lane]
         lane.index = self.index
         return lane
+
+    def waiting(self) -> list[Lane]:
+        """The lanes that no call of this step has continued yet."""
+        return [lane for lane in self.lanes if lane.index == self.index - 1]
 
     def learn(self, output: Tensor) -> None:
         """Add an output `[B, C, ...]` to what the next latents may be made of."""
@@ -98,6 +102,10 @@ class Picture:
         return values[:, :: values.shape[1] // SAMPLES | 1].float()
 
 
+def _nothing(returned: Any) -> None:
+    """What a call leaves behind that nobody follows."""
+
+
 @dataclass
 class Visit:
     """One call of a network.
@@ -105,22 +113,12 @@ class Visit:
     Attributes:
         output: the forecast, in the form that the network returns; None: the network must be called.
         reason: why it must be called; "" where a step may be forecast in principle.
+        end: takes what was returned.
     """
 
-    picture: Picture | None = None
-    lane: Lane | None = None
     output: Any = None
     reason: str = ""
-
-    def end(self, returned: Any) -> None:
-        """Learn from what was returned."""
-        if self.picture is None or self.lane is None or len(returned) != 1:
-            return
-        self.picture.learn(returned[0])
-        if self.output is None:
-            self.lane.learn(self.picture.index, returned)
-        else:
-            self.lane.skipped += 1
+    end: Callable[[Any], None] = _nothing
 
 
 class Forecasts:
@@ -143,10 +141,18 @@ class Forecasts:
         if reason := self._reason(inputs):
             return Visit(reason=reason)
         picture = self._picture(inputs.latents, index)
-        picture.advance(inputs.latents, index)
         lane = picture.lane(inputs)
         reason = self._reason_now(picture, lane, tolerance)
-        return Visit(picture, lane, None if reason else lane.forecast(index), reason)
+        output = None if reason else lane.forecast(index)
+        return Visit(output, reason, partial(_learn, picture, lane, is_forecast=not reason))
+
+    def will_forecast(self, inputs: Inputs, index: int, tolerance: float) -> bool:
+        """Whether `visit` will forecast the calls that continue those of the step before, with these latents."""
+        if self._reason(inputs):
+            return False
+        picture = self._picture(inputs.latents, index)
+        waiting = picture.waiting()
+        return bool(waiting) and not any(self._reason_now(picture, lane, tolerance) for lane in waiting)
 
     def _reason(self, inputs: Inputs) -> str:
         """Why nothing is forecast in this run."""
@@ -169,14 +175,27 @@ class Forecasts:
         return ""
 
     def _picture(self, latents: Tensor, index: int) -> Picture:
-        """The one that `latents` belong to, or a new one."""
+        """The one that `latents` belong to, or a new one; comes to step `index`."""
         self._pictures = [each for each in self._pictures if each.index >= index - 1][-MAX_PICTURES:]
         distances = [picture.distance(latents, index) for picture in self._pictures]
         nearest = min(distances, default=math.inf)
-        if nearest <= 1e-3 + 2 * torch.finfo(latents.dtype).eps:
-            return self._pictures[distances.index(nearest)]
-        self._pictures.append(Picture(index, latents.detach().clone()))
-        return self._pictures[-1]
+        if nearest > 1e-3 + 2 * torch.finfo(latents.dtype).eps:
+            self._pictures.append(Picture(index, latents.detach().clone()))
+            return self._pictures[-1]
+        picture = self._pictures[distances.index(nearest)]
+        picture.advance(latents, index)
+        return picture
+
+
+def _learn(picture: Picture, lane: Lane, returned: Any, *, is_forecast: bool) -> None:
+    """Learn from what a call returned."""
+    if len(returned) != 1:
+        return
+    picture.learn(returned[0])
+    if is_forecast:
+        lane.skipped += 1
+    else:
+        lane.learn(picture.index, returned)
 
 
 def _distance_to_span(x: Tensor, columns: Sequence[Tensor]) -> float:

@@ -32,16 +32,26 @@ class NetworkPatch:
         family: its adapter.
         layers: the self-attentions to be merged.
         config: how.
+        denoiser: the schedule of the network that a ControlNet serves.
     """
 
-    def __init__(self, name: str, network: nn.Module, family: Family, layers: list[Layer], config: MergeConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        family: Family,
+        layers: list[Layer],
+        config: MergeConfig,
+        denoiser: Schedule | None = None,
+    ) -> None:
         self.name = name
         self.config = config
         self._network = network
         self._family = family
         self._layers = layers
         self._parameters = _parameters(type(network))
-        self._schedule = Schedule()
+        self.schedule = Schedule()
+        self._denoiser = denoiser
         self._last_run = Run()
         self._handles: list[RemovableHandle] = []
         self._skipping = SkippingForward(network, self._forecast) if config.forecast_tolerance else None
@@ -88,7 +98,7 @@ class NetworkPatch:
         moment = Moment.of(timestep)
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
         self._check_processors(size, kept)
-        inputs, run = Inputs.of(image.latents, image.others), self._schedule.run(moment, timestep)
+        inputs, run = Inputs.of(image.latents, image.others), self.schedule.run(moment, timestep)
         visit = self._visit(run, inputs, timestep, moment)
         clusters = self._clusters(run, inputs) if visit.output is None else Clusters()
         clusters.keep_maps({count for counts in kept.values() for count in counts})
@@ -120,7 +130,10 @@ class NetworkPatch:
             return Visit(reason="timesteps are no entries of scheduler.timesteps")
         if not self._skipping.trusted:
             return Visit(reason="the network's forward was replaced, as by a cache")
-        return run.forecasts(timestep, moment).visit(inputs, moment.index, self.config.forecast_tolerance)
+        index, tolerance = moment.index, self.config.forecast_tolerance
+        if self._denoiser is not None:
+            return run.following.visit(self._denoiser.forecasts(moment), inputs, index, tolerance)
+        return run.forecasts(timestep, moment).visit(inputs, index, tolerance)
 
     @torch.compiler.disable
     def _forecast(self) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.following import Following
 from atc_diffusion.forecast import Forecasts
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
@@ -57,16 +58,17 @@ class Run:
 
     def __init__(self) -> None:
         self.log = RunLog()
+        self.following = Following()
         self.time = -torch.inf
         self.moments = 0
         self._sources: list[Source] = []
-        self._forecasts: Forecasts | None = None
+        self.forecasts_so_far: Forecasts | None = None
 
     def forecasts(self, timestep: Tensor, moment: Moment) -> Forecasts:
         """Those of this run, which begins at `moment` unless it did before."""
-        if self._forecasts is None:
-            self._forecasts = Forecasts(timestep, moment.index, moment.count)
-        return self._forecasts
+        if self.forecasts_so_far is None:
+            self.forecasts_so_far = Forecasts(timestep, moment.index, moment.count)
+        return self.forecasts_so_far
 
     def advance(self, time: float) -> None:
         """Come to a call at `time`, which rises from noise to picture."""
@@ -124,3 +126,8 @@ class Schedule(threading.local):
             self._placed[moment.timesteps] = run
         run.advance(time)
         return run
+
+    def forecasts(self, moment: Moment) -> Forecasts | None:
+        """Those of the run that is going on at `moment`, if there is one."""
+        run = self._placed.get(moment.timesteps)
+        return run.forecasts_so_far if run is not None and run.time <= moment.index else None
