@@ -4,6 +4,7 @@ Its tensors are of a class of their own: `x.device` is "mps", data cross to the 
 so, tensors of two devices do not mix, and every operation is noted. What real kernels compute only a Mac can tell.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,20 +20,25 @@ DEVICE, CPU = torch.device("mps:0"), torch.device("cpu")
 OPERATIONS = {
     "__rshift__",
     "_unsafe_view",
+    "arange",
     "bitwise_and",
     "bitwise_xor",
     "bmm",
+    "cat",
     "clamp",
     "clamp_min",
     "clone",
     "constant_pad_nd",
     "cumsum",
+    "div",
     "embedding",
     "eq",
+    "expand",
     "floor_divide",
     "full_like",
     "gather",
     "log",
+    "masked_fill",
     "max",
     "new_ones",
     "norm",
@@ -55,6 +61,7 @@ ASK_FOR_THE_DEVICE = (
     Tensor.__getitem__,
     Tensor.__setitem__,
     Tensor.contiguous,
+    Tensor.__invert__,
     F.scaled_dot_product_attention,
     F.multi_head_attention_forward,
 )
@@ -121,14 +128,14 @@ class PretendDevice(TorchDispatchMode):
         return out if leaves else _to_device(out)
 
 
-def put(network: nn.Module) -> nn.Module:
-    """The network with its weights on the device; within `PretendDevice`."""
+def put(network: nn.Module, move: Callable[[Tensor], Tensor] = lambda x: x.to(DEVICE)) -> nn.Module:
+    """The network with its weights on the device, where `move` takes them; within `PretendDevice`."""
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = nn.Parameter(weight.data.to(DEVICE), requires_grad=False)
+                module._parameters[name] = nn.Parameter(move(weight), requires_grad=False)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(DEVICE)
+            module._buffers[name] = None if buffer is None else move(buffer)
     return network
 
 

@@ -1,17 +1,19 @@
 """Devices that need not be there: what runs on them, what crosses to the CPU, and what does not depend on defaults."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
+from atc_diffusion.adapters import Merge
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.windows import cluster_windows
@@ -23,6 +25,7 @@ NOT_BUILT_WITHOUT_DATA = ("controlnet_xs", "animatediff")  # they copy weights o
 CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
+ROTARY = [name for name in FAMILIES if name not in WITH_QUERIES]
 
 
 def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
@@ -134,6 +137,11 @@ def test_a_step_does_not_depend_on_the_default_dtype(name, default):
     assert torch.allclose(output, expected, atol=1e-5)
 
 
+def on_cuda(x: Tensor) -> Tensor:
+    """Within `FakeTensorMode`."""
+    return torch.empty(x.shape, dtype=x.dtype, device=CUDA)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("name", [x for x in WITH_QUERIES if x not in NOT_BUILT_WITHOUT_DATA])
 def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
@@ -144,8 +152,60 @@ def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
         with CUDA:
             network = family.build()
         apply_patch(network, config)
-        there = tree_map(
-            lambda x: torch.empty(x.shape, dtype=x.dtype, device=CUDA) if isinstance(x, Tensor) else x, inputs
-        )
+        there = tree_map(lambda x: on_cuda(x) if isinstance(x, Tensor) else x, inputs)
         outputs = network(**there, return_dict=False)
+    assert {x.device for x in tree_flatten(outputs)[0]} == {CUDA}
+
+
+# Diffusers computes rotary embeddings with what such devices have not (float64, values that are read), so of the rotary
+# families only the attentions go there.
+
+
+def merged_call(family: Family) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]:
+    """An attention whose keys merge, its arguments, and what it returns."""
+    network = apply_patch(family.make(), ATCConfig.fast(0.25))
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+    for module in network.modules():
+        if hasattr(module, "processor"):
+            module.register_forward_hook(
+                lambda module, args, kwargs, output: calls.append((module, args, kwargs, output)), with_kwargs=True
+            )
+    family.run(network)
+    call = next(call for call in calls if call[2].get("merge"))
+    call[0]._forward_pre_hooks.clear()
+    call[0]._forward_hooks.clear()
+    return call
+
+
+def moved(arguments: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    def move_leaf(x: Any) -> Any:
+        if isinstance(x, Merge):
+            return replace(x, keys=x.keys and MergeMap(move(x.keys.labels), x.keys.num_clusters))
+        return move(x) if isinstance(x, Tensor) else x
+
+    return tree_map(move_leaf, arguments)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_an_attention_on_mps_whose_keys_merge_after_the_rotation(name):
+    attention, args, kwargs, expected = merged_call(FAMILIES[name])
+    used = []
+    for given in (kwargs, kwargs | {"merge": None}):
+        there = copy.deepcopy(attention)
+        with PretendDevice() as device, torch.no_grad():
+            pretend_device.put(there)
+            output = there(*moved(args, lambda x: x.to(DEVICE)), **moved(given, lambda x: x.to(DEVICE)))
+        used.append((device.used, output))
+    assert used[0][0] - used[1][0] <= OPERATIONS
+    for actual, wanted in zip(tree_flatten(used[0][1])[0], tree_flatten(expected)[0], strict=True):
+        assert torch.allclose(on_cpu(actual), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_every_tensor_of_an_attention_whose_keys_merge_is_on_its_device(name):
+    attention, args, kwargs, _ = merged_call(FAMILIES[name])
+    with FakeTensorMode(), torch.no_grad():
+        pretend_device.put(attention, on_cuda)
+        args, kwargs = moved((args, kwargs), on_cuda)
+        outputs = attention(*args, **kwargs)
     assert {x.device for x in tree_flatten(outputs)[0]} == {CUDA}
