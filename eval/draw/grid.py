@@ -67,7 +67,7 @@ class Ways:
     )
     rival: tuple[Rival, ...] = option(
         "other ways to draw faster: steps:0.7 (a share of the steps), todo:2 and pooled:2 (keys downsampled by that "
-        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval)",
+        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (growth of the window)",
         (),
         Rival.parse,
     )

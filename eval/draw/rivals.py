@@ -18,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion import ATCConfig, patched, summary
+from draw.spectrum import Spectrum
 
 Draw = Callable[..., Any]
 Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -98,6 +99,20 @@ def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
 
 
 @contextmanager
+def spectrum(pipe: Any, growth: float) -> Iterator[Draw]:
+    forecasts = Spectrum(pipe.unet, growth)
+
+    def draw(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
+        forecasts.start(num_inference_steps)
+        return pipe(*args, num_inference_steps=num_inference_steps, **kwargs)
+
+    try:
+        yield draw
+    finally:
+        forecasts.remove()
+
+
+@contextmanager
 def pyramid_attention_broadcast(pipe: Any, interval: float) -> Iterator[Draw]:
     """PAB (Zhao et al. 2024) by diffusers: each attention's output serves `interval` steps in the middle of a run."""
     steps: list[int] = [0]  # the timestep of the current call
@@ -152,6 +167,7 @@ KINDS = {
     "pooled": _Kind("pooled keys", _share_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
+    "spectrum": _Kind("Spectrum", "window + {:g}".format, spectrum, (0, 10), whole=False, needs_unet=True),
     "pab": _Kind("PAB", "every {:g} steps".format, pyramid_attention_broadcast, (2, 1000), needs_unet=True),
 }
 
@@ -164,7 +180,7 @@ class Rival:
         name: a key of `KINDS`.
         strength: share of the denoising steps ("steps"); side of the cells of keys that become one ("todo", "pooled");
             percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of an
-            attention ("pab") serves.
+            attention ("pab") serves; growth of the window ("spectrum").
 
     Raises:
         ValueError: if there is no such rival, the strength is out of range, or the rival's package is not installed.
