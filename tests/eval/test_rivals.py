@@ -65,13 +65,14 @@ def line(step: int) -> Tensor:
 
 
 def test_spectrum_skips_more_and_more_steps_and_forecasts_a_line() -> None:
-    """The last output instead would be off by 8 at step 19; the ridge costs up to 1.2."""
+    """One step on, that is: there the ridge costs less than half a step, and further on more and more."""
     unet = Line()
     spectrum = Spectrum(unet, growth=0.75)
     for _ in range(2):
         spectrum.start(num_steps=20)
-        for step in range(20):
-            torch.testing.assert_close(unet(step, return_dict=False)[0], line(step), rtol=0, atol=1.5)
+        outputs = [unet(step, return_dict=False)[0] for step in range(20)]
+        for step in (5, 7, 9, 12):
+            torch.testing.assert_close(outputs[step], line(step), rtol=0, atol=0.8)
     spectrum.remove()
     assert unet.computed == [0, 1, 2, 3, 4, 6, 8, 11, 15] * 2
     assert "forward" not in vars(unet)
