@@ -1,4 +1,4 @@
-"""What belongs to one call of a network. The hooks inside the network find it, whichever thread they run in."""
+"""The state of one call of a network, which the hooks inside the network find, whichever thread they run in."""
 
 import threading
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ class Call:
         after: how many tokens follow the image's in the sequences of its attentions.
         items: how many images attend to themselves: the batch, times its frames.
         step: which step of its run it is, from 0.
-        clusters: what serves it; what is missing is added.
-        outer: the call within which the network was called, of another network.
-        visits: how often each layer's attention was called so far.
-        hidden_states: what each layer's block was given.
+        clusters: those that it reuses; missing ones are added.
+        outer: the call of another network within which this network was called.
+        visits: how often each layer's attention has been called so far.
+        hidden_states: the input of each layer's block.
         rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
-        visit: what is forecast in it.
+        visit: its forecast.
         running: whether the network has not returned yet.
     """
 

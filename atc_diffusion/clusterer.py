@@ -1,4 +1,4 @@
-"""Tokens -> tree, in the way that the configuration says."""
+"""Clusters tokens into a tree as the configuration says."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ def build_tree(config: MergeConfig, features: Tensor, grid: Grid, step: Tensor, 
     """Cluster tokens by their `features` `[B, N, C]`.
 
     Args:
-        config: says how.
-        features: what tokens are compared by.
+        config: the method and its options.
+        features: vectors whose distances are clustered.
         grid: height and width of the tokens' grid; their product is `N`.
         step: scalar tensor, the denoising timestep.
-        num_clusters: the fewest clusters that will be asked for; fewer may be possible.
+        num_clusters: the smallest number of clusters that the tree will be cut to; fewer may be possible.
     """
     return _BUILDERS[type(config)](config, features, grid, step, num_clusters)
 

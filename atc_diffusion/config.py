@@ -1,4 +1,4 @@
-"""What the user chose: which tokens are merged, how many, and for how long. Validated data, nothing else."""
+"""The user's choices: which tokens are merged, how many, and for how long. Validated data, nothing else."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,37 +19,37 @@ class MergeConfig:
     """The choices that every way of merging has; use `ATCConfig`, `ToMeConfig` or another baseline.
 
     Attributes:
-        r: share of the tokens **kept**, in (0, 1]: of `N` tokens the nearest whole number to `r * N` is kept,
-            from 64 up the nearest multiple of 8, which tensor cores work best with. Or a function that gives
-            the share for the progress of denoising, from 0 (noise) to 1; or a mapping from the levels to be patched,
-            by their downsampling factor, to either: `{1: 0.4, 2: 0.8}`. It sets how many queries there are, and so how
-            many outputs are computed. A configuration that holds a lambda cannot be pickled; a named function can.
-        r_keys: share of the keys and values kept, as for `r`; None: the same as `r`. Both are cut from one clustering.
-            Merged keys cost less fidelity than merged queries, so `r_keys` well below `r` is the better trade.
-        features: what tokens are compared by: the self-attention's "keys" (as the ATC paper's text says), its "values",
-            both ("keys_values", each scaled to unit deviation), or the block's input before its first norm
-            ("hidden_states", as the authors' code does).
+        r: share of the tokens **kept**, in (0, 1]. It is rounded to a whole number of tokens, and from 64 tokens up to
+            a multiple of 8, which suits tensor cores. May also be a function of the progress of denoising, from 0
+            (noise) to 1, or a mapping from levels (downsampling factors) to either: `{1: 0.4, 2: 0.8}`. It sets the
+            number of queries, and with it the number of outputs that are computed. A configuration with a lambda cannot
+            be pickled; one with a named function can.
+        r_keys: share of the keys and values kept, given like `r`; None: as `r`. Queries and keys are cut from one
+            clustering. Merging keys changes the image less than merging queries, so the best trade is an `r_keys` well
+            below `r`.
+        features: the tensors that measure the similarity of tokens: the self-attention's "keys" (as in the text of the
+            ATC paper), its "values", both ("keys_values", each scaled to unit standard deviation), or the block's input
+            before its first norm ("hidden_states", as in the authors' code).
         proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged token
             weighs as much as its members did (Bolya et al. 2023, Eq. 1).
-        levels: which levels are merged, by downsampling factor: a tuple such as (1, 2), or "finest", the finest that
-            has self-attention (1 in Stable Diffusion 1 and 2, 2 in SDXL, SD3 and PixArt), "costly", every level whose
-            attention costs at least half as much as the finest's (adds level 4 in SDXL), or "all". Not together with a
-            mapping for `r` or `r_keys`.
-        share_guidance: cluster the tokens of a picture once for all parts of its classifier-free guidance, by the
-            features of the last, which is the conditional one in Stable Diffusion. Which items of a batch are such
-            parts is inferred, so sharing begins at a run's second step.
-        share_layers: how many consecutive layers of a level one clustering serves.
-        recluster_threshold: tokens are reclustered once the network's input latents have changed by more than this
-            since the last clustering (norm of the change, relative to the norm of the latents). 0 reclusters at every
-            call.
-        forecast_tolerance: a network call is skipped, and its output extrapolated from the last ones, where that is
-            expected to change the latents by at most this much (norm of the change, relative to the norm of the
+        levels: which levels are merged, by downsampling factor: a tuple such as (1, 2); "finest", the finest level that
+            has self-attention (1 in Stable Diffusion 1 and 2; 2 in SDXL, SD3 and PixArt); "costly", every level whose
+            attention costs at least half as much as the finest one's (adds level 4 in SDXL); or "all". Cannot be
+            combined with a mapping for `r` or `r_keys`.
+        share_guidance: cluster the tokens of an image once for all parts of its classifier-free guidance, by the
+            features of the last part, which is the conditional one in Stable Diffusion. The parts are recognised by
+            their equal latents, so sharing begins at the second step of a run.
+        share_layers: number of consecutive layers of a level that use one clustering.
+        recluster_threshold: cluster again once the network's input latents have changed by more than this since the
+            last clustering (norm of the change relative to the norm of the latents). 0 clusters at every call.
+        forecast_tolerance: skip a call of the network and extrapolate its output from the last ones, if that is
+            expected to change the latents by at most this much (norm of the change relative to the norm of the
             latents). 0 computes every step; 0.015 skips up to two thirds of them. Nothing is skipped with samplers that
             add noise or repeat every timestep (Heun), nor in runs of fewer than 10 steps.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
-        ValueError: naming the value that does not fit and what would.
+        ValueError: naming the value that does not fit, and values that do.
     """
 
     r: Share | Mapping[int, Share] = 0.6
@@ -157,10 +157,10 @@ class ATCConfig(MergeConfig):
     Attributes:
         linkage: distance between clusters: "single", "complete", "average" (Eqs. 1-3, over cosine distance) or
             "ward" (over Euclidean distance; not in the paper).
-        window_size: longest side, in tokens, of the windows that are clustered separately; None: the whole picture at
-            once, which is a little nearer to the unmerged picture (eval/results) and takes longer the more tokens there
-            are.
-        backend: what clusters: a name that `agglomerate` takes, or None for the fastest.
+        window_size: longest side, in tokens, of the windows that are clustered separately. None clusters the whole
+            image at once, which stays a little closer to the unmerged image (eval/results) and takes longer the more
+            tokens there are.
+        backend: the implementation of the clustering, by a name that `agglomerate` takes; None: the fastest.
     """
 
     linkage: str = "average"
@@ -193,15 +193,15 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def faster(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":
-        """`fast` with forecasting: with deterministic samplers, it calls the network at about half of the steps."""
+        """`fast` with forecasting: with deterministic samplers, the network runs at about half of the steps."""
         return replace(cls.fast(r_keys), forecast_tolerance=0.015)
 
     @classmethod
     def fast(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":
-        """The quickest setting that stays near the unmerged pictures: all queries, few keys (eval/results).
+        """The fastest setting that stays close to the unmerged images: all queries, few keys (eval/results).
 
         It merges every costly level, unless `r_keys` names the levels: one in Stable Diffusion 1 and 2, two in SDXL.
-        Ward's linkage makes clusters of least spread, which is what merged keys lose.
+        Ward linkage keeps the spread within clusters small, and that spread is what merging keys loses.
         """
         return cls(r=1.0, r_keys=r_keys, linkage="ward", levels="finest" if isinstance(r_keys, Mapping) else "costly")
 

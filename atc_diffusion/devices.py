@@ -1,4 +1,4 @@
-"""What differs between devices; which of them clusters is decided in `clustering.placement`."""
+"""Differences between devices. `clustering.placement` decides which of them clusters."""
 
 from contextlib import AbstractContextManager, nullcontext
 

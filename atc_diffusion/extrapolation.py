@@ -1,4 +1,4 @@
-"""The outputs of a network under one condition, extrapolated by a polynomial, and how far off that will be."""
+"""Polynomial extrapolation of a network's outputs under one condition, and its expected error."""
 
 import math
 from collections.abc import Sequence
@@ -41,14 +41,14 @@ class Lane:
         return [step for step, _ in self.outputs]
 
     def forecast(self, index: int) -> Any:
-        """What the network would return at step `index`."""
+        """The output at step `index`, in the form that the network returns."""
         output = self._extrapolated(index)
         if isinstance(self.template, tuple):
             return (output,)
         return type(self.template)(**dict.fromkeys(self.template, output))
 
     def expected_error(self, index: int) -> float:
-        """Of a forecast for step `index`, relative to the output, if errors go on growing as they did."""
+        """The expected relative error of a forecast for step `index`, if errors keep growing as they did."""
         if not self.rates:
             return math.inf
         rate, before = float(self.rates[0]), float(self.rates[-1])
@@ -77,7 +77,7 @@ def lagrange(steps: Sequence[int], index: int) -> list[float]:
 
 
 def _remainder(steps: Sequence[int], index: int) -> float:
-    """What the error at `index` of interpolation at `steps` is proportional to."""
+    """The factor of the interpolation error that depends on the `steps` and on `index`."""
     return float(math.prod(abs(index - step) for step in steps))
 
 

@@ -1,9 +1,11 @@
-"""A ControlNet need not be called where the output of the network that it serves is forecast."""
+"""Skips the calls of a ControlNet where the output of the network that it serves is forecast."""
 
+from functools import partial
 from typing import Any
 
 from atc_diffusion.forecast import Forecasts, Visit
 from atc_diffusion.inputs import Inputs
+from atc_diffusion.moment import Moment
 
 MAX_CONDITIONS = 256  # a loop over more of them forgets the oldest
 
@@ -15,17 +17,22 @@ class Following:
         self._computed: list[Inputs] = []
         self._returned: dict[object, Any] = {}
 
-    def visit(self, denoiser: Forecasts | None, inputs: Inputs, index: int, tolerance: float) -> Visit:
-        """A call at step `index`. Where the denoiser will be forecast, only the shape of what this returns is read."""
+    def visit(self, denoiser: Forecasts | None, inputs: Inputs, moment: Moment, tolerance: float) -> Visit:
+        """A call at `moment`. Where the denoiser will be forecast, only the shape of what this returns is read."""
         skipped = (
             denoiser is not None
             and inputs.kind in self._returned
             and any(earlier.same_conditions(inputs) for earlier in self._computed)
-            and denoiser.will_forecast(inputs, index, tolerance)
+            and denoiser.will_forecast(inputs, moment.index, tolerance)
         )
         if skipped:
             return Visit(self._returned[inputs.kind])
-        return Visit(reason="the denoiser is computed", end=lambda returned: self._remember(inputs, returned))
+        remember = self._forget if moment.index == moment.count - 1 else partial(self._remember, inputs)
+        return Visit(reason="the denoiser is computed", end=remember)
+
+    def _forget(self, returned: Any) -> None:
+        """At the last step: nothing is skipped after it, and a network remembers its last run."""
+        self._returned.clear()
 
     def _remember(self, inputs: Inputs, returned: Any) -> None:
         others = [each for each in self._computed if not each.same_conditions(inputs)]

@@ -1,13 +1,13 @@
-"""Which calls of a network need not be made, because its output can be extrapolated from the outputs before.
+"""Decides which calls of a network can be skipped because their output can be extrapolated from earlier outputs.
 
-Two measurements decide, and nothing is assumed about the sampler:
+The decision rests on two measurements and on no assumption about the sampler:
 
-*Which picture is it?* A deterministic sampler makes the next latents by adding up latents and outputs of the steps
-before. Latents that are no such sum continue another picture, or had noise added, or were changed by hand.
+*Which picture does the call continue?* A deterministic sampler makes the next latents as a weighted sum of earlier
+latents and outputs. Latents that are not such a sum belong to another picture, had noise added, or were edited.
 
-*How far off would it be?* At every call that is made, the output is compared with what would have been forecast. By the
-remainder of polynomial interpolation this gives the error of the next forecast; times the step's length, it is the
-change of the latents that a forecast would cause.
+*How large would the error be?* At each call that is computed, the output is compared with its forecast. The remainder
+term of polynomial interpolation turns that into the expected error of the next forecast. Multiplied by the length of
+the step, it is the change of the latents that the forecast would cause.
 """
 
 import math
@@ -32,10 +32,10 @@ MAX_PICTURES = 256  # a loop with more at one step forgets the oldest
 
 @dataclass
 class Picture:
-    """Latents on their way from noise to a picture.
+    """One picture on its way from noise: its latents and outputs so far.
 
     Attributes:
-        index: the step that they are at.
+        index: its present step.
         latents: `[B, C, ...]`, as the network gets them.
         channels: how many of `C` are denoised; others are conditions, such as a mask.
         trail: by step, samples `[B, D]` of the latents and of each output.
@@ -51,7 +51,7 @@ class Picture:
     lanes: list[Lane] = field(default_factory=list)
 
     def distance(self, latents: Tensor, index: int) -> float:
-        """The relative distance of `latents` at step `index` from all that this picture may have become there."""
+        """The relative distance of `latents` from the nearest ones that this picture could have at step `index`."""
         if latents.shape != self.latents.shape or latents.dtype != self.latents.dtype:
             return math.inf
         if index == self.index:
@@ -71,7 +71,7 @@ class Picture:
             self.trail.append([])
 
     def next_length(self) -> float:
-        """That of the coming step, if steps go on growing as they did."""
+        """The expected length of the next step, if steps keep growing as they did."""
         before, last = self.lengths
         return max(before, last) * min(max(last / before, 1.0), 2.0) if before else last
 
@@ -89,7 +89,7 @@ class Picture:
         return [lane for lane in self.lanes if lane.index == self.index - 1]
 
     def learn(self, output: Tensor) -> None:
-        """Add an output `[B, C, ...]` to what the next latents may be made of."""
+        """Add an output `[B, C, ...]` to the tensors that the next latents can be a sum of."""
         self.channels = min(output.shape[1], self.latents.shape[1])
         if not self.trail[-1]:
             self.trail[-1].append(self._sampled(self.latents))
@@ -103,7 +103,7 @@ class Picture:
 
 
 def _nothing(returned: Any) -> None:
-    """What a call leaves behind that nobody follows."""
+    """Learn nothing from what a call returned."""
 
 
 @dataclass
@@ -111,9 +111,9 @@ class Visit:
     """One call of a network.
 
     Attributes:
-        output: the forecast, in the form that the network returns; None: the network must be called.
-        reason: why it must be called; "" where a step may be forecast in principle.
-        end: takes what was returned.
+        output: the forecast, in the form that the network returns; None: the network must run.
+        reason: why it must run; "" otherwise.
+        end: to be called with what the call returned.
     """
 
     output: Any = None
@@ -122,7 +122,7 @@ class Visit:
 
 
 class Forecasts:
-    """What is known of the pictures of one run.
+    """The forecasts of one run, of any number of pictures.
 
     Args:
         timestep: that of the first call.
@@ -155,7 +155,7 @@ class Forecasts:
         return bool(waiting) and not any(self._reason_now(picture, lane, tolerance) for lane in waiting)
 
     def _reason(self, inputs: Inputs) -> str:
-        """Why nothing is forecast in this run."""
+        """Why nothing is forecast in this run; "" if something may be."""
         if self._count - self._first < FEWEST_STEPS:
             return f"runs of fewer than {FEWEST_STEPS} steps are computed"
         if self._in_pairs:
@@ -164,7 +164,7 @@ class Forecasts:
         return "" if computable else "gradients are recorded, or values unreadable"
 
     def _reason_now(self, picture: Picture, lane: Lane, tolerance: float) -> str:
-        """Why this call is not forecast."""
+        """Why this call is not forecast; "" if it is."""
         if picture.index in (self._first, self._first + 1, self._count - 1):
             return "the first two steps and the last are computed"
         if len(lane.outputs) < 2:

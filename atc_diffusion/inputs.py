@@ -1,4 +1,4 @@
-"""What a network was called with, how far that has moved since an earlier call, and which items are equal."""
+"""The arguments of a network's call, how far they have moved since an earlier call, and which items are equal."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ class Inputs:
     """The arguments of one call, other than the timestep.
 
     Attributes:
-        moving: what changes from step to step, each `[B, C, ...]`; first the latents.
+        moving: tensors that change from step to step, each `[B, C, ...]`; the latents come first.
         fixed: tensors that are the same in all steps of a picture, such as the text.
         settings: all other arguments that can be compared.
-        inference_mode: whether tensors are made that training cannot use.
+        inference_mode: whether the call was made under `torch.inference_mode`.
     """
 
     moving: tuple[Tensor, ...]
@@ -60,7 +60,7 @@ class Inputs:
         return not (self.latents.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def same_conditions(self, other: "Inputs") -> bool:
-        """Whether all that stays the same in all steps of a picture is equal."""
+        """Whether everything that stays the same throughout a picture is equal."""
         if len(self.fixed) != len(other.fixed) or self.settings != other.settings:
             return False
         return all(map(_equal, self.fixed, other.fixed))

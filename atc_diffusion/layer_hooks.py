@@ -1,4 +1,4 @@
-"""The hooks around one self-attention: cluster its tokens or recall their clusters, cut, merge, un-merge."""
+"""The hooks around one self-attention: cluster its tokens or reuse clusters, cut the tree, merge, unmerge."""
 
 import math
 from typing import Any
@@ -71,9 +71,9 @@ class LayerHooks:
         return self.family.unmerge(output, call.merges[self.layer.name])
 
     def _cut(self, call: Call, tokens: Tensor, place: Place) -> Merge:
-        """What this call merges of `tokens` `[B, N, C]`: two cuts of one tree.
+        """How this call merges `tokens` `[B, N, C]`: by two cuts of one tree.
 
-        An attention that is called several times, such as for portions of the batch, has clusters for each time.
+        An attention that is called several times, such as for portions of the batch, gets clusters for each of them.
         """
         num_tokens = tokens.shape[1]
         visit = call.visits.get(self.layer.name, 0)

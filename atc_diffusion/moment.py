@@ -1,4 +1,4 @@
-"""When in a denoising run a call of a network happens, by its timestep."""
+"""The position of a network's call in a denoising run, found from its timestep."""
 
 from dataclasses import dataclass
 

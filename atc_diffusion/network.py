@@ -1,4 +1,4 @@
-"""The patch of one network: it follows the network's calls, and has the hooks of its layers."""
+"""The patch of one network: follows the network's calls and holds the hooks of its layers."""
 
 import inspect
 import math
@@ -27,11 +27,11 @@ class NetworkPatch:
     """Merging in one network. The hooks are PyTorch's own, so a deep copy of the network has its own patch.
 
     Args:
-        name: what the network is called in reports.
+        name: the network's name in reports.
         network: a module of the family.
         family: its adapter.
         layers: the self-attentions to be merged.
-        config: how.
+        config: how they are merged.
         denoiser: the schedule of the network that a ControlNet serves.
     """
 
@@ -77,13 +77,13 @@ class NetworkPatch:
             self._skipping.detach()
 
     def summaries(self) -> list[LayerSummary]:
-        """What the layers did in the last run."""
+        """The last run, layer by layer."""
         logs = self._last_run.log
         projects_all = self._family.projects_all
         return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels, projects_all) for x in self._layers]
 
     def forecasts(self) -> ForecastSummary | None:
-        """What was forecast in the last run, if the configuration says that steps may be."""
+        """The forecast steps of the last run; None if the configuration forecasts none."""
         return self._last_run.log.forecasts() if self._skipping else None
 
     def merges(self) -> list[RecordedMerge]:
@@ -130,14 +130,14 @@ class NetworkPatch:
             return Visit(reason="timesteps are no entries of scheduler.timesteps")
         if not self._skipping.trusted:
             return Visit(reason="the network's forward was replaced, as by a cache")
-        index, tolerance = moment.index, self.config.forecast_tolerance
+        tolerance = self.config.forecast_tolerance
         if self._denoiser is not None:
-            return run.following.visit(self._denoiser.forecasts(moment), inputs, index, tolerance)
-        return run.forecasts(timestep, moment).visit(inputs, index, tolerance)
+            return run.following.visit(self._denoiser.forecasts(moment), inputs, moment, tolerance)
+        return run.forecasts(timestep, moment).visit(inputs, moment.index, tolerance)
 
     @torch.compiler.disable
     def _forecast(self) -> Any:
-        """What the present call returns without running the network; None if it must run."""
+        """The output of the present call, if the network need not run; else None."""
         call = present.call
         return call.visit.output if call is not None and call.owner is self else None
 
@@ -171,7 +171,7 @@ class NetworkPatch:
         return {level: self.config.num_kept(math.prod(grid), level, progress) for level, grid in grids.items()}
 
     def _fewest(self, size: tuple[int, int], moment: Moment | None, now: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """The fewest that clusters of this moment may be asked for, by level."""
+        """The smallest number of clusters, by level, that a clustering made now may be cut down to."""
         if not self.config.scheduled:
             return {level: min(kept) for level, kept in now.items()}
         if moment is None:

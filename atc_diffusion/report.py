@@ -1,4 +1,4 @@
-"""What merging did in a run: counted while it runs, told by `summary` and `merge_maps`."""
+"""Records of what merging did in a run, and the reports that `summary` and `merge_maps` make of them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -133,7 +133,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclass
 class LayerLog:
-    """What one layer did so far in a run: tokens, what was kept by step, and how often it was clustered."""
+    """Counts of one layer in a run: its tokens, how many were kept at each step, and its clusterings."""
 
     tokens: int = 0
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Which clusters serve a call of a network, and how far the denoising is. Knows no tokens and no model.
+"""Decides which clusters a call of a network reuses. Knows nothing of tokens or models.
 
-Clusters are recognised by content: they serve calls whose inputs continue those that they were made from. A scheduler's
-timesteps only tell runs apart and give the progress.
+Clusters are reused by content: by calls whose inputs continue those that the clusters were made from. A scheduler's
+timesteps serve only to tell runs apart and to measure progress.
 """
 
 import threading
@@ -26,7 +26,7 @@ MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clus
 
 @dataclass(frozen=True)
 class Clusters:
-    """What has been clustered from one call's tokens.
+    """The clusters made from the tokens of one call.
 
     Attributes:
         sharing: which items of the batch share clusters; None: each has its own.
@@ -65,7 +65,7 @@ class Run:
         self.forecasts_so_far: Forecasts | None = None
 
     def forecasts(self, timestep: Tensor, moment: Moment) -> Forecasts:
-        """Those of this run, which begins at `moment` unless it did before."""
+        """The forecasts of this run; they begin at the first call of this method."""
         if self.forecasts_so_far is None:
             self.forecasts_so_far = Forecasts(timestep, moment.index, moment.count)
         return self.forecasts_so_far
@@ -77,7 +77,7 @@ class Run:
             self._sources = [each for each in self._sources if self.moments - each.served <= PATIENCE]
 
     def clusters(self, inputs: Inputs, threshold: float, share_guidance: bool) -> Clusters:
-        """Those that serve a call: made from inputs that have since changed by at most `threshold`, or new ones."""
+        """Clusters for a call: those whose inputs have since changed by at most `threshold`, or new ones."""
         if not inputs.readable:
             return Clusters()
         source = self._continued(inputs, threshold)
@@ -91,7 +91,7 @@ class Run:
         return clusters
 
     def _continued(self, inputs: Inputs, threshold: float) -> Source | None:
-        """What `inputs` are nearest to, if that is near enough."""
+        """The source nearest to `inputs`, if it is near enough."""
         candidates = [source for source in self._sources if source.inputs.kind == inputs.kind]
         if not candidates:
             return None
@@ -128,6 +128,6 @@ class Schedule(threading.local):
         return run
 
     def forecasts(self, moment: Moment) -> Forecasts | None:
-        """Those of the run that is going on at `moment`, if there is one."""
+        """The forecasts of the run that `moment` belongs to, if it has begun."""
         run = self._placed.get(moment.timesteps)
         return run.forecasts_so_far if run is not None and run.time <= moment.index else None

@@ -1,4 +1,4 @@
-"""A network's `forward` that need not run."""
+"""A network's `forward` that can be skipped."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -37,7 +37,10 @@ class SkippingForward:
 
     @property
     def trusted(self) -> bool:
-        """Whether all that wraps `forward` says so, as offloading does; a cache that counts steps must see them all."""
+        """Whether all wrappers of `forward` are declared, as those of offloading are.
+
+        Others, such as a cache that counts steps, may need to see every step.
+        """
         chain = list(_wrapped(self._network.forward))
         end = type(self._network).forward
         return self._outer in chain and any(getattr(each, "__func__", None) is end for each in chain)

@@ -1,4 +1,4 @@
-"""Ways of drawing a pipeline's pictures, tried in turn: their time, and how near their pictures are."""
+"""Compares ways of drawing a pipeline's images, in turn: their time, and how close their images are."""
 
 import statistics
 import time
@@ -26,8 +26,8 @@ class Way:
     """One way of drawing pictures.
 
     Attributes:
-        config: how the pipeline is patched; None: not at all.
-        num_inference_steps: how many steps are asked for.
+        config: the patch; None: no patch.
+        num_inference_steps: the number of steps that the pipeline is called with.
     """
 
     config: MergeConfig | None
@@ -45,15 +45,15 @@ def _parts(config: MergeConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """How one way of drawing did.
+    """The measurements of one way of drawing.
 
     Attributes:
-        way: which.
-        seconds: per call of the pipeline, the median.
-        ratio: of these to the unpatched pipeline's for the same prompt, the median.
-        psnr: in dB, to the unpatched pipeline's pictures, the mean; infinite if they are equal.
-        pictures: how many prompts were drawn.
-        image: of the first prompt.
+        way: the way.
+        seconds: median time of a call of the pipeline.
+        ratio: median ratio of that time to the unpatched pipeline's for the same prompt.
+        psnr: mean PSNR in dB against the unpatched pipeline's images; infinite if they are equal.
+        pictures: number of prompts that were drawn.
+        image: the image of the first prompt.
     """
 
     way: Way
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one call of the pipeline returned, and the seconds that it took."""
+    """The images that one call of the pipeline returned, and its time in seconds."""
 
     images: list[Image]
     seconds: float
@@ -99,7 +99,7 @@ class Trials:
         return tuple(sorted(map(self._row, self.seconds), key=lambda row: row.ratio))
 
     def promising(self, ways: Sequence[Way], min_psnr: float) -> list[Way]:
-        """Those that may still be the answer."""
+        """The ways that may still turn out best."""
         rows = {row.way: row for row in self.rows()}
         return [way for way in ways if way in rows and rows[way].ratio < 1 and rows[way].psnr >= min_psnr - DOUBT]
 
@@ -120,7 +120,7 @@ class Bench:
     on_progress: OnProgress
 
     def warm_up(self, prompt: str) -> None:
-        """Let everything compile, with the patch that is on and without."""
+        """Compile everything, with the present patch and without."""
         self.on_progress("warming up", 0, 0)
         self._draw(prompt, 0, 2)
         remove_patch(self.pipe)

@@ -1,4 +1,4 @@
-"""Find the fastest setting that keeps a pipeline's pictures: merging, forecasting, fewer steps, and combinations."""
+"""Finds the fastest setting that keeps a pipeline's images: merging, forecasting, fewer steps, and combinations."""
 
 import inspect
 import math
@@ -17,11 +17,11 @@ FASTER = 0.97  # of the unmerged time; anything nearer to 1 may be noise
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found; prints as a table with advice.
+    """The result of `tune`; prints as a table with advice.
 
     Attributes:
-        rows: of all ways that were tried, the fastest first.
-        min_psnr: the least PSNR that was asked for.
+        rows: one for each way that was tried, the fastest first.
+        min_psnr: the lowest PSNR that was acceptable.
     """
 
     rows: tuple[Row, ...]
@@ -29,7 +29,7 @@ class Tuning:
 
     @property
     def best(self) -> Row:
-        """The fastest way that is near enough; the unpatched pipeline if none is faster."""
+        """The fastest way that is close enough, or the unpatched pipeline if none is faster."""
         good = [row for row in self.rows if row.psnr >= self.min_psnr and row.ratio < FASTER]
         return good[0] if good else next(row for row in self.rows if row.way.config is None and math.isinf(row.psnr))
 
@@ -40,7 +40,7 @@ class Tuning:
 
     @property
     def num_inference_steps(self) -> int:
-        """To be asked for together with `config`."""
+        """The number of steps to use together with `config`."""
         return self.best.way.num_inference_steps
 
     @property
@@ -70,22 +70,24 @@ def tune(
     on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> Tuning:
-    """Draw pictures with merging, with forecast steps, with fewer steps and with combinations, and compare them.
+    """Compare merging, forecast steps, fewer steps and combinations of these on images of your own prompts.
 
-    What is slower than the unpatched pipeline, or far from its pictures, is drawn for the first prompt only. The
-    pipeline is left as it was, with the patch that it had.
+    Settings that are slower than the unpatched pipeline, or far from its images, are drawn for the first prompt only.
+    The pipeline is left as it was, with the patch that it had.
 
     Args:
-        pipe: a pipeline that `apply_patch` takes, and that returns `images`.
-        prompts: a few prompts, each drawn by a call of its own.
-        min_psnr: the least PSNR, in dB, to the unpatched pipeline's pictures.
-        max_seconds: no picture is begun after that, but the unpatched one of the first prompt and one other.
-        seed: of the first prompt's noise; each prompt has the next.
-        on_progress: called before each picture.
-        arguments: of the pipeline's call, such as `num_inference_steps`, `guidance_scale`, `height`, or `image`.
+        pipe: a pipeline that `apply_patch` supports and that returns `images`.
+        prompts: a few prompts; each is drawn by a separate call.
+        min_psnr: the lowest acceptable PSNR, in dB, against the unpatched pipeline's images.
+        max_seconds: time after which no image is begun; the unpatched image of the first prompt and one other are
+            always drawn.
+        seed: for the noise of the first prompt; each further prompt adds 1.
+        on_progress: called before each image with its setting, the number of images done, and the total.
+        arguments: passed to the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, or `image`.
 
     Returns:
-        a `Tuning`: `apply_patch(pipe, tuning.config)`, and draw with `num_inference_steps=tuning.num_inference_steps`.
+        a `Tuning`. Call `apply_patch(pipe, tuning.config)` and draw with
+        `num_inference_steps=tuning.num_inference_steps`.
 
     Raises:
         ValueError: if there is no prompt, or the pipeline cannot be patched.
@@ -95,7 +97,7 @@ def tune(
         raise ValueError("prompts must be a prompt or several, got none")
     steps = arguments.pop("num_inference_steps", None) or _default_steps(pipe)
     bench = Bench(pipe, arguments, seed, time.perf_counter() + max_seconds, on_progress or _ignore)
-    with patched(pipe, ATCConfig.faster()):  # restores the present patch in the end
+    with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving
         bench.warm_up(prompts[0])
         remove_patch(pipe)
         ways = [way for way in _ways(steps) if _fits(pipe, way)]
@@ -103,7 +105,7 @@ def tune(
 
 
 def _ways(steps: int) -> Iterator[Way]:
-    """The unpatched pipeline, then what is tried, the most promising first."""
+    """The unpatched pipeline, then everything else that is tried, the most promising first."""
     fast, faster = ATCConfig.fast(), ATCConfig.faster()
     fewer = [max(1, round(share * steps)) for share in (0.8, 0.5)]
     yield Way(None, steps)
@@ -121,7 +123,7 @@ def _ways(steps: int) -> Iterator[Way]:
 
 
 def _fits(pipe: Any, way: Way) -> bool:
-    """Whether the pipeline's models can merge so; those that rotate tokens keep all queries."""
+    """Whether the pipeline's models support this way; models with rotary embeddings must keep all queries."""
     try:
         with patched(pipe, way.config) if way.config else nullcontext():
             return True
