@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import torch
+
 from atc_diffusion.forecast import Forecasts, Visit
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Moment
@@ -35,6 +37,8 @@ class Following:
         self._returned.clear()
 
     def _remember(self, inputs: Inputs, returned: Any) -> None:
+        if torch.is_grad_enabled():  # nothing is skipped in training
+            return
         others = [each for each in self._computed if not each.same_conditions(inputs)]
         self._computed = [*others[1 - MAX_CONDITIONS :], inputs.clone()]
         self._returned[inputs.kind] = returned
