@@ -14,6 +14,7 @@ Problem = str | None
 PRESETS = {
     "ATC, the default": ATCConfig(),
     "ATC, fast: every query, few keys": ATCConfig.fast(),
+    "ATC, faster: forecast steps too": ATCConfig.faster(),
     "ATC, the paper's Table 2": ATCConfig.paper(r=0.6),
     "ToMe, the baseline": ToMeConfig(r=0.5),
 }
@@ -62,8 +63,8 @@ def fields(prompt: str, steps: int, size: int) -> list[gr.components.Component]:
         side = gr.Number(size, label="Size, pixels", min_width=80, elem_id="size")
     first = next(iter(PRESETS))
     preset = gr.Dropdown(list(PRESETS), value=first, label="Method", elem_id="preset")
-    r = gr.Slider(0.05, 1, begin(first)[0], step=0.05, label="Queries kept (r)", elem_id="r")
-    r_keys = gr.Slider(0.05, 1, begin(first)[1], step=0.05, label="Keys and values kept (r_keys)", elem_id="r_keys")
+    r = gr.Slider(0.05, 1, begin(first)[0], step=0.025, label="Queries kept (r)", elem_id="r")
+    r_keys = gr.Slider(0.05, 1, begin(first)[1], step=0.025, label="Keys and values kept (r_keys)", elem_id="r_keys")
     preset.input(begin, preset, [r, r_keys], show_progress="hidden")
     return [words, seed, number, side, preset, r, r_keys]
 

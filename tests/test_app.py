@@ -188,6 +188,16 @@ def test_a_share_that_the_method_cannot_keep_is_a_sentence_beside_it(visitors):
     expect(page.locator("#r_keys")).to_contain_text("keeps at least 0.25 of the tokens, got r_keys=0.05")
 
 
+@pytest.mark.parametrize("preset", ["fast", "faster"])
+def test_a_preset_is_drawn_as_it_is(visitors, preset):
+    page = visitors.enter()
+    page.locator("#preset input").click()
+    page.get_by_role("option", name=f"ATC, {preset}:").click()
+    expect(page.locator("#r_keys input[type=number]")).to_have_value("0.125")
+    draw(page, runs=1)
+    expect(code(page)).to_have_text(re.compile("r=1(.0)?, r_keys=0.125, levels='costly'.*linkage='ward'"))
+
+
 def test_a_run_can_be_cancelled(visitors):
     page = visitors.enter()
     fill(page, steps=1000)
