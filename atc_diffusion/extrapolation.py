@@ -42,7 +42,9 @@ class Lane:
 
     def forecast(self, index: int) -> Any:
         """The output at step `index`, in the form that the network returns."""
-        output = self._extrapolated(index)
+        output: Any = self._extrapolated(index)
+        if isinstance(self.template[0], list):
+            output = list(output)
         if isinstance(self.template, tuple):
             return (output,)
         return type(self.template)(**dict.fromkeys(self.template, output))
@@ -57,7 +59,7 @@ class Lane:
 
     def learn(self, index: int, returned: Any) -> None:
         """Remember what the network returned at step `index`."""
-        output = returned[0].detach()
+        output = output_of(returned)
         if self.outputs:
             rate = largest_change(output, self._extrapolated(index)) / _remainder(self.steps, index)
             self.rates = (rate, *self.rates[:1]) if self.nodes == len(self.outputs) else (rate,)
@@ -69,6 +71,12 @@ class Lane:
         weights = lagrange(self.steps, index)
         terms = [weight * output.float() for weight, (_, output) in zip(weights, self.outputs, strict=True)]
         return torch.stack(terms).sum(dim=0).to(self.outputs[-1][1].dtype)
+
+
+def output_of(returned: Any) -> Tensor:
+    """The output `[B, ...]` of a network that returned a tensor or, like Z-Image's, a list with one for each item."""
+    output = returned[0]
+    return (torch.stack(output) if isinstance(output, list) else output).detach()
 
 
 def lagrange(steps: Sequence[int], index: int) -> list[float]:

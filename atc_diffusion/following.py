@@ -7,7 +7,7 @@ import torch
 
 from atc_diffusion.forecast import Forecasts, Visit
 from atc_diffusion.inputs import Inputs
-from atc_diffusion.moment import Moment
+from atc_diffusion.moment import Step
 
 MAX_CONDITIONS = 256  # a loop over more of them forgets the oldest
 
@@ -19,17 +19,17 @@ class Following:
         self._computed: list[Inputs] = []
         self._returned: dict[object, Any] = {}
 
-    def visit(self, denoiser: Forecasts | None, inputs: Inputs, moment: Moment, tolerance: float) -> Visit:
-        """A call at `moment`. Where the denoiser will be forecast, only the shape of what this returns is read."""
+    def visit(self, denoiser: Forecasts | None, inputs: Inputs, step: Step) -> Visit:
+        """A call at a step of the denoiser's. If that will be forecast, only the shape of what this returns is read."""
         skipped = (
             denoiser is not None
             and inputs.kind in self._returned
             and any(earlier.same_conditions(inputs) for earlier in self._computed)
-            and denoiser.will_forecast(inputs, moment.index, tolerance)
+            and denoiser.will_forecast(inputs, step)
         )
         if skipped:
             return Visit(self._returned[inputs.kind])
-        remember = self._forget if moment.index == moment.count - 1 else partial(self._remember, inputs)
+        remember = self._forget if step.is_last else partial(self._remember, inputs)
         return Visit(reason="the denoiser is computed", end=remember)
 
     def _forget(self, returned: Any) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atc_diffusion.extrapolation import Lane, largest_change
+from atc_diffusion.extrapolation import Lane, largest_change, output_of
 from atc_diffusion.inputs import Inputs
+from atc_diffusion.moment import Step
 
-FEWEST_STEPS = 10  # of a run in which anything is forecast
 MOST_SKIPPED = 2  # calls in a row, so that the error is measured at every third step
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
@@ -89,12 +89,17 @@ class Picture:
         return [lane for lane in self.lanes if lane.index == self.index - 1]
 
     def learn(self, output: Tensor) -> None:
-        """Add an output `[B, C, ...]` to the tensors that the next latents can be a sum of."""
+        """Add an output to the tensors that the next latents can be a sum of.
+
+        It is like the latents, `[B, C, ...]`. Of packed latents it is `[B, N, C]`, and those of references may follow.
+        """
+        if self.latents.ndim == 3:
+            output = output[:, : self.latents.shape[2]].mT
         self.channels = min(output.shape[1], self.latents.shape[1])
         if not self.trail[-1]:
             self.trail[-1].append(self._sampled(self.latents))
         parts = _equal_parts(self.latents)
-        self.trail[-1] += [self._sampled(part).repeat(parts, 1) for part in output.detach().chunk(parts)]
+        self.trail[-1] += [self._sampled(part).repeat(parts, 1) for part in output.chunk(parts)]
 
     def _sampled(self, x: Tensor) -> Tensor:
         """`[B, D]`: some of the values of `x` `[B, C, ...]`."""
@@ -125,52 +130,48 @@ class Forecasts:
     """The forecasts of one run, of any number of pictures.
 
     Args:
-        timestep: that of the first call.
-        index: its place among the scheduler's timesteps.
-        count: how many those are.
+        first: the step of its first call.
+        tolerance: a call is forecast if that is expected to change the latents by at most so much.
+        never: why nothing may be forecast in this run; "" if something may be.
     """
 
-    def __init__(self, timestep: Tensor, index: int, count: int) -> None:
-        self._first = index
-        self._count = count
-        self._in_pairs = _in_pairs(timestep, count)
+    def __init__(self, first: int, tolerance: float, never: str = "") -> None:
+        self._first = first
+        self._tolerance = tolerance
+        self._never = never
         self._pictures: list[Picture] = []
 
-    def visit(self, inputs: Inputs, index: int, tolerance: float) -> Visit:
-        """A call at step `index`, forecast if that is expected to change the latents by at most `tolerance`."""
+    def visit(self, inputs: Inputs, step: Step) -> Visit:
+        """A call at `step`."""
         if reason := self._reason(inputs):
             return Visit(reason=reason)
-        picture = self._picture(inputs.latents, index)
+        picture = self._picture(inputs.latents, step.index)
         lane = picture.lane(inputs)
-        reason = self._reason_now(picture, lane, tolerance)
-        output = None if reason else lane.forecast(index)
+        reason = self._reason_now(picture, lane, step)
+        output = None if reason else lane.forecast(step.index)
         return Visit(output, reason, partial(_learn, picture, lane, is_forecast=not reason))
 
-    def will_forecast(self, inputs: Inputs, index: int, tolerance: float) -> bool:
+    def will_forecast(self, inputs: Inputs, step: Step) -> bool:
         """Whether `visit` will forecast the calls that continue those of the step before, with these latents."""
         if self._reason(inputs):
             return False
-        picture = self._picture(inputs.latents, index)
+        picture = self._picture(inputs.latents, step.index)
         waiting = picture.waiting()
-        return bool(waiting) and not any(self._reason_now(picture, lane, tolerance) for lane in waiting)
+        return bool(waiting) and not any(self._reason_now(picture, lane, step) for lane in waiting)
 
     def _reason(self, inputs: Inputs) -> str:
-        """Why nothing is forecast in this run; "" if something may be."""
-        if self._count - self._first < FEWEST_STEPS:
-            return f"runs of fewer than {FEWEST_STEPS} steps are computed"
-        if self._in_pairs:
-            return "the sampler repeats its timesteps"
+        """Why no call with these inputs is forecast; "" if one may be."""
         computable = inputs.readable and not torch.is_grad_enabled()
-        return "" if computable else "gradients are recorded, or values unreadable"
+        return self._never if computable else "gradients are recorded, or values unreadable"
 
-    def _reason_now(self, picture: Picture, lane: Lane, tolerance: float) -> str:
+    def _reason_now(self, picture: Picture, lane: Lane, step: Step) -> str:
         """Why this call is not forecast; "" if it is."""
-        if picture.index in (self._first, self._first + 1, self._count - 1):
+        if step.is_last or step.index <= self._first + 1:
             return "the first two steps and the last are computed"
         if len(lane.outputs) < 2:
             return "latents did not follow from the outputs before, as when the sampler adds noise"
         change = lane.expected_error(picture.index) * picture.next_length()
-        if lane.skipped == MOST_SKIPPED or change * (lane.skipped + 1) ** 2 > tolerance:
+        if lane.skipped == MOST_SKIPPED or change * (lane.skipped + 1) ** 2 > self._tolerance:
             return "forecasts were not accurate enough"
         return ""
 
@@ -191,7 +192,7 @@ def _learn(picture: Picture, lane: Lane, returned: Any, *, is_forecast: bool) ->
     """Learn from what a call returned."""
     if len(returned) != 1:
         return
-    picture.learn(returned[0])
+    picture.learn(output_of(returned))
     if is_forecast:
         lane.skipped += 1
     else:
@@ -209,11 +210,3 @@ def _equal_parts(latents: Tensor) -> int:
     """How many times the batch repeats the same latents, as parts of guidance do."""
     sizes = [parts for parts in range(4, 1, -1) if len(latents) % parts == 0]
     return next((n for n in sizes if all(torch.equal(latents.chunk(n)[0], x) for x in latents.chunk(n)[1:])), 1)
-
-
-def _in_pairs(timestep: Tensor, count: int) -> bool:
-    """Whether all timesteps but the first come in pairs, as for Heun's method."""
-    if timestep.is_meta:
-        return False
-    times = timestep.as_strided((count,), (1,), 0).tolist()
-    return count > 2 and times[1:-1:2] == times[2::2]

@@ -36,6 +36,19 @@ class Moment:
         return min((self.index + later) / max(self.count - 1, 1), 1.0)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of a run.
+
+    Attributes:
+        index: which it is, from 0.
+        is_last: whether it is the last one, or may be.
+    """
+
+    index: int
+    is_last: bool
+
+
 def _is_entry_of_one(timestep: Tensor) -> bool:
     """Whether this is the only entry of a schedule, not a tensor of its own."""
     return timestep._base is not None and timestep._base.ndim > 0

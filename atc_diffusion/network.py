@@ -114,7 +114,7 @@ class NetworkPatch:
             size=size,
             after=image.after,
             items=_items(image.latents),
-            step=run.moments - 1 if moment is None else moment.index,
+            step=run.step(moment).index,
             clusters=clusters,
             outer=present.call,
             visit=visit,
@@ -126,14 +126,11 @@ class NetworkPatch:
     def _visit(self, run: Run, inputs: Inputs, timestep: Tensor, moment: Moment | None) -> Visit:
         if self._skipping is None:
             return Visit()
-        if moment is None:
-            return Visit(reason="timesteps are no entries of scheduler.timesteps")
         if not self._skipping.trusted:
             return Visit(reason="the network's forward was replaced, as by a cache")
-        tolerance = self.config.forecast_tolerance
         if self._denoiser is not None:
-            return run.following.visit(self._denoiser.forecasts(moment), inputs, moment, tolerance)
-        return run.forecasts(timestep, moment).visit(inputs, moment.index, tolerance)
+            return run.follow(self._denoiser.present(moment, run.time), inputs, moment)
+        return run.visit(inputs, timestep, moment, self.config.forecast_tolerance)
 
     @torch.compiler.disable
     def _forecast(self) -> Any:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.following import Following
-from atc_diffusion.forecast import Forecasts
+from atc_diffusion.forecast import Forecasts, Visit
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.moment import Moment, rising_time
+from atc_diffusion.moment import Moment, Step, rising_time
 from atc_diffusion.report import RunLog
 
+FEWEST_STEPS = 10  # of a run in which anything is forecast
 PATIENCE = 2  # moments for which clusters wait to serve again: guidance may skip every other step
 MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clusters here
 
@@ -59,21 +60,36 @@ class Run:
     def __init__(self) -> None:
         self.log = RunLog()
         self.following = Following()
+        self.forecasts: Forecasts | None = None
         self.time = -torch.inf
         self.moments = 0
         self._sources: list[Source] = []
-        self.forecasts_so_far: Forecasts | None = None
+        self._pace = torch.inf
 
-    def forecasts(self, timestep: Tensor, moment: Moment) -> Forecasts:
-        """The forecasts of this run; they begin at the first call of this method."""
-        if self.forecasts_so_far is None:
-            self.forecasts_so_far = Forecasts(timestep, moment.index, moment.count)
-        return self.forecasts_so_far
+    def step(self, moment: Moment | None) -> Step:
+        """The present step. Where the number of steps is unknown, the last is one that comes near the end of time."""
+        if moment is None:
+            return Step(self.moments - 1, is_last=self.time + 2 * self._pace >= 0)
+        return Step(moment.index, is_last=moment.index == moment.count - 1)
+
+    def visit(self, inputs: Inputs, timestep: Tensor, moment: Moment | None, tolerance: float) -> Visit:
+        """A call, forecast if that is expected to change the latents by at most `tolerance`."""
+        step = self.step(moment)
+        if self.forecasts is None:
+            self.forecasts = Forecasts(step.index, tolerance, _never_forecast(timestep, moment))
+        return self.forecasts.visit(inputs, step)
+
+    def follow(self, denoiser: "Run | None", inputs: Inputs, moment: Moment | None) -> Visit:
+        """A call of a ControlNet, which is not made where that of the `denoiser` will be forecast."""
+        step = self.step(moment)
+        if denoiser is not None and moment is None:
+            step = Step(denoiser.moments - (denoiser.time == self.time), step.is_last)
+        return self.following.visit(denoiser.forecasts if denoiser else None, inputs, step)
 
     def advance(self, time: float) -> None:
         """Come to a call at `time`, which rises from noise to picture."""
         if time > self.time:
-            self.time, self.moments = time, self.moments + 1
+            self.time, self.moments, self._pace = time, self.moments + 1, time - self.time
             self._sources = [each for each in self._sources if self.moments - each.served <= PATIENCE]
 
     def clusters(self, inputs: Inputs, threshold: float, share_guidance: bool) -> Clusters:
@@ -117,9 +133,7 @@ class Schedule(threading.local):
     def run(self, moment: Moment | None, timestep: object) -> Run:
         """The run that a call belongs to: a new one if its timestep goes back."""
         time = rising_time(timestep) if moment is None else moment.index
-        run = self._unplaced if moment is None else self._placed.get(moment.timesteps)
-        if run is None or time < run.time:
-            run = Run()
+        run = self.present(moment, time) or Run()
         if moment is None:
             self._unplaced = run
         else:
@@ -127,7 +141,24 @@ class Schedule(threading.local):
         run.advance(time)
         return run
 
-    def forecasts(self, moment: Moment) -> Forecasts | None:
-        """The forecasts of the run that `moment` belongs to, if it has begun."""
-        run = self._placed.get(moment.timesteps)
-        return run.forecasts_so_far if run is not None and run.time <= moment.index else None
+    def present(self, moment: Moment | None, time: float) -> Run | None:
+        """The run that a call at `time` would continue."""
+        run = self._unplaced if moment is None else self._placed.get(moment.timesteps)
+        return run if run is not None and run.time <= time else None
+
+
+def _never_forecast(timestep: Tensor, moment: Moment | None) -> str:
+    """Why nothing may be forecast in a run that begins so; "" if something may be."""
+    if moment is None:
+        return ""
+    if moment.count - moment.index < FEWEST_STEPS:
+        return f"runs of fewer than {FEWEST_STEPS} steps are computed"
+    return "the sampler repeats its timesteps" if _in_pairs(timestep, moment.count) else ""
+
+
+def _in_pairs(timestep: Tensor, count: int) -> bool:
+    """Whether all timesteps but the first come in pairs, as for Heun's method."""
+    if timestep.is_meta:
+        return False
+    times = timestep.as_strided((count,), (1,), 0).tolist()
+    return count > 2 and times[1:-1:2] == times[2::2]

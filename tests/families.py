@@ -74,6 +74,7 @@ FLUX: dict[str, Any] = {
 }
 QWEN_IMAGE: dict[str, Any] = {
     "in_channels": 16,
+    "out_channels": 4,
     "num_layers": 2,
     "attention_head_dim": 8,
     "num_attention_heads": 2,

@@ -27,6 +27,7 @@ from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.extrapolation import lagrange
 from atc_diffusion.forecast import Forecasts
 from atc_diffusion.inputs import Inputs
+from atc_diffusion.moment import Step
 from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequentially
 from tests.test_pipelines import PARTS, text
 
@@ -81,12 +82,12 @@ def test_the_weights_reproduce_polynomials():
 def polynomial_run(tolerance: float) -> tuple[dict[int, float], Tensor, Tensor]:
     """Relative errors, by step, of the forecasts of a quadratic, and the final latents with and without forecasting."""
     constant, linear, quadratic = torch.randn(3, 2, 4, 8, 8)
-    forecasts = Forecasts(torch.arange(STEPS)[0], 0, STEPS)
+    forecasts = Forecasts(0, tolerance)
     latents = expected = torch.randn(2, 4, 8, 8)
     errors = {}
     for step in range(STEPS):
         output = constant + linear * step / STEPS + quadratic * (step / STEPS) ** 2
-        visit = forecasts.visit(Inputs((latents,)), step, tolerance)
+        visit = forecasts.visit(Inputs((latents,)), Step(step, is_last=step == STEPS - 1))
         if visit.output is not None:
             errors[step] = float((visit.output[0] - output).norm() / output.norm())
         returned = visit.output or (output,)
@@ -177,7 +178,7 @@ def test_two_threads_share_a_network(components):
 
 
 @torch.no_grad()
-def in_turn(unet: Any, scheduler: Any, seeds: tuple[int, ...], timesteps: list[Tensor]) -> list[Tensor]:
+def in_turn(unet: Any, scheduler: Any, seeds: tuple[int, ...], timesteps: list[Any]) -> list[Tensor]:
     """Pictures of different prompts whose steps alternate, each along its own or the same timesteps."""
     latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     texts = [torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -199,6 +200,14 @@ def test_pictures_whose_steps_alternate_keep_their_own_forecasts(unet, shared):
     assert torch.equal(together[0], one)
     assert torch.equal(together[1], other)
     assert forecast_steps(unet) == SKIPPED
+
+
+def test_timesteps_may_be_numbers(unet):
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    apply_patch(unet, FORECAST)
+    in_turn(unet, scheduler, (3,), [scheduler.timesteps.tolist()])
+    assert forecast_steps(unet) == SKIPPED[:-1]  # 166, after 249, may be the last but one
 
 
 @torch.no_grad()
