@@ -114,7 +114,7 @@ class NetworkPatch:
             size=size,
             after=image.after,
             items=_items(image.latents),
-            step=run.step(moment).index,
+            step=run.step(run.time, moment).index,
             clusters=clusters,
             outer=present.call,
             visit=visit,

@@ -66,24 +66,26 @@ class Run:
         self._sources: list[Source] = []
         self._pace = torch.inf
 
-    def step(self, moment: Moment | None) -> Step:
-        """The present step. Where the number of steps is unknown, the last is one that comes near the end of time."""
-        if moment is None:
-            return Step(self.moments - 1, is_last=self.time + 2 * self._pace >= 0)
-        return Step(moment.index, is_last=moment.index == moment.count - 1)
+    def step(self, time: float, moment: Moment | None) -> Step:
+        """The step of a call at `time`, which is the present or the next one.
+
+        Where the number of steps is unknown, a step may be the last if two more like it would go beyond the end.
+        """
+        if moment is not None:
+            return Step(moment.index, is_last=moment.index == moment.count - 1)
+        pace = time - self.time if time > self.time else self._pace
+        return Step(self.moments - (time == self.time), is_last=time + 2 * pace >= 0)
 
     def visit(self, inputs: Inputs, timestep: Tensor, moment: Moment | None, tolerance: float) -> Visit:
         """A call, forecast if that is expected to change the latents by at most `tolerance`."""
-        step = self.step(moment)
+        step = self.step(self.time, moment)
         if self.forecasts is None:
             self.forecasts = Forecasts(step.index, tolerance, _never_forecast(timestep, moment))
         return self.forecasts.visit(inputs, step)
 
     def follow(self, denoiser: "Run | None", inputs: Inputs, moment: Moment | None) -> Visit:
-        """A call of a ControlNet, which is not made where that of the `denoiser` will be forecast."""
-        step = self.step(moment)
-        if denoiser is not None and moment is None:
-            step = Step(denoiser.moments - (denoiser.time == self.time), step.is_last)
+        """A call of a ControlNet, skipped where the coming one of its `denoiser` will be forecast."""
+        step = (denoiser or self).step(self.time, moment)
         return self.following.visit(denoiser.forecasts if denoiser else None, inputs, step)
 
     def advance(self, time: float) -> None:
