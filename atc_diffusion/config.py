@@ -45,7 +45,7 @@ class MergeConfig:
         forecast_tolerance: skip a call of the network and extrapolate its output from the last ones, if that is
             expected to change the latents by at most this much (norm of the change relative to the norm of the
             latents). 0 computes every step; 0.015 skips up to two thirds of them. Nothing is skipped with samplers that
-            add noise or repeat every timestep (Heun), nor in runs of fewer than 10 steps.
+            add noise or repeat every timestep (Heun), nor in runs known to have fewer than 10 steps.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
