@@ -21,24 +21,21 @@ class Following:
 
     def visit(self, denoiser: Forecasts | None, inputs: Inputs, step: Step) -> Visit:
         """A call at a step of the denoiser's. If that will be forecast, only the shape of what this returns is read."""
-        skipped = (
-            denoiser is not None
-            and inputs.kind in self._returned
-            and any(earlier.same_conditions(inputs) for earlier in self._computed)
-            and denoiser.will_forecast(inputs, step)
-        )
-        if skipped:
-            return Visit(self._returned[inputs.kind])
-        remember = self._forget if step.is_last else partial(self._remember, inputs)
-        return Visit(reason="the denoiser is computed", end=remember)
+        known = any(earlier.same_conditions(inputs) for earlier in self._computed)
+        returned = self._returned.get(inputs.kind) if known else None
+        if returned is not None and denoiser is not None and denoiser.will_forecast(inputs, step):
+            return Visit(returned)
+        end = self._forget if step.is_last else partial(self._remember, inputs, known)
+        return Visit(reason="the denoiser is computed", end=end)
 
     def _forget(self, returned: Any) -> None:
         """At the last step: nothing is skipped after it, and a network remembers its last run."""
+        self._computed.clear()
         self._returned.clear()
 
-    def _remember(self, inputs: Inputs, returned: Any) -> None:
+    def _remember(self, inputs: Inputs, known: bool, returned: Any) -> None:
         if torch.is_grad_enabled():  # nothing is skipped in training
             return
-        others = [each for each in self._computed if not each.same_conditions(inputs)]
-        self._computed = [*others[1 - MAX_CONDITIONS :], inputs.clone()]
+        if not known:
+            self._computed = [*self._computed[1 - MAX_CONDITIONS :], inputs.clone()]
         self._returned[inputs.kind] = returned
