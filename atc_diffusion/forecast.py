@@ -22,8 +22,9 @@ from torch import Tensor
 
 from atc_diffusion.extrapolation import Lane, largest_change, output_of
 from atc_diffusion.inputs import Inputs
-from atc_diffusion.moment import Step
+from atc_diffusion.moment import Moment, Step
 
+FEWEST_STEPS = 10  # of a run in which anything is forecast
 MOST_SKIPPED = 2  # calls in a row, so that the error is measured at every third step
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
@@ -210,3 +211,20 @@ def _equal_parts(latents: Tensor) -> int:
     """How many times the batch repeats the same latents, as parts of guidance do."""
     sizes = [parts for parts in range(4, 1, -1) if len(latents) % parts == 0]
     return next((n for n in sizes if all(torch.equal(latents.chunk(n)[0], x) for x in latents.chunk(n)[1:])), 1)
+
+
+def why_never(timestep: Tensor, moment: Moment | None) -> str:
+    """Why nothing may be forecast in a run that begins so; "" if something may be."""
+    if moment is None:
+        return ""
+    if moment.count - moment.index < FEWEST_STEPS:
+        return f"runs of fewer than {FEWEST_STEPS} steps are computed"
+    return "the sampler repeats its timesteps" if _in_pairs(timestep, moment.count) else ""
+
+
+def _in_pairs(timestep: Tensor, count: int) -> bool:
+    """Whether all timesteps but the first come in pairs, as for Heun's method."""
+    if timestep.is_meta:
+        return False
+    times = timestep.as_strided((count,), (1,), 0).tolist()
+    return count > 2 and times[1:-1:2] == times[2::2]

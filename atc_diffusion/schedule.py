@@ -14,13 +14,12 @@ from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.following import Following
-from atc_diffusion.forecast import Forecasts, Visit
+from atc_diffusion.forecast import Forecasts, Visit, why_never
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.moment import Moment, Step, rising_time
 from atc_diffusion.report import RunLog
 
-FEWEST_STEPS = 10  # of a run in which anything is forecast
 PATIENCE = 2  # moments for which clusters wait to serve again: guidance may skip every other step
 MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clusters here
 
@@ -80,7 +79,7 @@ class Run:
         """A call, forecast if that is expected to change the latents by at most `tolerance`."""
         step = self.step(self.time, moment)
         if self.forecasts is None:
-            self.forecasts = Forecasts(step.index, tolerance, _never_forecast(timestep, moment))
+            self.forecasts = Forecasts(step.index, tolerance, why_never(timestep, moment))
         return self.forecasts.visit(inputs, step)
 
     def follow(self, denoiser: "Run | None", inputs: Inputs, moment: Moment | None) -> Visit:
@@ -147,20 +146,3 @@ class Schedule(threading.local):
         """The run that a call at `time` would continue."""
         run = self._unplaced if moment is None else self._placed.get(moment.timesteps)
         return run if run is not None and run.time <= time else None
-
-
-def _never_forecast(timestep: Tensor, moment: Moment | None) -> str:
-    """Why nothing may be forecast in a run that begins so; "" if something may be."""
-    if moment is None:
-        return ""
-    if moment.count - moment.index < FEWEST_STEPS:
-        return f"runs of fewer than {FEWEST_STEPS} steps are computed"
-    return "the sampler repeats its timesteps" if _in_pairs(timestep, moment.count) else ""
-
-
-def _in_pairs(timestep: Tensor, count: int) -> bool:
-    """Whether all timesteps but the first come in pairs, as for Heun's method."""
-    if timestep.is_meta:
-        return False
-    times = timestep.as_strided((count,), (1,), 0).tolist()
-    return count > 2 and times[1:-1:2] == times[2::2]
