@@ -20,12 +20,12 @@ from atc_diffusion.clustering.windows import cluster_windows
 from tests import pretend_device
 from tests.families import FAMILIES, Family
 from tests.pretend_device import DEVICE, OPERATIONS, PretendDevice
+from tests.test_rotary import ROTARY, recorded_calls, recorded_results
 
 NOT_BUILT_WITHOUT_DATA = ("controlnet_xs", "animatediff")  # they copy weights of a network that they are given
 CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
-ROTARY = [name for name in FAMILIES if name not in WITH_QUERIES]
 
 
 def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
@@ -164,17 +164,12 @@ def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
 def merged_call(family: Family) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]:
     """An attention whose keys merge, its arguments, and what it returns."""
     network = apply_patch(family.make(), ATCConfig.fast(0.25))
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
-    for module in network.modules():
-        if hasattr(module, "processor"):
-            module.register_forward_hook(
-                lambda module, args, kwargs, output: calls.append((module, args, kwargs, output)), with_kwargs=True
-            )
+    calls, results = recorded_calls(network), recorded_results(network)
     family.run(network)
-    call = next(call for call in calls if call[2].get("merge"))
-    call[0]._forward_pre_hooks.clear()
-    call[0]._forward_hooks.clear()
-    return call
+    attention = next(module for module, (_, kwargs) in calls.items() if kwargs.get("merge"))
+    attention._forward_pre_hooks.clear()
+    attention._forward_hooks.clear()
+    return attention, *calls[attention], results[attention]
 
 
 def moved(arguments: Any, move: Callable[[Tensor], Tensor]) -> Any:

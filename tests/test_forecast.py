@@ -9,15 +9,12 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import (
-    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    MultiControlNetModel,
     PNDMScheduler,
-    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
@@ -319,59 +316,6 @@ def test_a_compiled_network(components):
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-5)
     assert forecast_steps(pipe) == SKIPPED
-
-
-def controlled(components: dict[str, Any], count: int = 1) -> tuple[Any, list[int]]:
-    """A pipeline with ControlNets, and the list to which each adds 1 when it runs."""
-    parts, calls = copy.deepcopy(components), []
-    nets = [ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4)) for _ in range(count)]
-    for net in nets:
-        for block in net.controlnet_down_blocks:
-            torch.nn.init.normal_(block.weight)
-        net.conv_in.register_forward_hook(lambda *_: calls.append(1))
-    controlnet = nets[0] if count == 1 else MultiControlNetModel(nets)
-    return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, **PARTS), calls
-
-
-IMAGE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_controlnets_are_skipped_with_the_network(components, count):
-    pipe, calls = controlled(components, count)
-    image = IMAGE if count == 1 else [IMAGE] * count
-    apply_patch(pipe.unet, FORECAST)
-    expected = draw(pipe, image=image)
-    assert len(calls) == count * STEPS
-    calls.clear()
-    apply_patch(pipe, FORECAST)
-    copied = copy.deepcopy(pipe)
-    for drawn in (pipe, copied):
-        assert torch.equal(draw(drawn, image=image), expected)
-        assert forecast_steps(drawn) == SKIPPED
-    assert len(calls) == 2 * count * (STEPS - len(SKIPPED))
-
-
-def test_a_controlnet_is_computed_where_it_gets_another_image(components):
-    pipe, calls = controlled(components)
-    apply_patch(pipe, FORECAST)
-
-    def change(pipe: Any, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        values["image"].copy_(torch.rand_like(values["image"]))
-        return {}
-
-    draw(pipe, image=IMAGE, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["latents", "image"])
-    assert forecast_steps(pipe) == SKIPPED
-    assert len(calls) == STEPS
-
-
-def test_a_controlnet_without_its_pipeline_is_computed(components):
-    pipe, calls = controlled(components)
-    apply_patch(pipe.unet, FORECAST)
-    apply_patch(pipe.controlnet, FORECAST)
-    draw(pipe, image=IMAGE)
-    assert forecast_steps(pipe) == SKIPPED
-    assert len(calls) == STEPS
 
 
 def test_training_computes_every_step(unet):

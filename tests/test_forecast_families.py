@@ -1,13 +1,12 @@
-"""Forecasts in every family, with timesteps as its pipelines give them, and ControlNets that are skipped with it."""
+"""Forecasts in every family, with timesteps as its pipelines give them."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from atc_diffusion import apply_patch, remove_patch, summary
+from atc_diffusion import apply_patch
 from tests.families import FAMILIES
 from tests.test_forecast import FORECAST, SKIPPED, STEPS, forecast_steps
 
@@ -69,19 +68,3 @@ def test_few_steps_whose_number_is_unknown_are_computed(name):
     network = apply_patch(FAMILIES[name].make(), FORECAST)
     denoise(name, network, steps=4)
     assert not forecast_steps(network)
-
-
-@pytest.mark.parametrize("name", RESIDUALS)
-def test_controlnets_of_transformers_are_skipped(name):
-    network, controlnet = FAMILIES[name].make(), FAMILIES[f"{name}_controlnet"].make()
-    both: Any = SimpleNamespace(transformer=network, controlnet=controlnet)
-    calls: list[int] = []
-    apply_patch(network, FORECAST)
-    expected = denoise(name, network, controlnet)
-    remove_patch(network)
-    blocks: Any = controlnet.transformer_blocks
-    blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    apply_patch(both, FORECAST)
-    assert torch.equal(denoise(name, network, controlnet), expected)
-    assert forecast_steps(both) == SKIPPED
-    assert len(calls) == len(summary(both).forecasts.steps) - len(SKIPPED)

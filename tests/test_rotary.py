@@ -78,7 +78,7 @@ class Reference:
 
 
 def recorded_calls(network: nn.Module) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What every attention is called with; to be called before the network is patched."""
+    """What every attention is called with; if the network is patched by now, with what is merged."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     for module in attentions(network):
         module.register_forward_pre_hook(

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-)
+from diffusers import DDIMScheduler
 from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
