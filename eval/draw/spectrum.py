@@ -12,7 +12,7 @@ from numpy.polynomial.chebyshev import chebvander
 from torch import Tensor
 
 WARM_UP = 5  # steps that are computed at first
-WINDOW = 2.0  # after that, one step in so many is computed; the window grows with each
+WINDOW = 2.0  # steps for each that is computed after the warm-up; it grows with each of them
 DEGREE = 4
 RIDGE = 0.1
 
