@@ -12,7 +12,7 @@ from benchmark.models import MODELS
 from benchmark.step import CANDIDATES, Setting
 
 DTYPES = ("float32", "float16", "bfloat16")
-PARTS = ("arithmetic", "small", "clustering", "growth", "attention", "step", "training", "compile")
+PARTS = ("arithmetic", "small", "clustering", "growth", "step", "training", "compile")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "parts": tuple(part for part in PARTS if part not in ("training", "compile")),
@@ -44,8 +44,7 @@ class Benchmark:
         "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)", (), checks.whole(64, 64)
     )
     keep: tuple[float, ...] = option(
-        "percentages of the tokens kept; all parts but step, training and attention take the first (default: 60 40; "
-        "GPU: 60 40 25)",
+        "percentages of the tokens kept; all parts but step and training take the first (default: 60 40; GPU: 25 too)",
         (),
         checks.percent,
     )

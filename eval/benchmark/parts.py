@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmark.arithmetic import arithmetic_table
-from benchmark.attention import HEADS, attention_table
 from benchmark.choices import Benchmark
 from benchmark.clustering import floor_table, growth_table, peers_table, small_table
+from benchmark.models import MODELS
 from benchmark.step import compiled_table, step_table
 from benchmark.tables import Table
 from benchmark.training import training_table
@@ -31,13 +31,11 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
         yield from (peers_table(num_tokens, first, repeats) for num_tokens in benchmark.tokens)
     if "growth" in benchmark.parts:
         yield growth_table(sorted(set(benchmark.growth_tokens)), first, repeats, device)
-    if "attention" in benchmark.parts:
-        unets = [each for each in settings if each.model in HEADS]
-        yield from (attention_table(each.model, each.size, benchmark.keep, repeats, device) for each in unets)
     if "step" in benchmark.parts:
         yield from (step_table(each, benchmark.keep, benchmark.candidates, repeats) for each in settings)
     if "training" in benchmark.parts:
-        yield from (training_table(each, benchmark.keep, repeats) for each in settings if each.model in HEADS)
+        unets = [each for each in settings if not MODELS[each.model].blocks]
+        yield from (training_table(each, benchmark.keep, repeats) for each in unets)
     if "compile" in benchmark.parts:
         yield compiled_table(settings[0], first, repeats)
 

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import speed
 from atc_diffusion import ATCConfig
 from benchmark.arithmetic import self_attention
-from benchmark.attention import ways
 from benchmark.choices import Benchmark
 from benchmark.clustering import floor
 from benchmark.engines import engines, gaussian, same_partition
@@ -129,21 +128,6 @@ def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() 
 def test_the_floor_is_arithmetic_without_a_matrix_and_traffic_with_one() -> None:
     assert floor(1000, "ward", rate=1e12, bandwidth=1.0) == pytest.approx(2 * 2.3 * 2 * 1e6 * 320 / 1e12)
     assert floor(1000, "single", rate=1e30, bandwidth=1e12) == pytest.approx(4.5 * 4 * 2 * 1e6 / 1e12)
-
-
-def test_weights_folded_into_the_head_are_a_mask() -> None:
-    q, k, v = (torch.randn(2, 3, n, 40, dtype=torch.float64) for n in (9, 6, 6))
-    outputs = {name: way() for name, way in ways(q, k, v, torch.randint(1, 9, (2, 6)).double().log()).items()}
-    for name in ("folded", "folded before"):
-        assert outputs[name].shape == q.shape
-        assert torch.allclose(outputs[name], outputs["mask"], rtol=0, atol=1e-13)  # some hundred roundings of 1e-16
-    assert not torch.allclose(outputs["off"], outputs["mask"], atol=1e-2)
-
-
-def test_attention_names_the_kernel(run: Run) -> None:
-    table = run("--parts attention --model sd15 sdxl")
-    assert [row[1] for row in table] == ["off", "mask", "folded", "folded before"] * 2
-    assert {row[4] for row in table} == {"flash_attention_for_cpu"}
 
 
 def test_steps_of_every_candidate_stand_beside_the_unpatched(run: Run) -> None:
