@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 
@@ -11,7 +12,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("check", help="check merging on every device of this machine (the default); under a minute")
     _add_options(commands.add_parser("tune", help="find the fastest setting that keeps a model's pictures"))
     options = vars(parser.parse_args(arguments))
-    return _tune(**options) if options.pop("command") == "tune" else _check()
+    try:
+        return _tune(**options) if options.pop("command") == "tune" else _check()
+    except ValueError as error:
+        sys.exit(f"python -m atc_diffusion: {error}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,19 +37,31 @@ def _check() -> int:
 
 def _tune(model: str, prompt: list[str], dtype: str | None, min_psnr: float, max_seconds: float, **given: Any) -> int:
     import torch
-    from diffusers import DiffusionPipeline
 
     from atc_diffusion.devices import devices_found
     from atc_diffusion.tuning import tune
 
     device = devices_found()[-1]
     dtype = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = DiffusionPipeline.from_pretrained(model).to(device, getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _load(model, getattr(torch, dtype)).to(device)
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size"}
     call = {name: given[option] for name, option in names.items() if given[option] is not None}
     print(tune(pipe, prompt, min_psnr=min_psnr, max_seconds=max_seconds, on_progress=_say, **call))
     return 0
+
+
+def _load(model: str, dtype: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot load {model!r}; give a folder with a pipeline, or a hub id ({reason})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _say(label: str, done: int, total: int) -> None:

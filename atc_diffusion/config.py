@@ -1,7 +1,7 @@
 """The user's choices: which tokens are merged, how many, and for how long. Validated data, nothing else."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from atc_diffusion.clustering import check_choices, check_member
@@ -77,6 +77,12 @@ class MergeConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{name} must be a number from 0 up, got {value!r}")
+
+    def __str__(self) -> str:
+        """Python code for this configuration, without the choices that are left at their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        changed = [f"{name}={value!r}" for name, (value, default) in values.items() if name == "r" or value != default]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def _check_levels(self) -> None:
         if self.levels in get_args(Levels):

@@ -35,7 +35,8 @@ class Way:
 
     def __str__(self) -> str:
         parts = [] if self.config is None else _parts(self.config)
-        return " + ".join([*parts, f"{self.num_inference_steps} steps"])
+        plural = "s" * (self.num_inference_steps != 1)
+        return " + ".join([*parts, f"{self.num_inference_steps} step{plural}"])
 
 
 def _parts(config: MergeConfig) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atc_diffusion.config import ATCConfig, MergeConfig
+from atc_diffusion.config import ATCConfig, MergeConfig, check_count
 from atc_diffusion.patch import patched, remove_patch
 from atc_diffusion.trials import Bench, OnProgress, Row, Way
 
@@ -90,12 +90,13 @@ def tune(
         `num_inference_steps=tuning.num_inference_steps`.
 
     Raises:
-        ValueError: if there is no prompt, or the pipeline cannot be patched.
+        ValueError: if there is no prompt or no step, or the pipeline cannot be patched.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("prompts must be a prompt or several, got none")
-    steps = arguments.pop("num_inference_steps", None) or _default_steps(pipe)
+    steps = arguments.pop("num_inference_steps", _default_steps(pipe))
+    check_count("num_inference_steps", steps, "a number of steps from 1 up")
     bench = Bench(pipe, arguments, seed, time.perf_counter() + max_seconds, on_progress or _ignore)
     with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving
         bench.warm_up(prompts[0])

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,7 @@ class Settings:
     @property
     def code(self) -> str:
         """The line of Python that merges like this."""
-        config = self.config
-        changed = [f.name for f in fields(config) if f.name == "r" or getattr(config, f.name) != f.default]
-        options = ", ".join(f"{name}={getattr(config, name)!r}" for name in changed)
-        return f"apply_patch(pipe, {type(config).__name__}({options}))"
+        return f"apply_patch(pipe, {self.config})"
 
 
 @dataclass(frozen=True)

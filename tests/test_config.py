@@ -113,3 +113,10 @@ def test_atc_clusters_by_its_linkage(linkage):
 def test_tome_names_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         ToMeConfig(**options)
+
+
+def test_it_prints_as_the_code_that_makes_it():
+    assert str(ATCConfig()) == "ATCConfig(r=0.6)"
+    assert str(ATCConfig.fast()) == "ATCConfig(r=1.0, r_keys=0.125, levels='costly', linkage='ward')"
+    for config in (ATCConfig.faster({1: 0.5}), ATCConfig.paper(0.4), ToMeConfig(r=0.5)):
+        assert eval(str(config)) == config

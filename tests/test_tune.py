@@ -67,6 +67,11 @@ def test_no_prompt_is_refused(pipe):
         tune(pipe, [])
 
 
+def test_no_step_is_refused(pipe):
+    with pytest.raises(ValueError, match="num_inference_steps must be a number of steps from 1 up, got 0"):
+        tune(pipe, "ant", num_inference_steps=0)
+
+
 def test_the_fastest_that_is_near_enough_is_the_best():
     fast, faster = ATCConfig.fast(), ATCConfig.faster()
     rows = (row(0.2, 30, None, 5), row(0.35, 47, faster), row(0.55, 50, fast), UNPATCHED)
@@ -97,3 +102,15 @@ def test_the_command_prints_what_it_finds(tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 steps" in said.out
     assert "warming up" in said.err
+
+
+@pytest.mark.parametrize("model", ["/nonexistent", "no/such/model"])
+def test_the_command_says_in_one_sentence_what_it_cannot_load(model):
+    with pytest.raises(SystemExit, match=rf"^python -m atc_diffusion: cannot load '{model}'; give a folder with a pip"):
+        main(["tune", model, "--prompt", "ant"])
+
+
+def test_the_command_says_in_one_sentence_what_the_pipeline_refuses(tmp_path):
+    sd15().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"^python -m atc_diffusion: `height` and `width` have to be divisible by 8"):
+        main(f"tune {tmp_path / 'model'} --prompt ant --size 63".split())
