@@ -10,7 +10,14 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch, remove_patch, summary
 from tests.conftest import UNET
+from tests.loops import embedding, sample
 
+# Of one level, because what takes time here is tracing.
+SMALL = UNET | {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 TIMESTEPS = torch.tensor([900, 700, 500, 300, 100])
 
 
@@ -19,6 +26,11 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(**SMALL).eval().requires_grad_(False)
 
 
 def inputs(step: int, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +68,22 @@ def test_every_form_is_traced_whole_and_never_again(unet, config):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [ATCConfig(window_size=4), ATCConfig.fast()])
+def test_reuse_compiles_whole_and_settles(unet, config):
+    """Within the first clustering that knows the guidance's parts, here the fourth step at the latest."""
+    prompt, latents = embedding(2), sample().repeat(2, 1, 1, 1)
+    steps = torch.arange(900, 100, -100)
+    apply_patch(unet, config)
+    expected = [unet(latents + t / 1000, t, prompt).sample for t in steps]
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    for t, output in zip(steps[:4], expected, strict=False):
+        assert close(compiled(latents + t / 1000, t, prompt).sample, output)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for t, output in zip(steps[4:], expected[4:], strict=True):
+            assert close(compiled(latents + t / 1000, t, prompt).sample, output)
+
+
+@torch.no_grad()
 def test_another_size_compiles(unet):
     apply_patch(unet, r=0.5, r_keys=0.2)
     calls = [inputs(0, size) for size in (8, 12)]
@@ -88,7 +116,7 @@ def test_patching_a_compiled_unet_takes_effect_and_so_does_removal(unet, wrapped
 
 @torch.no_grad()
 def test_patching_after_regional_compilation_takes_effect():
-    unet = UNet2DConditionModel(**UNET).eval()
+    unet = UNet2DConditionModel(**SMALL).eval()
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     before = unet(*inputs(0)).sample
     assert not close(apply_patch(unet)(*inputs(0)).sample, before)

@@ -33,8 +33,8 @@ def test_the_readmes_files_exist():
 @pytest.mark.parametrize("method", ["atc", "tome"])
 def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, capsys, method):
     out = tmp_path / "a.png"
-    options = ["--steps", "2", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method, "--out", str(out)]
-    generate.main(options)
+    options = ["--steps", "2", "--size", "128", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method]
+    generate.main([*options, "--out", str(out)])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("compiling")]
     assert re.fullmatch(r"unmerged +[\d.]+ s/picture", lines[0])
     row = r"\d+% of queries, \d+% of keys +[\d.]+ s/picture  x [\d.]+  ([\d.]+) dB"

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
-from atc_diffusion import ATCConfig, apply_patch
+from atc_diffusion import apply_patch
 from tests.loops import LAYERS, MOVES, counts, drift, embedding, run, sample, timesteps
 from tests.test_pipelines import PARTS, draw, text
 
@@ -155,21 +155,3 @@ def test_img2img_and_guidance_switched_off_half_way(components):
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )
     assert counts(pipe) == [2] * LAYERS
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("config", [ATCConfig(window_size=4), ATCConfig.fast()])
-def test_reuse_compiles_whole_and_settles(unet, config):
-    """Within the first clustering that knows the guidance's parts, here the fourth step at the latest."""
-    prompt, latents = embedding(2), sample().repeat(2, 1, 1, 1)
-    steps = torch.arange(900, 100, -100)
-    apply_patch(unet, config)
-    expected = [unet(latents + t / 1000, t, prompt).sample for t in steps]
-    torch.compiler.reset()
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    for t, output in zip(steps[:4], expected, strict=False):
-        assert torch.allclose(compiled(latents + t / 1000, t, prompt).sample, output, atol=1e-4)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for t, output in zip(steps[4:], expected[4:], strict=True):
-            assert torch.allclose(compiled(latents + t / 1000, t, prompt).sample, output, atol=1e-4)
-    torch.compiler.reset()
