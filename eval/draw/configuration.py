@@ -13,6 +13,7 @@ from draw.rivals import Draw, Rival
 _BASELINES: dict[type[MergeConfig], str] = {ToMeConfig: "ToMe", KMedoidsConfig: "K-Medoids", DPCKNNConfig: "DPC-KNN"}
 _KINDS: dict[str, type[MergeConfig]] = {"ATCConfig": ATCConfig} | {kind.__name__: kind for kind in _BASELINES}
 _rival_label, _rival_setting = attrgetter("label"), attrgetter("setting")
+_PRESETS = {"ATC fast": ATCConfig.fast(), "ATC faster": ATCConfig.faster()}
 # Fields that do not belong to a method: its strength, and those that change no cluster.
 _OTHER_FIELDS = ("r", "r_keys", "backend", "record")
 
@@ -122,8 +123,11 @@ def _merges_nothing(merge: MergeConfig) -> bool:
 
 
 def _method(merge: MergeConfig) -> str:
-    """The method and its differences from the defaults, or from the paper's setting if those are fewer."""
+    """A preset, or the method and how it differs from the defaults (from the paper's setting if that says less)."""
     choices = _choices(merge)
+    for name, preset in _PRESETS.items():
+        if choices == _choices(preset):
+            return name
     if type(merge) in _BASELINES:
         return ", ".join([choices["method"], *_differences(choices, type(merge)())])
     from_default, from_paper = _differences(choices, ATCConfig()), _differences(choices, ATCConfig.paper(1.0))

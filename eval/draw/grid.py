@@ -15,6 +15,8 @@ from draw.rivals import Rival
 
 METHODS: dict[str, Callable[[float], MergeConfig]] = {
     "atc": lambda r: ATCConfig(r=r),
+    "fast": lambda r: replace(ATCConfig.fast(), r=r),
+    "faster": lambda r: replace(ATCConfig.faster(), r=r),
     "paper": ATCConfig.paper,
     "tome": lambda r: ToMeConfig(r=r),
     "kmedoids": lambda r: KMedoidsConfig(r=r),
@@ -47,14 +49,15 @@ class Ways:
     """configurations to compare"""
 
     keep: tuple[Shares, ...] = option(
-        "percent of tokens kept, of queries and of keys: 100/10, or 50 for both; 100 together with "
-        "--set forecast_tolerance=0.015 is forecasting alone (default: 40 50 60 70 80 90)",
+        "percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both; 100 with --method faster is "
+        "forecasting alone (default: 40 50 60 70 80 90)",
         tuple((keep / 100, None) for keep in (40, 50, 60, 70, 80, 90)),
         parse_shares,
     )
     method: tuple[str, ...] = option(
-        "atc: ATCConfig's defaults; paper: the paper's setting; tome: ToMe as in its authors' code; kmedoids and "
-        "dpc-knn: the paper's other baselines; none: only the unmerged model, which is always drawn (default: paper)",
+        "atc: ATCConfig's defaults; fast and faster: its presets, which keep 100/12.5; paper: the paper's setting; "
+        "tome: ToMe as in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: only the "
+        "unmerged model, which is always drawn (default: paper)",
         ("paper",),
         choices=[*METHODS, "none"],
     )
@@ -106,7 +109,7 @@ def grid(methods: Iterable[str], keeps: Iterable[Shares], options: Options) -> l
 def _can_keep(method: str, share: float, options: Mapping[str, Any]) -> bool:
     """Whether the method can keep this share; keeping all tokens makes sense only where steps are forecast."""
     if share == 1:
-        return bool(options.get("forecast_tolerance"))
+        return bool(options.get("forecast_tolerance", METHODS[method](1.0).forecast_tolerance))
     return method != "tome" or share * ToMeConfig.stride**2 >= 1
 
 

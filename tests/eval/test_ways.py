@@ -90,11 +90,18 @@ def test_a_value_that_does_not_fit_is_one_sentence(refused: Callable[..., str], 
 
 
 def test_forecasting_alone_keeps_all_tokens() -> None:
-    ways = parse("--method atc --keep 100 100/10 --set forecast_tolerance=0.015")
+    ways = parse("--method faster --keep 100 100/10")
     assert [(each.label, each.setting) for each in ways[1:]] == [
         ("forecasting alone", "tolerance 0.015"),
-        ("ATC average, forecast tolerance 0.015", "keys 10 %"),
+        ("ATC faster", "keys 10 %"),
     ]
+
+
+def test_presets_are_methods_and_are_named_however_they_are_put_together() -> None:
+    fast, faster = Configuration(ATCConfig.fast()), Configuration(ATCConfig.faster())
+    assert parse("--method fast faster --keep 100/12.5") == [Configuration(), fast, faster]
+    assert parse("--method atc --keep 100/12.5 --set linkage=ward levels=costly") == [Configuration(), fast]
+    assert (fast.label, faster.label) == ("ATC fast", "ATC faster")
 
 
 def test_tome_is_left_out_where_it_cannot_keep_so_few() -> None:
