@@ -100,7 +100,7 @@ def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
 
 def _config(config: MergeConfig | ViTConfig | None, options: dict[str, Any]) -> MergeConfig | ViTConfig:
     if config is not None and options:
-        raise ValueError(f"give either config or options, got both: {config!r} and {options!r}")
+        raise ValueError(f"give either config or options, got both: {config} and {options!r}")
     if not isinstance(config, MergeConfig | ViTConfig | None):
         raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}")
     unknown = options.keys() - ATCConfig.__dataclass_fields__.keys()

@@ -304,6 +304,7 @@ def test_a_partial_tree_refuses_to_be_cut_too_low():
         ({"num_clusters": 7}, "between 1 and the 6 tokens there are, got 7"),
         ({"tokens": torch.zeros(6, 3)}, r"\[B, N, C\], got torch.float32 \[6, 3\]"),
         ({"tokens": torch.zeros(1, 6, 3, dtype=torch.int64)}, "torch.int64"),
+        ({"tokens": np.zeros((1, 6, 3))}, r"float tensor \[B, N, C\], got ndarray"),
         ({"metric": "precomputed"}, "must be square"),
     ],
 )

@@ -110,6 +110,8 @@ def check_member(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> None:
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a float tensor [B, N, C], got {type(tokens).__name__}")
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be a float tensor [B, N, C], got {tokens.dtype} {list(tokens.shape)}")
     if metric == "precomputed" and tokens.shape[1] != tokens.shape[2]:
