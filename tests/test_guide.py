@@ -138,6 +138,7 @@ SPECIAL = {
     "A FastAPI endpoint",
     "Choosing a setting",
     "Clustering by itself",
+    "Flux, Qwen-Image and Z-Image",
     "LoRA training",
     "Vision transformers",
     "What was merged",
@@ -150,6 +151,12 @@ def test_the_recipe_draws_a_merged_image(run, heading):
     images = variables.get("images") or [variables["image"]]
     assert all(isinstance(image, Image.Image) for image in images)
     assert summary(variables["pipe"]).work_saved > 0
+
+
+def test_the_recipe_for_flux_forecasts_alone(run):
+    found = summary(run("Flux, Qwen-Image and Z-Image")["pipe"])
+    assert found.work_saved == 0
+    assert found.forecasts.steps
 
 
 def test_every_recipe_is_found():

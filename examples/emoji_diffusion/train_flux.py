@@ -21,7 +21,7 @@ from train import THINGS as ALL_THINGS
 THINGS = ALL_THINGS[::6]
 LATENTS, PATCH = 4, 2  # channels of the autoencoder, and latents on a side of a token
 COARSE = Phase("flux-coarse", pixels=128, batch=8, steps=3200, rate=2e-3)
-FINE = Phase("flux-fine", pixels=256, batch=4, steps=900, rate=7e-4)
+FINE = Phase("flux-fine", pixels=256, batch=4, steps=320, rate=7e-4)
 FINEST = FINE.pixels // 8  # tokens on a side
 
 
