@@ -95,7 +95,8 @@ def tune(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("prompts must be a prompt or several, got none")
-    steps = arguments.pop("num_inference_steps", _default_steps(pipe))
+    steps = arguments.pop("num_inference_steps", None)
+    steps = _default_steps(pipe) if steps is None else steps
     check_count("num_inference_steps", steps, "a number of steps from 1 up")
     bench = Bench(pipe, arguments, seed, time.perf_counter() + max_seconds, on_progress or _ignore)
     with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving

@@ -55,7 +55,7 @@ class Ways:
         parse_shares,
     )
     method: tuple[str, ...] = option(
-        "atc: ATCConfig's defaults; fast and faster: its presets, which keep 100/12.5; paper: the paper's setting; "
+        "atc: ATCConfig's defaults; fast and faster: its presets, for --keep 100/12.5; paper: the paper's setting; "
         "tome: ToMe as in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: only the "
         "unmerged model, which is always drawn (default: paper)",
         ("paper",),
