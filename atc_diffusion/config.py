@@ -80,9 +80,9 @@ class MergeConfig:
 
     def __str__(self) -> str:
         """Python code for this configuration, without the choices that are left at their defaults."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        changed = [f"{name}={value!r}" for name, (value, default) in values.items() if name == "r" or value != default]
-        return f"{type(self).__name__}({', '.join(changed)})"
+        changed = [f.name for f in fields(self) if f.name == "r" or getattr(self, f.name) != f.default]
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+        return f"{type(self).__name__}({options})"
 
     def _check_levels(self) -> None:
         if self.levels in get_args(Levels):

@@ -115,8 +115,7 @@ def test_patching_a_compiled_unet_takes_effect_and_so_does_removal(unet, wrapped
 
 
 @torch.no_grad()
-def test_patching_after_regional_compilation_takes_effect():
-    unet = UNet2DConditionModel(**SMALL).eval()
+def test_patching_after_regional_compilation_takes_effect(unet):
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     before = unet(*inputs(0)).sample
     assert not close(apply_patch(unet)(*inputs(0)).sample, before)

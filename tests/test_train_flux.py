@@ -23,5 +23,5 @@ def test_a_trained_transformer_draws_merged(tmp_path, monkeypatch):
     transformer = train_flux.train(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"flux-coarse.pt", "flux-fine.pt"}
     pipe = apply_patch(make_pipeline(transformer), ATCConfig.fast())
-    assert pipe(**prompt(train_flux.THINGS[0]), num_inference_steps=1).images[0].size == (256, 256)
+    assert pipe(**prompt(pipe, train_flux.THINGS[0]), num_inference_steps=1).images[0].size == (256, 256)
     assert {layer.clusterings for layer in summary(pipe).layers} == {2}  # with the caption, and with the empty one

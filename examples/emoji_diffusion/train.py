@@ -187,18 +187,26 @@ def tokenize(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
 def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, phase: Phase, step: int) -> Tensor:
     """The v-prediction loss of a batch, a tenth of its captions empty.
 
-    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last. The timesteps are stratified, with more of
-    them where there is more noise: there the shape of a picture is decided.
+    Latents are [N, 4, H, W] and tokens [N + 1, L], the empty caption last.
     """
-    things = torch.randint(len(latents), (phase.batch,))
-    captions = torch.where(torch.rand(phase.batch) < 0.1, len(latents), things)
-    uniform = (torch.randperm(phase.batch) + torch.rand(phase.batch)) / phase.batch
-    times = (1000 * uniform**0.7).long()
+    things, captions, levels = draw_batch(len(latents), phase.batch)
+    times = (1000 * levels).long()
     noise = torch.randn_like(latents[things])
     noisy = pipe.scheduler.add_noise(latents[things], noise, times).contiguous(memory_format=torch.channels_last)
     with autocast(), merging(pipe, step < phase.merged * phase.steps):
         guess = pipe.unet(noisy, times, pipe.text_encoder(tokens[captions])[0]).sample
     return F.mse_loss(guess.float(), pipe.scheduler.get_velocity(latents[things], noise, times))
+
+
+def draw_batch(count: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [B] of things and of their captions, a tenth of them the empty one, and levels of noise [B] in 0..1.
+
+    The levels are stratified, with more of them where there is more noise: there the shape of a picture is decided.
+    """
+    things = torch.randint(count, (batch,))
+    captions = torch.where(torch.rand(batch) < 0.1, count, things)
+    uniform = (torch.randperm(batch) + torch.rand(batch)) / batch
+    return things, captions, uniform**0.7
 
 
 def autocast() -> torch.autocast:

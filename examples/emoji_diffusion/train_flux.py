@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline
 from torch import Tensor
-from train import HERE, Phase, Training, encode, load_pictures, tokenize
+from train import HERE, Phase, Training, draw_batch, encode, load_pictures, tokenize
 from train import THINGS as ALL_THINGS
 
 THINGS = ALL_THINGS[::6]
@@ -50,10 +50,10 @@ def positions(side: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1), place, place)
 
 
-def describe(base: StableDiffusionPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def describe(pipe: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Embeddings [N, L, 128] of the prompts, and [N, 128] of each as a whole."""
     with torch.no_grad():
-        output = base.text_encoder(tokenize(base, prompts))
+        output = pipe.text_encoder(tokenize(pipe, prompts))
     return output.last_hidden_state, output.pooler_output
 
 
@@ -62,10 +62,8 @@ def flow_loss(model: Any, tokens: Tensor, texts: tuple[Tensor, Tensor], phase: P
 
     A tenth of the captions are empty; the empty one is the last of `texts`.
     """
-    things = torch.randint(len(tokens), (phase.batch,))
-    captions = torch.where(torch.rand(phase.batch) < 0.1, len(tokens), things)
-    uniform = (torch.randperm(phase.batch) + torch.rand(phase.batch)) / phase.batch
-    sigmas, clean = uniform**0.7, tokens[things]
+    things, captions, sigmas = draw_batch(len(tokens), phase.batch)
+    clean = tokens[things]
     noise = torch.randn_like(clean)
     words, pooled = (text[captions] for text in texts)
     velocity = model(
@@ -93,15 +91,22 @@ def make_pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
     """Diffusers' pipeline of the transformer and the emoji model's autoencoder; `prompt` makes its arguments."""
     base = StableDiffusionPipeline.from_pretrained(HERE)
     base.vae.register_to_config(shift_factor=0.0)
-    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), base.vae, transformer=transformer, **parts)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def prompt(thing: str, guidance: float = 3.0) -> dict[str, Any]:
+def prompt(pipe: FluxPipeline, thing: str, guidance: float = 3.0) -> dict[str, Any]:
     """Arguments of the pipeline's call for the picture of a thing, with guidance away from the empty caption."""
-    words, pooled = describe(StableDiffusionPipeline.from_pretrained(HERE), [thing, ""])
+    words, pooled = describe(pipe, [thing, ""])
     return {
         "prompt_embeds": words[:1],
         "pooled_prompt_embeds": pooled[:1],
