@@ -32,6 +32,9 @@ class MergeConfig:
             before its first norm ("hidden_states", as in the authors' code).
         proportional_attention: add the logarithm of the cluster size to the attention logits, so that a merged token
             weighs as much as its members did (Bolya et al. 2023, Eq. 1).
+        widen_heads: add that logarithm in extra channels of the attention heads instead of in a mask, for kernels that
+            take no mask, such as FlashAttention. The result is the same. `python -m atc_diffusion` times both ways on
+            your device. Diffusers' default attention processors only.
         levels: which levels are merged, by downsampling factor: a tuple such as (1, 2); "finest", the finest level that
             has self-attention (1 in Stable Diffusion 1 and 2; 2 in SDXL, SD3 and PixArt); "costly", every level whose
             attention costs at least half as much as the finest one's (adds level 4 in SDXL); or "all". Cannot be
@@ -56,6 +59,7 @@ class MergeConfig:
     r_keys: Share | Mapping[int, Share] | None = None
     features: Features = "keys"
     proportional_attention: bool = True
+    widen_heads: bool = False
     levels: Levels | tuple[int, ...] = "finest"
     share_guidance: bool = False
     share_layers: int = 1

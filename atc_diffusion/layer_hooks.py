@@ -80,10 +80,10 @@ class LayerHooks:
         call.visits[self.layer.name] = visit + 1
         kept = call.kept[self.layer.level]
         if min(kept) == num_tokens:
-            return Merge(place, None, None, False)
+            return Merge(place, None, None, weigh=False)
         key = (self.clusters, visit, len(tokens))
         queries, keys = (self._map(call, key, count, tokens) for count in kept)
-        return Merge(place, queries, keys, self.config.proportional_attention)
+        return Merge(place, queries, keys, self.config.proportional_attention, self.config.widen_heads)
 
     def _map(self, call: Call, key: object, count: int, tokens: Tensor) -> MergeMap | None:
         """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""

@@ -103,7 +103,7 @@ class NetworkPatch:
         clusters = self._clusters(run, inputs) if visit.output is None else Clusters()
         clusters.keep_maps({count for counts in kept.values() for count in counts})
         for layer in self._layers:
-            self._family.attach(layer)
+            self._family.attach(layer, self.config.widen_heads)
         self._last_run = run
         present.call = Call(
             owner=self,
@@ -180,7 +180,7 @@ class NetworkPatch:
         for layer in self._layers:
             queries, keys = kept[layer.level]
             all_queries = queries == math.prod(layer.grid(size))
-            self._family.check(layer, all_queries, keys_apart=queries != keys)
+            self._family.check(layer, all_queries, queries != keys, self.config.widen_heads)
 
 
 def _items(latents: Tensor) -> int:

@@ -21,7 +21,7 @@ def test_nothing_is_wrong_on_the_cpu(capsys):
     printed = capsys.readouterr().out
     assert "Merging is right on this machine" in printed
     networks = ("Stable Diffusion 3 merged on cpu in bfloat16", "Flux merged on cpu in float16")
-    for subject in ("Numba", *networks, "sliced attention on cpu", "speed on cpu", "weights in wider heads"):
+    for subject in ("Numba", *networks, "sliced attention on cpu", "speed on cpu", "weights in wider heads on cpu"):
         assert subject.lower() in printed.lower()
 
 

@@ -57,7 +57,9 @@ def test_the_whole_unet_compiles_without_a_graph_break(unet):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [ATCConfig(r=1, r_keys=0.3, features="hidden_states"), ToMeConfig()])
+@pytest.mark.parametrize(
+    "config", [ATCConfig(r=1, r_keys=0.3, features="hidden_states", widen_heads=True), ToMeConfig()]
+)
 def test_every_form_is_traced_whole_and_never_again(unet, config):
     expected = [apply_patch(unet, replace(config, recluster_threshold=0))(*inputs(step)).sample for step in range(3)]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")

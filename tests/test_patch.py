@@ -102,14 +102,15 @@ def test_merged_queries_alone_keep_their_keys(unet):
     assert torch.equal(attend(unet, tokens), expected)
 
 
+@pytest.mark.parametrize("widen_heads", [False, True])
 @pytest.mark.parametrize("proportional_attention", [True, False])
-def test_a_mask_is_merged_with_the_tokens(unet, proportional_attention):
+def test_a_mask_is_merged_with_the_tokens(unet, proportional_attention, widen_heads):
     """Masking a whole cluster of equal tokens is masking each of them."""
     tokens = torch.randn(1, 4, 16).repeat_interleave(4, dim=1)
     mask = torch.zeros(1, 1, 16)
     mask[:, :, :4] = -10000.0
     expected = attend(unet, tokens, attention_mask=mask)
-    apply_patch(unet, r=0.25, proportional_attention=proportional_attention)
+    apply_patch(unet, r=0.25, proportional_attention=proportional_attention, widen_heads=widen_heads)
     assert torch.allclose(attend(unet, tokens, attention_mask=mask), expected, atol=1e-6)
 
 

@@ -86,12 +86,14 @@ class Merge:
         keys: merges the tokens of keys and values, or for rotary families keys and values themselves; None keeps all of
             them. The same object as `queries` if as many are kept.
         weigh: add the logarithm of a cluster's size to the logits of its key (proportional attention).
+        widen: add it in channels of the heads instead of in a mask.
     """
 
     place: Place
     queries: MergeMap | None
     keys: MergeMap | None
     weigh: bool
+    widen: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -136,15 +138,22 @@ class Family(ABC):
         height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
         return ImageInput(latents, (height, width), timestep, others)
 
-    def attach(self, layer: Layer) -> None:  # noqa: B027
+    def attach(self, layer: Layer, widen: bool) -> None:  # noqa: B027
         """Install what merging needs besides hooks, unless it is there; called before every call of the network."""
 
     def detach(self, layer: Layer) -> None:  # noqa: B027
         """Undo `attach` exactly."""
 
     @abstractmethod
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
-        """Raise ValueError if the attention cannot merge queries, unless `all_queries` stay, or keys unlike queries."""
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
+        """Raise ValueError if the attention cannot merge as it would have to.
+
+        Args:
+            layer: the attention.
+            all_queries: no queries merge.
+            keys_apart: keys and queries merge differently.
+            widen: merged keys are weighed in channels of the heads.
+        """
 
     def tokens(self, args: Args, kwargs: Kwargs, place: Place) -> Tensor:
         """The image's tokens `[B, N, C]` among the arguments of an attention."""

@@ -59,7 +59,8 @@ class MergedProcessor:
         weights = log_weights(merge, key.shape[1])
         key, value = merge_keys(key, merge), merge_keys(value, merge)
         mask = None if mask is None else _merge_mask(mask, merge)
-        attend = _attend_with_mask if _backend(self) in _ADD_MASKS else _attend_with_wider_heads
+        widen = merge.widen or _backend(self) not in _ADD_MASKS
+        attend = _attend_with_wider_heads if widen else _attend_with_mask
         return attend(query, key, value, weights, mask, self._attention_backend).flatten(2).to(query.dtype)
 
 
@@ -75,7 +76,7 @@ class RotaryFamily(Family):
     processor: type
     merged_processor: type[MergedProcessor]
 
-    def attach(self, layer: Layer) -> None:
+    def attach(self, layer: Layer, widen: bool) -> None:
         attn: Any = layer.attention
         if type(attn.processor) is self.processor:
             attn.processor = self.merged_processor(attn.processor)
@@ -85,7 +86,7 @@ class RotaryFamily(Family):
         if isinstance(attn.processor, self.merged_processor):
             attn.processor = attn.processor.original
 
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
         check_forward(layer)
         processor = layer.attention.processor
         kind = type(processor)
@@ -136,7 +137,7 @@ def log_weights(merge: Merge, length: int) -> Tensor | None:
     if merge.keys is None or not merge.weigh:
         return None
     after = merge.place.after
-    return F.pad(merge.keys.sizes.log(), (length - merge.num_tokens - after, after))
+    return F.pad(merge.keys.sizes.float().log(), (length - merge.num_tokens - after, after))
 
 
 def _merge_mask(mask: Tensor, merge: Merge) -> Tensor:

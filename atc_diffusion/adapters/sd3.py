@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
 from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters.weights import attend
 
 
 class SD3Family(Family):
@@ -28,7 +29,7 @@ class SD3Family(Family):
             if (attention := getattr(block, name, None)) is not None
         ]
 
-    def attach(self, layer: Layer) -> None:
+    def attach(self, layer: Layer, widen: bool) -> None:
         attn: Any = layer.attention
         if type(attn.processor) is JointAttnProcessor2_0:
             attn.processor = MergedJointAttnProcessor(attn.processor)
@@ -38,7 +39,7 @@ class SD3Family(Family):
         if isinstance(attn.processor, MergedJointAttnProcessor):
             attn.processor = attn.processor.original
 
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
         check_forward(layer)
         kind = type(layer.attention.processor)
         if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
@@ -50,18 +51,17 @@ class SD3Family(Family):
     def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         """Keys after the model's key norm, if it has one, or values."""
         attn: Any = layer.attention
-        return _keys(attn, tokens).transpose(1, 2).flatten(2) if which == "keys" else attn.to_v(tokens)
+        return _keys(attn, tokens).flatten(2) if which == "keys" else attn.to_v(tokens)
 
     def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
         given = named(args, kwargs)
         tokens = given["hidden_states"]
-        weights = merge.keys.sizes if merge.weigh and merge.keys is not None else None
-        merged = {
+        return (), given | {
             "hidden_states": merge.merge_queries(tokens),
             "merged_keys": merge.merge_keys(tokens),
-            "log_weights": None if weights is None else weights.float().log().to(tokens.dtype),
+            "log_weights": merge.keys.sizes.float().log() if merge.weigh and merge.keys is not None else None,
+            "widen": merge.widen,
         }
-        return (), given | merged
 
     def unmerge(self, output: Any, merge: Merge) -> Any:
         if isinstance(output, tuple):
@@ -84,6 +84,7 @@ class MergedJointAttnProcessor:
         attention_mask: Tensor | None = None,
         merged_keys: Tensor | None = None,
         log_weights: Tensor | None = None,
+        widen: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from `hidden_states` `[B, Q, C]` and the text to `merged_keys` `[B, K, C]` and the text.
 
@@ -93,21 +94,20 @@ class MergedJointAttnProcessor:
             encoder_hidden_states: text tokens `[B, T, C]`, or None.
             attention_mask: ignored, as in the original.
             merged_keys: tokens that the image's keys and values are projected from; None calls the original.
-            log_weights: `[B, K]`, added to the logits of the image's keys; None adds nothing.
+            log_weights: `[B, K]` float32, added to the logits of the image's keys; None adds nothing.
+            widen: add them in channels of the heads instead of in a mask.
         """
         if merged_keys is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
         query, key = _queries(attn, hidden_states), _keys(attn, merged_keys)
         value = _heads(attn, attn.to_v(merged_keys))
-        mask = None if log_weights is None else log_weights[:, None, None, :]
         if encoder_hidden_states is not None:
             query, key, value = (
-                torch.cat([image, text], dim=2)
+                torch.cat([image, text], dim=1)
                 for image, text in zip((query, key, value), _text(attn, encoder_hidden_states), strict=True)
             )
-            mask = None if mask is None else F.pad(mask, (0, encoder_hidden_states.shape[1]))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
+            log_weights = None if log_weights is None else F.pad(log_weights, (0, encoder_hidden_states.shape[1]))
+        attended = attend(query, key, value, log_weights, widen).flatten(2).to(query.dtype)
         image, text = attended.split([hidden_states.shape[1], attended.shape[1] - hidden_states.shape[1]], dim=1)
         image = attn.to_out[1](attn.to_out[0](image))
         if encoder_hidden_states is None:
@@ -116,8 +116,8 @@ class MergedJointAttnProcessor:
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
-    """Split `x` `[B, N, C]` into heads `[B, H, N, C / H]`."""
-    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    """Split `x` `[B, N, C]` into heads `[B, N, H, C / H]`."""
+    return x.unflatten(2, (attn.heads, -1))
 
 
 def _queries(attn: Any, tokens: Tensor) -> Tensor:

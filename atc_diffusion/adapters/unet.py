@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
 from atc_diffusion.adapters.forward import check_forward
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
-from atc_diffusion.adapters.weights import aligned
+from atc_diffusion.adapters.weights import WiderHeadsAttnProcessor, aligned
+from atc_diffusion.merge_map import MergeMap
 
-_MASKED = -1e4  # as good as -inf, and finite in float16
+_MASKED = -1e3  # as good as -inf, and finite in float16, also times the root of a head's width
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
 
 # By name: which of them exist depends on the version of diffusers.
@@ -32,7 +34,7 @@ def _classes(names: Iterable[str]) -> set[type]:
     return {kind for name in names if (kind := getattr(attention_processor, name, None))}
 
 
-_ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor}
+_ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor, WiderHeadsAttnProcessor}
 _KEYS_OF_QUERIES_CLASSES = _classes(_KEYS_OF_QUERIES)
 
 
@@ -46,25 +48,30 @@ class UNetFamily(Family):
             if not block.only_cross_attention
         ]
 
-    def attach(self, layer: Layer) -> None:
-        """Hooks are enough, except for perturbed attention, which makes keys of the queries' tokens."""
+    def attach(self, layer: Layer, widen: bool) -> None:
+        """Hooks are enough, except to widen heads, and for perturbed attention, whose keys are the queries' tokens."""
         attn: Any = layer.attention
-        if type(attn.processor) in PERTURBED:
+        kind = type(attn.processor)
+        if kind in PERTURBED:
             attn.processor = MergedPerturbedAttnProcessor(attn.processor)
+        elif kind is AttnProcessor2_0 and widen:
+            attn.processor = WiderHeadsAttnProcessor(attn.processor)
 
     def detach(self, layer: Layer) -> None:
         attn: Any = layer.attention
-        if isinstance(attn.processor, MergedPerturbedAttnProcessor):
+        if isinstance(attn.processor, MergedPerturbedAttnProcessor | WiderHeadsAttnProcessor):
             attn.processor = attn.processor.original
 
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool) -> None:
+    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
         if type(layer.block).__name__ == "ToMeBlock":
             raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
         check_forward(layer)
         kind = type(layer.attention.processor)
-        if kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not keys_apart):
+        if widen and kind not in (AttnProcessor2_0, WiderHeadsAttnProcessor):
+            way_out = "wider heads need diffusers' AttnProcessor2_0; set that one, or leave out widen_heads"
+        elif kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not keys_apart):
             return
-        if kind in _KEYS_OF_QUERIES_CLASSES:
+        elif kind in _KEYS_OF_QUERIES_CLASSES:
             way_out = _KEYS_OF_QUERIES[kind.__name__]
         else:
             way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
@@ -82,7 +89,7 @@ class UNetFamily(Family):
         if given.get("encoder_hidden_states") is None:
             if merge.keys is not merge.queries:
                 given["encoder_hidden_states"] = merge.merge_keys(tokens)
-            given["attention_mask"] = _mask(layer, given.get("attention_mask"), merge, tokens)
+            given |= _weights(layer, given.get("attention_mask"), merge, tokens)
         return (), given
 
     def unmerge(self, output: Any, merge: Merge) -> Any:
@@ -113,22 +120,30 @@ def _level(place: re.Match[str], num_levels: int) -> int:
     return 2 ** (block if place["side"] == "down" else num_levels - 1 - block)
 
 
-def _mask(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Tensor | None:
-    """The additive mask `[B * H, 1, K]` of merged keys: the logarithms of their weights (Bolya et al. 2023, Eq. 1).
+def _weights(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Kwargs:
+    """The attention's arguments that weigh merged keys, if they have weights.
 
-    A mask `[B, 1, N]` that is there already gives every token the weight exp(mask). The mask is repeated for the heads
-    here, because the copies that diffusers makes otherwise are not aligned.
+    The mask `[B * H, 1, K]` is repeated for the heads here, because the copies that diffusers makes are not aligned.
     """
     if merge.keys is None or (mask is None and not merge.weigh):
-        return mask
-    weights = tokens.new_ones((), dtype=torch.float32)
-    if mask is not None:
-        weights = merge.keys.merge(_per_key(mask).float().exp().mT).mT
-    if merge.weigh:
-        weights = weights * merge.keys.sizes[:, None, :]
+        return {}
     attn: Any = layer.attention
-    logs = weights.log().clamp(min=_MASKED).to(tokens.dtype)[: attended_items(attn, len(tokens))]
-    return aligned(logs.repeat_interleave(attn.heads, dim=0))
+    logs = _log_weights(mask, merge.keys, merge.weigh)[: attended_items(attn, len(tokens))]
+    if merge.widen:
+        return {"attention_mask": None, "log_weights": logs[:, 0]}
+    return {"attention_mask": aligned(logs.to(tokens.dtype).repeat_interleave(attn.heads, dim=0))}
+
+
+def _log_weights(mask: Tensor | None, keys: MergeMap, weigh: bool) -> Tensor:
+    """`[B, 1, K]` float32: the logarithms of the weights of merged keys (Bolya et al. 2023, Eq. 1).
+
+    A mask `[B, 1, N]` that is there already gives every token the weight exp(mask).
+    """
+    sizes = keys.sizes[:, None, :].float()
+    weights = sizes if weigh else torch.ones_like(sizes)
+    if mask is not None:
+        weights = weights * keys.merge(_per_key(mask).float().exp().mT).mT
+    return weights.log().clamp(min=_MASKED)
 
 
 def _per_key(mask: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """How the weights of merged keys reach the softmax: in an additive mask, or in channels of the heads."""
 
+from typing import Any
+
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,6 +14,54 @@ def aligned(mask: Tensor) -> Tensor:
     """A copy of `mask` `[..., K]` whose rows lie in memory at multiples of eight numbers, which xFormers requires."""
     num_keys = mask.shape[-1]
     return F.pad(mask, (0, -num_keys % ROW))[..., :num_keys]
+
+
+class WiderHeadsAttnProcessor:
+    """`AttnProcessor2_0` that takes weights of merged keys, and adds their logarithms in channels of the heads."""
+
+    def __init__(self, original: AttnProcessor2_0) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, or to the same tokens.
+
+        Without `log_weights` `[B, K]`, which are added to the logits, calls the original.
+        """
+        if log_weights is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        attended = attend(query, key, value, log_weights, widen=True).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, log_weights: Tensor | None, widen: bool) -> Tensor:
+    """PyTorch's attention `[B, Q, H, D]` with `log_weights` added to the logits.
+
+    Args:
+        query: `[B, Q, H, D]`.
+        key: `[B, K, H, D]`.
+        value: `[B, K, H, D]`.
+        log_weights: `[B, K]` float32; None adds nothing.
+        widen: add them in channels of the heads instead of in a mask.
+    """
+    width, mask = query.shape[-1], None
+    if log_weights is not None and widen:
+        query, key, value = wider_heads(query, key, value, log_weights)
+    elif log_weights is not None:
+        mask = log_weights[:, None, None].to(query.dtype)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=width**-0.5)
+    return attended[..., :width].transpose(1, 2)
 
 
 def wider_heads(query: Tensor, key: Tensor, value: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,18 +32,26 @@ def check_networks(device: torch.device) -> Iterator[Finding]:
             yield find(subject, partial(error_of, network, inputs, device, dtype, expected), tolerance)
 
 
-def error_of(network: nn.Module, inputs: Inputs, device: torch.device, dtype: torch.dtype, expected: Tensor) -> float:
+def error_of(
+    network: nn.Module,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Tensor,
+    widen_heads: bool = False,
+) -> float:
     """Relative error of the merged network on a device and in a precision."""
     there = copy.deepcopy(network).to(device, dtype)
-    output = merged_output(there, tree_map(partial(_moved, device=device, dtype=dtype), inputs))
+    output = merged_output(there, tree_map(partial(_moved, device=device, dtype=dtype), inputs), widen_heads)
     return ((output - expected).norm() / expected.norm()).item()
 
 
 @torch.no_grad()
-def merged_output(network: nn.Module, inputs: Inputs) -> Tensor:
+def merged_output(network: nn.Module, inputs: Inputs, widen_heads: bool = False) -> Tensor:
     """The output, in float32 on the CPU, of a copy of `network` that is merged."""
     merged = copy.deepcopy(network)
-    apply_patch(merged, KEYS if type(network).__name__ in ROTARY else QUERIES_AND_KEYS)
+    config = KEYS if type(network).__name__ in ROTARY else QUERIES_AND_KEYS
+    apply_patch(merged, replace(config, widen_heads=widen_heads))
     output = merged(**inputs, return_dict=False)[0]
     return (torch.stack(output) if isinstance(output, list) else output).float().cpu()
 

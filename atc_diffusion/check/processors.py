@@ -22,6 +22,8 @@ def check_processors(device: torch.device) -> Iterator[Finding]:
     for name, change in _changes(device).items():
         subject = f"{name} on {device}"
         yield find(subject, partial(_error, network, inputs, device, dtype, expected, change), TOLERANCE)
+    widened = partial(error_of, network, inputs, device, dtype, expected, widen_heads=True)
+    yield find(f"weights in wider heads on {device}", widened, TOLERANCE)
 
 
 def _error(

@@ -3,13 +3,10 @@
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from atc_diffusion.adapters.weights import wider_heads
+from atc_diffusion.adapters.weights import attend
 from atc_diffusion.check.finding import Finding
 from atc_diffusion.clustering.windows import cluster_windows
 
@@ -26,7 +23,7 @@ def check_speed(device: torch.device) -> Iterator[Finding]:
         yield Finding(subject, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
         return
     note = (
-        f"attention {full * 1e3:.2f} ms; merged {masked / full:.2f} of it (with weights in wider heads"
+        f"attention {full * 1e3:.2f} ms; merged {masked / full:.2f} of it (with widen_heads=True"
         f" {widened / full:.2f}), a clustering {clustering / full:.2f} of it"
     )
     yield Finding(subject, note=note)
@@ -40,21 +37,15 @@ def _medians(device: torch.device) -> list[float]:
     tokens = torch.randn(1, num_tokens, CHANNELS).to(device, dtype)
     heads = tokens.unflatten(2, (HEADS, -1))
     keys, logs = heads[:, :KEYS].contiguous(), torch.zeros(1, KEYS, device=device)
-    mask, scale = logs[:, None, None].to(dtype), heads.shape[-1] ** -0.5
     work: list[Callable[[], object]] = [
-        lambda: _attend(heads, heads, heads),
-        lambda: _attend(heads, keys, keys, attn_mask=mask),
-        lambda: _attend(*wider_heads(heads, keys, keys, logs), scale=scale),
+        lambda: attend(heads, heads, heads, None, widen=False),
+        lambda: attend(heads, keys, keys, logs, widen=False),
+        lambda: attend(heads, keys, keys, logs, widen=True),
         lambda: cluster_windows(tokens, (SIDE, SIDE), 16, "ward", num_clusters=KEYS).cut(KEYS),
     ]
     for function in work:
         _seconds(function, device)  # compiles
     return [median(times) for times in zip(*([_seconds(f, device) for f in work] for _ in range(ROUNDS)), strict=True)]
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

@@ -34,12 +34,13 @@ OURS: dict[str, Callable[[float], MergeConfig]] = {
     "atc-share-2": lambda r: ATCConfig(r=r, share_layers=2),
     "atc-share-4": lambda r: ATCConfig(r=r, share_layers=4),
     "atc-fast": ATCConfig.fast,
+    "atc-fast-wide": lambda r: replace(ATCConfig.fast(r), widen_heads=True),
     DEEPER: ATCConfig.fast,
 }
 CANDIDATES = ("tomesd", "todo", *OURS)
 OF_UNETS = ("tomesd", "todo", DEEPER)
 OF_TRANSFORMERS = ("tome", "atc-share-2", "atc-share-4")
-OF_ROTARY = ("unpatched", "atc-fast")
+OF_ROTARY = ("unpatched", "atc-fast", "atc-fast-wide")
 COMPILED = ("unpatched", "atc", "atc-fast")
 ALWAYS_KEEP = {"unpatched": 100, "todo": 25}  # percent
 KEEP_AT_LEAST = {"tomesd": 25, "tome": 25}
@@ -111,9 +112,10 @@ def _note(repeats: int) -> str:
 
 
 def _legend(model: str) -> str:
+    wide = "atc-fast-wide: atc-fast with widen_heads."
     if MODELS[model].is_rotary:
-        return "Only keys are merged."
-    free = f"{FREE}: atc, clustering time excluded."
+        return f"Only keys are merged. {wide}"
+    free = f"{wide} {FREE}: atc, clustering time excluded."
     if MODELS[model].blocks:
         return f"{free} atc-share-2 and -4: one clustering serves so many consecutive layers."
     return f"{free} todo: all queries, a quarter of the keys and values. {DEEPER}: atc-fast at the two finest levels."

@@ -132,12 +132,12 @@ def test_the_floor_is_arithmetic_without_a_matrix_and_traffic_with_one() -> None
 
 def test_steps_of_every_candidate_stand_beside_the_unpatched(run: Run) -> None:
     table = run("--parts step --model sd15 sdxl --keep 60 20")
-    ours = ["atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"]
+    ours = ["atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide", "atc-fast-2"]
     sixty = [["60 %", "tomesd"], ["25 %", "todo"], *(["60 %", name] for name in ours)]
     twenty = [["20 %", name] for name in ours]
     assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
     assert table[0][3] == "1.00"
-    assert [row[4] for row in table[:8]] == ["", "", "", "3", "1", "0", "1", "2.33"]
+    assert [row[4] for row in table[:9]] == ["", "", "", "3", "1", "0", "1", "1", "2.33"]
 
 
 def test_compiled_steps_have_rows_too(run: Run) -> None:
@@ -168,22 +168,32 @@ def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> 
 
 def test_transformers_have_candidates_of_their_own(run: Run) -> None:
     table = run("--parts step --model pixart-sigma sd3-medium --blocks 4 --dtype bfloat16")
-    names = ["unpatched", "tome", "atc-paper", "atc", "atc-free", "atc-share-2", "atc-share-4", "atc-fast"]
+    names = [
+        "unpatched",
+        "tome",
+        "atc-paper",
+        "atc",
+        "atc-free",
+        "atc-share-2",
+        "atc-share-4",
+        "atc-fast",
+        "atc-fast-wide",
+    ]
     assert [row[1] for row in table] == names * 2
-    assert [row[4] for row in table[:8]] == ["", "4", "4", "1.33", "0", "0.667", "0.333", "1.33"]
+    assert [row[4] for row in table[:9]] == ["", "4", "4", "1.33", "0", "0.667", "0.333", "1.33", "1.33"]
 
 
 def test_of_rotary_networks_only_keys_merge(run: Run) -> None:
     table = run("--parts step arithmetic --model flux-dev --blocks 2 --keep 25")
-    assert [row[:2] for row in table[1:]] == [["100 %", "unpatched"], ["25 %", "atc-fast"]]
-    assert [row[4] for row in table[1:]] == ["", "1.33"]
+    assert [row[:2] for row in table[1:]] == [["100 %", "unpatched"], ["25 %", "atc-fast"], ["25 %", "atc-fast-wide"]]
+    assert [row[4] for row in table[1:]] == ["", "1.33", "1.33"]
 
 
 def denoising(model: str, candidate: Candidate) -> Denoising:
     return Denoising(setting := Setting(model, 64, "cpu", torch.float32), share_weights(setting.load()), candidate)
 
 
-UNETS = ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-2"]
+UNETS = ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide", "atc-fast-2"]
 TRANSFORMERS = ["tome", "atc", "atc-share-2", "atc-fast"]
 
 
