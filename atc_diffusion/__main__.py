@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from typing import Any
 
 
@@ -39,29 +38,16 @@ def _tune(model: str, prompt: list[str], dtype: str | None, min_psnr: float, max
     import torch
 
     from atc_diffusion.devices import devices_found
+    from atc_diffusion.loading import load_pipeline
     from atc_diffusion.tuning import tune
 
     device = devices_found()[-1]
     dtype = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = _load(model, getattr(torch, dtype)).to(device)
+    pipe = load_pipeline(model, getattr(torch, dtype)).to(device)
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size"}
     call = {name: given[option] for name, option in names.items() if given[option] is not None}
     print(tune(pipe, prompt, min_psnr=min_psnr, max_seconds=max_seconds, on_progress=_say, **call))
     return 0
-
-
-def _load(model: str, dtype: Any) -> Any:
-    from diffusers import DiffusionPipeline
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot load {model!r}; give a folder with a pipeline, or a hub id ({reason})") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _say(label: str, done: int, total: int) -> None:

@@ -1,9 +1,6 @@
 """How pictures are sampled: the model, its scheduler, and everything else that changes the bits of a picture."""
 
 import hashlib
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +8,12 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image
 from diffusers.utils import load_image
 
 from arguments import checks
 from arguments.options import option
+from atc_diffusion import loading
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[2] / "examples" / "emoji_diffusion"
@@ -89,38 +86,28 @@ def weights_digest(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_pipeline(sampling: Sampling, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
     """The pipeline of `sampling` on `device`, without a safety checker.
 
     Raises:
         ValueError: if the model or the LoRA cannot be loaded, or the scheduler does not fit the model.
     """
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, sampling.dtype_on(device))
-    with _loading("model", sampling.model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
-        pipe = DiffusionPipeline.from_pretrained(
-            sampling.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+    pipe = loading.load_pipeline(sampling.model, dtype, safety_checker=None, requires_safety_checker=False)
     if sampling.lora:
-        with _loading("lora", sampling.lora):
-            pipe.load_lora_weights(sampling.lora)
+        _load_lora(pipe, sampling.lora)
     if sampling.scheduler:
         pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-@contextmanager
-def _loading(option: str, source: str) -> Iterator[None]:
+def _load_lora(pipe: Any, lora: str) -> None:
     try:
-        yield
+        pipe.load_lora_weights(lora)
     except OSError as error:
         raise ValueError(
-            f"cannot load --{option} {source}: it is no folder with its weights, and the hub gave none; give a folder, "
-            f"or connect once and run: hf download {source}"
+            f"cannot load --lora {lora}: it is no folder with its weights, and the hub gave none; give a folder, or "
+            f"connect once and run: hf download {lora}"
         ) from error
 
 
