@@ -302,6 +302,14 @@ def test_a_cache_that_counts_steps_sees_them_all(components, cache_first):
     assert "none of 12 steps forecast: the network's forward was replaced" in str(summary(pipe))
 
 
+def test_clusters_last_through_skipped_steps(components):
+    config = ATCConfig(r=1.0, r_keys=0.5, recluster_threshold=1e9, forecast_tolerance=1e9)
+    pipe = apply_patch(pipeline(components), config)
+    draw(pipe)
+    assert forecast_steps(pipe) == SKIPPED
+    assert {layer.clusterings for layer in summary(pipe).layers} == {1}
+
+
 def test_compiled_blocks(components):
     pipe = apply_patch(pipeline(components), FORECAST)
     expected = draw(pipe)
