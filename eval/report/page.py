@@ -96,6 +96,7 @@ def data_uri(image: Image.Image) -> str:
 
 def contact_sheet(pictures: Sequence[Shown], columns: int = 6) -> bytes:
     """All `pictures` with their captions, as a PNG."""
+    columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained", dpi=110)
     for number, shown in enumerate(pictures, start=1):
