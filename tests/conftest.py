@@ -1,6 +1,7 @@
 """Real diffusers classes at tiny size, with random weights."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,6 +27,9 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 4,
     "sample_size": 16,
 }
+
+
+collect_ignore = [] if find_spec("playwright") else ["test_app.py"]  # the extra `test` has no browser
 
 
 def pytest_configure() -> None:
