@@ -70,12 +70,11 @@ def test_every_form_is_traced_whole_and_never_again(unet, config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [ATCConfig(window_size=4), ATCConfig.fast()])
-def test_reuse_compiles_whole_and_settles(unet, config):
+def test_reuse_compiles_whole_and_settles(unet):
     """Within the first clustering that knows the guidance's parts, here the fourth step at the latest."""
     prompt, latents = embedding(2), sample().repeat(2, 1, 1, 1)
     steps = torch.arange(900, 100, -100)
-    apply_patch(unet, config)
+    apply_patch(unet, r=0.5, r_keys=0.25, linkage="ward", window_size=4)
     expected = [unet(latents + t / 1000, t, prompt).sample for t in steps]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     for t, output in zip(steps[:4], expected, strict=False):

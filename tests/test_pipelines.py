@@ -234,15 +234,6 @@ def test_perturbed_attention_guidance_of_stable_diffusion_3_is_refused_at_its_fi
         draw(pipe, text(1) | POOLED, height=16, width=24, pag_scale=3.0)
 
 
-def test_the_unet_inside_a_pipeline_may_be_compiled(components):
-    pipe = StableDiffusionPipeline(**components, **PARTS)
-    expected = draw(apply_patch(pipe, r=0.5), text(1), height=16, width=16)
-    remove_patch(pipe)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    apply_patch(pipe, r=0.5)
-    assert np.allclose(draw(pipe, text(1), height=16, width=16), expected, atol=1e-4)
-
-
 def test_offloading_keeps_working(components):
     pipe = StableDiffusionPipeline(**components, **PARTS)
     expected = draw(apply_patch(pipe, r=0.5), text(1), height=16, width=16)
