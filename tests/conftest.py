@@ -29,7 +29,7 @@ VAE: dict[str, Any] = {
 }
 
 
-collect_ignore = [] if find_spec("playwright") else ["test_app.py"]  # the extra `test` has no browser
+collect_ignore = [] if find_spec("gradio") else ["test_app.py", "test_clusters.py"]  # the extra `test` is without it
 
 
 def pytest_configure() -> None:
