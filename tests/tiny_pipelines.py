@@ -19,6 +19,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,7 +28,7 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
 
 from tests.conftest import UNET
@@ -128,5 +130,6 @@ def _t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=256, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
 
 
-def _t5_tokenizer() -> T5Tokenizer:
-    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)])
+def _t5_tokenizer() -> T5TokenizerFast:
+    vocabulary = Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)], unk_id=2)
+    return T5TokenizerFast(tokenizer_object=Tokenizer(vocabulary))
