@@ -107,6 +107,11 @@ class Merge:
     def _kept(self, merge_map: MergeMap | None) -> int:
         return self.num_tokens if merge_map is None else merge_map.num_clusters
 
+    @property
+    def log_weights(self) -> Tensor | None:
+        """What proportional attention adds to the logits of merged keys, `[B, K]` float32; None: nothing."""
+        return self.keys.sizes.float().log() if self.weigh and self.keys is not None else None
+
     def merge_queries(self, x: Tensor) -> Tensor:
         return x if self.queries is None else self.queries.merge(x)
 

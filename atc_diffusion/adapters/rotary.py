@@ -134,10 +134,8 @@ def merge_keys(x: Tensor, merge: Merge) -> Tensor:
 
 def log_weights(merge: Merge, length: int) -> Tensor | None:
     """What is added to the logits of merged keys, `[B, S - N + K]`, of a sequence of `length` `S`; None: nothing."""
-    if merge.keys is None or not merge.weigh:
-        return None
-    after = merge.place.after
-    return F.pad(merge.keys.sizes.float().log(), (length - merge.num_tokens - after, after))
+    logs, after = merge.log_weights, merge.place.after
+    return None if logs is None else F.pad(logs, (length - merge.num_tokens - after, after))
 
 
 def _merge_mask(mask: Tensor, merge: Merge) -> Tensor:

@@ -59,7 +59,7 @@ class SD3Family(Family):
         return (), given | {
             "hidden_states": merge.merge_queries(tokens),
             "merged_keys": merge.merge_keys(tokens),
-            "log_weights": merge.keys.sizes.float().log() if merge.weigh and merge.keys is not None else None,
+            "log_weights": merge.log_weights,
             "widen": merge.widen,
         }
 
