@@ -7,12 +7,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
 from diffusers.utils import convert_state_dict_to_diffusers
 from fastapi.testclient import TestClient
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -56,6 +58,8 @@ SUBSTITUTIONS = {
     r"fullgraph=True": 'fullgraph=True, backend="eager"',
     r"pretrained=True": "pretrained=False",
 }
+if Version(diffusers.__version__) < Version("0.40"):
+    SUBSTITUTIONS[r"\bdtype="] = "torch_dtype="  # as the guide tells users of these versions
 NEEDS = {
     "an NVIDIA GPU": r'"cuda"|enable_model_cpu_offload',
     "a Mac": '"mps"',
