@@ -45,10 +45,11 @@ class MergeConfig:
         share_layers: number of consecutive layers of a level that use one clustering.
         recluster_threshold: cluster again once the network's input latents have changed by more than this since the
             last clustering (norm of the change relative to the norm of the latents). 0 clusters at every call.
-        forecast_tolerance: skip a call of the network and extrapolate its output from the last ones, if that is
-            expected to change the latents by at most this much (norm of the change relative to the norm of the
-            latents). 0 computes every step; 0.015 skips up to two thirds of them. Nothing is skipped with samplers that
-            add noise or repeat every timestep (Heun), nor in runs known to have fewer than 10 steps.
+        forecast_tolerance: skip calls of the network and extrapolate their outputs from the last ones, as long as that
+            is expected to change the latents by at most this much over a whole run (norm of the change relative to the
+            norm of the latents). Each step may cause its share of the change. 0 computes every step; 0.3 skips about
+            half of them. Nothing is skipped with samplers that add noise or repeat every timestep (Heun), nor in runs
+            known to have fewer than 10 steps.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:
@@ -204,7 +205,7 @@ class ATCConfig(MergeConfig):
     @classmethod
     def faster(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":
         """`fast` with forecasting: with deterministic samplers, the network runs at about half of the steps."""
-        return replace(cls.fast(r_keys), forecast_tolerance=0.015)
+        return replace(cls.fast(r_keys), forecast_tolerance=0.3)
 
     @classmethod
     def fast(cls, r_keys: Share | Mapping[int, Share] = 0.125) -> "ATCConfig":

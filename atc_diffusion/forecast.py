@@ -7,7 +7,8 @@ latents and outputs. Latents that are not such a sum belong to another picture, 
 
 *How large would the error be?* At each call that is computed, the output is compared with its forecast. The remainder
 term of polynomial interpolation turns that into the expected error of the next forecast. Multiplied by the length of
-the step, it is the change of the latents that the forecast would cause.
+the step, it is the change of the latents that the forecast would cause. Every step may cause its share of the tolerance,
+so that the sum does not grow with the number of steps.
 """
 
 import math
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atc_diffusion.extrapolation import Lane, largest_change, output_of
+from atc_diffusion.extrapolation import ORDER, Lane, largest_change, output_of
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Moment, Step
 
 FEWEST_STEPS = 10  # of a run in which anything is forecast
-MOST_SKIPPED = 2  # calls in a row, so that the error is measured at every third step
+MOST_SKIPPED = ORDER  # calls in a row: one fewer than the outputs that a forecast is made from
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
 MAX_PICTURES = 256  # a loop with more at one step forgets the oldest
@@ -132,7 +133,7 @@ class Forecasts:
 
     Args:
         first: the step of its first call.
-        tolerance: a call is forecast if that is expected to change the latents by at most so much.
+        tolerance: a call is forecast if that is expected to change the latents by at most its step's share of this.
         never: why nothing may be forecast in this run; "" if something may be.
     """
 
@@ -172,7 +173,8 @@ class Forecasts:
         if len(lane.outputs) < 2:
             return "latents did not follow from the outputs before, as when the sampler adds noise"
         change = lane.expected_error(picture.index) * picture.next_length()
-        if lane.skipped == MOST_SKIPPED or change * (lane.skipped + 1) ** 2 > self._tolerance:
+        is_far = lane.skipped == len(lane.outputs) - 1
+        if is_far or change * (lane.skipped + 1) ** 2 > self._tolerance * step.share:
             return "forecasts were not accurate enough"
         return ""
 

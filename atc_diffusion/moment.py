@@ -43,10 +43,12 @@ class Step:
     Attributes:
         index: which it is, from 0.
         is_last: whether it is the last one, or may be.
+        share: the share of the run that it takes; those of all steps add up to 1.
     """
 
     index: int
     is_last: bool
+    share: float
 
 
 def _is_entry_of_one(timestep: Tensor) -> bool:

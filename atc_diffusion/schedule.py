@@ -60,7 +60,7 @@ class Run:
         self.log = RunLog()
         self.following = Following()
         self.forecasts: Forecasts | None = None
-        self.time = -torch.inf
+        self.start = self.time = -torch.inf
         self.moments = 0
         self._sources: list[Source] = []
         self._pace = torch.inf
@@ -71,12 +71,13 @@ class Run:
         Where the number of steps is unknown, a step may be the last if two more like it would go beyond the end.
         """
         if moment is not None:
-            return Step(moment.index, is_last=moment.index == moment.count - 1)
+            return Step(moment.index, moment.index == moment.count - 1, 1 / (moment.count - self.start))
         pace = time - self.time if time > self.time else self._pace
-        return Step(self.moments - (time == self.time), is_last=time + 2 * pace >= 0)
+        share = pace / -self.start if -torch.inf < self.start < 0 else 0.0
+        return Step(self.moments - (time == self.time), time + 2 * pace >= 0, share)
 
     def visit(self, inputs: Inputs, timestep: Tensor, moment: Moment | None, tolerance: float) -> Visit:
-        """A call, forecast if that is expected to change the latents by at most `tolerance`."""
+        """A call, forecast if that is expected to change the latents by at most the step's share of `tolerance`."""
         step = self.step(self.time, moment)
         if self.forecasts is None:
             self.forecasts = Forecasts(step.index, tolerance, why_never(timestep, moment))
@@ -89,6 +90,8 @@ class Run:
 
     def advance(self, time: float) -> None:
         """Come to a call at `time`, which rises from noise to picture."""
+        if not self.moments:
+            self.start = time
         if time > self.time:
             self.time, self.moments, self._pace = time, self.moments + 1, time - self.time
             self._sources = [each for each in self._sources if self.moments - each.served <= PATIENCE]

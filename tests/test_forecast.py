@@ -29,7 +29,7 @@ from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequ
 from tests.test_pipelines import PARTS, text
 
 STEPS = 12
-SKIPPED = (2, 3, 5, 6, 8, 9)
+SKIPPED = (2, 4, 5, 7, 8, 10)
 CPU = torch.device("cpu")
 FORECAST = ATCConfig(r=1.0, forecast_tolerance=1e9)  # whatever can be forecast
 STOCHASTIC = [
@@ -84,7 +84,7 @@ def polynomial_run(tolerance: float) -> tuple[dict[int, float], Tensor, Tensor]:
     errors = {}
     for step in range(STEPS):
         output = constant + linear * step / STEPS + quadratic * (step / STEPS) ** 2
-        visit = forecasts.visit(Inputs((latents,)), Step(step, is_last=step == STEPS - 1))
+        visit = forecasts.visit(Inputs((latents,)), Step(step, step == STEPS - 1, 1 / STEPS))
         if visit.output is not None:
             errors[step] = float((visit.output[0] - output).norm() / output.norm())
         returned = visit.output or (output,)
@@ -96,7 +96,7 @@ def polynomial_run(tolerance: float) -> tuple[dict[int, float], Tensor, Tensor]:
 
 @torch.no_grad()
 def test_a_polynomial_is_forecast_exactly():
-    errors, latents, expected = polynomial_run(tolerance=1e-2)
+    errors, latents, expected = polynomial_run(tolerance=0.1)
     quadratic = [error for step, error in errors.items() if step > 4]  # the first have two outputs, which make a line
     assert len(quadratic) >= 3
     assert max(quadratic) < 1e-4
@@ -111,16 +111,16 @@ def test_nothing_is_forecast_beyond_the_tolerance():
 
 
 @pytest.mark.parametrize("scheduler", DETERMINISTIC)
-def test_deterministic_samplers_skip_two_of_three_steps(components, scheduler):
+def test_deterministic_samplers_skip_one_step_and_then_two_of_three(components, scheduler):
     pipe = pipeline(components, scheduler())
     calls = []
     pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
     apply_patch(pipe, FORECAST)
     draw(pipe, batch=2)
     entries = len(pipe.scheduler.timesteps)
-    assert forecast_steps(pipe) == tuple(step for step in range(2, entries - 1) if step % 3 != 1)
+    assert forecast_steps(pipe) == (2, *(step for step in range(4, entries - 1) if step % 3))
     assert len(calls) == entries - len(forecast_steps(pipe))
-    assert f"{len(forecast_steps(pipe))} of {entries} steps forecast: 2, 3, 5" in str(summary(pipe))
+    assert f"{len(forecast_steps(pipe))} of {entries} steps forecast: 2, 4, 5" in str(summary(pipe))
 
 
 @pytest.mark.parametrize("scheduler", STOCHASTIC)
@@ -152,7 +152,7 @@ def test_latents_that_a_callback_changes_are_computed(components):
 
     pipe = apply_patch(pipeline(components), FORECAST)
     draw(pipe, callback_on_step_end=edit)
-    assert forecast_steps(pipe) == (2, 3, 5, 8, 9)
+    assert forecast_steps(pipe) == (2, 4, 5, 8, 10)
 
 
 def test_a_prompt_that_changes_is_computed(components):
@@ -161,7 +161,7 @@ def test_a_prompt_that_changes_is_computed(components):
 
     pipe = apply_patch(pipeline(components), FORECAST)
     draw(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert forecast_steps(pipe) == (2, 3, 5, 8, 9)
+    assert forecast_steps(pipe) == (2, 4, 5, 8, 10)
 
 
 def test_two_threads_share_a_network(components):

@@ -78,6 +78,24 @@ def test_runs_in_turn_are_told_apart_by_their_timesteps():
     assert runs[0] is not runs[1]
 
 
+def shares(timesteps: list[object]) -> list[float]:
+    """The shares of all steps but the first, whose length is unknown where the number of steps is."""
+    schedule, found = Schedule(), []
+    for timestep in timesteps:
+        moment = Moment.of(timestep)
+        run = schedule.run(moment, timestep)
+        found.append(run.step(run.time, moment).share)
+    return found[1:]
+
+
+@pytest.mark.parametrize("as_numbers", [True, False])
+@pytest.mark.parametrize("skipped", [0, 4])  # as image-to-image skips the first steps
+def test_the_shares_of_all_steps_add_up_to_one(as_numbers, skipped):
+    timesteps = torch.arange(1000, 0, -100)[skipped:]
+    found = shares(timesteps.tolist() if as_numbers else list(timesteps))
+    assert found == pytest.approx([1 / len(timesteps)] * (len(timesteps) - 1))
+
+
 def test_threads_share_no_run():
     schedule, (first, *_) = Schedule(), moments()
     with ThreadPoolExecutor(1) as executor:

@@ -177,5 +177,5 @@ def test_lpips_has_a_column_where_it_was_measured(study: Study) -> None:
 
 
 def test_forecasting_alone_is_named_as_such() -> None:
-    way = Configuration(ATCConfig(r=1.0, forecast_tolerance=0.015))
-    assert (way.label, way.setting) == ("forecasting alone", "tolerance 0.015")
+    way = Configuration(ATCConfig(r=1.0, forecast_tolerance=0.3))
+    assert (way.label, way.setting) == ("forecasting alone", "tolerance 0.3")

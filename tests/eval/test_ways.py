@@ -92,7 +92,7 @@ def test_a_value_that_does_not_fit_is_one_sentence(refused: Callable[..., str], 
 def test_forecasting_alone_keeps_all_tokens() -> None:
     ways = parse("--method faster --keep 100 100/10")
     assert [(each.label, each.setting) for each in ways[1:]] == [
-        ("forecasting alone", "tolerance 0.015"),
+        ("forecasting alone", "tolerance 0.3"),
         ("ATC faster", "keys 10 %"),
     ]
 
@@ -128,7 +128,7 @@ def test_labels_tell_what_differs_from_the_defaults_or_the_paper() -> None:
 
 
 def test_forecasting_alone_has_a_folder_for_every_configuration() -> None:
-    ways = parse("--method atc paper --keep 100 --set linkage=average,ward forecast_tolerance=0.015")
+    ways = parse("--method atc paper --keep 100 --set linkage=average,ward forecast_tolerance=0.3")
     assert len({each.folder for each in ways}) == len(ways) == 5
 
 
