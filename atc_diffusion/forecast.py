@@ -7,8 +7,8 @@ latents and outputs. Latents that are not such a sum belong to another picture, 
 
 *How large would the error be?* At each call that is computed, the output is compared with its forecast. The remainder
 term of polynomial interpolation turns that into the expected error of the next forecast. Multiplied by the length of
-the step, it is the change of the latents that the forecast would cause. Every step may cause its share of the tolerance,
-so that the sum does not grow with the number of steps.
+the step, it is the change of the latents that the forecast would cause. Each step may cause its share of the tolerance,
+so the total does not grow with the number of steps.
 """
 
 import math
