@@ -49,7 +49,7 @@ class MergeConfig:
             is expected to change the latents by at most this much over a whole run (norm of the change relative to the
             norm of the latents). Each step may cause its share of the change. 0 computes every step; 0.3 skips about
             half of them. Nothing is skipped with samplers that add noise or repeat every timestep (Heun), nor in runs
-            known to have fewer than 10 steps.
+            known to have fewer than 20 steps.
         record: keep the clusters of the last run for `merge_maps`.
 
     Raises:

@@ -25,7 +25,7 @@ from atc_diffusion.extrapolation import ORDER, Lane, largest_change, output_of
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Moment, Step
 
-FEWEST_STEPS = 10  # of a run in which anything is forecast
+FEWEST_STEPS = 20  # of a schedule in which anything is forecast; with 15, fewer steps come closer in the same time
 MOST_SKIPPED = ORDER  # calls in a row: one fewer than the outputs that a forecast is made from
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
@@ -72,10 +72,14 @@ class Picture:
             self.index, self.latents = index, latents.detach().clone()
             self.trail.append([])
 
+    def growth(self) -> float:
+        """The expected ratio of the next step's length to the last one's, from 1 to 2."""
+        before, last = self.lengths
+        return min(max(last / before, 1.0), 2.0) if before else 1.0
+
     def next_length(self) -> float:
         """The expected length of the next step, if steps keep growing as they did."""
-        before, last = self.lengths
-        return max(before, last) * min(max(last / before, 1.0), 2.0) if before else last
+        return max(self.lengths) * self.growth()
 
     def lane(self, inputs: Inputs) -> Lane:
         """The lane that a call continues; each serves one call a step."""
@@ -172,9 +176,11 @@ class Forecasts:
             return "the first two steps and the last are computed"
         if len(lane.outputs) < 2:
             return "latents did not follow from the outputs before, as when the sampler adds noise"
-        change = lane.expected_error(picture.index) * picture.next_length()
+        # As steps grow, the remainder of an output that is smooth along the latents' path grows with their power.
+        error = lane.expected_error(picture.index) * picture.growth() ** (ORDER + 1)
         is_far = lane.skipped == len(lane.outputs) - 1
-        if is_far or change * (lane.skipped + 1) ** 2 > self._tolerance * step.share:
+        change = error * picture.next_length() * (lane.skipped + 1) ** 2
+        if is_far or change > self._tolerance * step.share:
             return "forecasts were not accurate enough"
         return ""
 
@@ -219,7 +225,7 @@ def why_never(timestep: Tensor, moment: Moment | None) -> str:
     """Why nothing may be forecast in a run that begins so; "" if something may be."""
     if moment is None:
         return ""
-    if moment.count - moment.index < FEWEST_STEPS:
+    if moment.count < FEWEST_STEPS:
         return f"runs of fewer than {FEWEST_STEPS} steps are computed"
     return "the sampler repeats its timesteps" if _in_pairs(timestep, moment.count) else ""
 

@@ -43,7 +43,7 @@ class Step:
     Attributes:
         index: which it is, from 0.
         is_last: whether it is the last one, or may be.
-        share: the share of the run that it takes; those of all steps add up to 1.
+        share: the share of the schedule that it takes; those of all steps add up to at most 1.
     """
 
     index: int

@@ -71,7 +71,7 @@ class Run:
         Where the number of steps is unknown, a step may be the last if two more like it would go beyond the end.
         """
         if moment is not None:
-            return Step(moment.index, moment.index == moment.count - 1, 1 / (moment.count - self.start))
+            return Step(moment.index, moment.index == moment.count - 1, 1 / moment.count)
         pace = time - self.time if time > self.time else self._pace
         share = pace / -self.start if -torch.inf < self.start < 0 else 0.0
         return Step(self.moments - (time == self.time), time + 2 * pace >= 0, share)

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.extrapolation import lagrange
-from atc_diffusion.forecast import Forecasts
+from atc_diffusion.forecast import Forecasts, Picture
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Step
 from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequentially
 from tests.test_pipelines import PARTS, text
 
-STEPS = 12
-SKIPPED = (2, 4, 5, 7, 8, 10)
+STEPS = 20
+SKIPPED = (2, 4, 5, 7, 8, 10, 11, 13, 14, 16, 17)
 CPU = torch.device("cpu")
 FORECAST = ATCConfig(r=1.0, forecast_tolerance=1e9)  # whatever can be forecast
 STOCHASTIC = [
@@ -110,6 +110,13 @@ def test_nothing_is_forecast_beyond_the_tolerance():
     assert torch.equal(latents, expected)
 
 
+@pytest.mark.parametrize(("lengths", "growth"), [((0.1, 0.15), 1.5), ((0.1, 0.9), 2), ((0.1, 0.05), 1), ((0.0, 0.1), 1)])
+def test_steps_are_expected_to_grow_as_they_did(lengths, growth):
+    picture = Picture(2, torch.ones(1, 4, 8, 8), lengths=lengths)
+    assert picture.growth() == pytest.approx(growth)
+    assert picture.next_length() == pytest.approx(max(lengths) * growth)
+
+
 @pytest.mark.parametrize("scheduler", DETERMINISTIC)
 def test_deterministic_samplers_skip_one_step_and_then_two_of_three(components, scheduler):
     pipe = pipeline(components, scheduler())
@@ -128,14 +135,14 @@ def test_stochastic_samplers_get_the_unforecast_picture(components, scheduler):
     expected = draw(pipeline(components, scheduler()))
     pipe = apply_patch(pipeline(components, scheduler()), FORECAST)
     assert torch.equal(draw(pipe), expected)
-    assert "none of 12 steps forecast: latents did not follow from the outputs" in str(summary(pipe))
+    assert "none of 20 steps forecast: latents did not follow from the outputs" in str(summary(pipe))
 
 
 @pytest.mark.parametrize(
     ("scheduler", "steps", "reason"),
     [
         (HeunDiscreteScheduler(), STEPS, "repeats its timesteps"),
-        (DDIMScheduler(clip_sample=False), 9, "fewer than 10 steps"),
+        (DDIMScheduler(clip_sample=False), 19, "fewer than 20 steps"),
     ],
 )
 def test_second_order_and_short_runs_are_computed(components, scheduler, steps, reason):
@@ -152,7 +159,7 @@ def test_latents_that_a_callback_changes_are_computed(components):
 
     pipe = apply_patch(pipeline(components), FORECAST)
     draw(pipe, callback_on_step_end=edit)
-    assert forecast_steps(pipe) == (2, 4, 5, 8, 10)
+    assert forecast_steps(pipe) == (2, 4, 5, 8, 10, 11, 13, 14, 16, 17)
 
 
 def test_a_prompt_that_changes_is_computed(components):
@@ -161,7 +168,7 @@ def test_a_prompt_that_changes_is_computed(components):
 
     pipe = apply_patch(pipeline(components), FORECAST)
     draw(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert forecast_steps(pipe) == (2, 4, 5, 8, 10)
+    assert forecast_steps(pipe) == (2, 4, 5, 8, 10, 11, 13, 14, 16, 17)
 
 
 def test_two_threads_share_a_network(components):
@@ -204,7 +211,7 @@ def test_timesteps_may_be_numbers(unet):
     scheduler.set_timesteps(STEPS)
     apply_patch(unet, FORECAST)
     in_turn(unet, scheduler, (3,), [scheduler.timesteps.tolist()])
-    assert forecast_steps(unet) == SKIPPED[:-1]  # 166, after 249, may be the last but one
+    assert forecast_steps(unet) == SKIPPED[:-1]  # 100, after 150, may be the last but one
 
 
 @torch.no_grad()
@@ -299,7 +306,7 @@ def test_a_cache_that_counts_steps_sees_them_all(components, cache_first):
     for step in steps if cache_first else reversed(steps):
         step(pipe)
     draw(pipe)
-    assert "none of 12 steps forecast: the network's forward was replaced" in str(summary(pipe))
+    assert "none of 20 steps forecast: the network's forward was replaced" in str(summary(pipe))
 
 
 def test_clusters_last_through_skipped_steps(components):
