@@ -27,6 +27,7 @@ from atc_diffusion.moment import Moment, Step
 
 FEWEST_STEPS = 20  # of a schedule in which anything is forecast; with 15, fewer steps come closer in the same time
 MOST_SKIPPED = ORDER  # calls in a row: one fewer than the outputs that a forecast is made from
+EVEN = 1.2  # steps that grow by at most this factor count as even
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
 MAX_PICTURES = 256  # a loop with more at one step forgets the oldest
@@ -73,9 +74,10 @@ class Picture:
             self.trail.append([])
 
     def growth(self) -> float:
-        """The expected ratio of the next step's length to the last one's, from 1 to 2."""
+        """The expected ratio of the next step's length to the last one's, from 1 to 2; 1 if steps are nearly even."""
         before, last = self.lengths
-        return min(max(last / before, 1.0), 2.0) if before else 1.0
+        ratio = last / before if before else 1.0
+        return min(ratio, 2.0) if ratio > EVEN else 1.0
 
     def next_length(self) -> float:
         """The expected length of the next step, if steps keep growing as they did."""

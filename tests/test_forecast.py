@@ -111,7 +111,7 @@ def test_nothing_is_forecast_beyond_the_tolerance():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "growth"), [((0.1, 0.15), 1.5), ((0.1, 0.9), 2), ((0.1, 0.05), 1), ((0.0, 0.1), 1)]
+    ("lengths", "growth"), [((0.1, 0.15), 1.5), ((0.1, 0.9), 2), ((0.1, 0.11), 1), ((0.1, 0.05), 1), ((0.0, 0.1), 1)]
 )
 def test_steps_are_expected_to_grow_as_they_did(lengths, growth):
     picture = Picture(2, torch.ones(1, 4, 8, 8), lengths=lengths)
