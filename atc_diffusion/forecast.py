@@ -178,7 +178,7 @@ class Forecasts:
             return "the first two steps and the last are computed"
         if len(lane.outputs) < 2:
             return "latents did not follow from the outputs before, as when the sampler adds noise"
-        # As steps grow, the remainder of an output that is smooth along the latents' path grows with their power.
+        # As steps grow, the remainder of an output that is smooth along the latents' path grows with a power of theirs.
         error = lane.expected_error(picture.index) * picture.growth() ** (ORDER + 1)
         is_far = lane.skipped == len(lane.outputs) - 1
         change = error * picture.next_length() * (lane.skipped + 1) ** 2
