@@ -26,7 +26,6 @@ from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Moment, Step
 
 FEWEST_STEPS = 20  # of a schedule in which anything is forecast; with 15, fewer steps come closer in the same time
-MOST_SKIPPED = ORDER  # calls in a row: one fewer than the outputs that a forecast is made from
 EVEN = 1.2  # steps that grow by at most this factor count as even
 MEMORY = 4  # steps that latents are made of, at most; as many as fourth-order multistep samplers use
 SAMPLES = 2048  # of the latents' values that are looked at
@@ -180,7 +179,7 @@ class Forecasts:
             return "latents did not follow from the outputs before, as when the sampler adds noise"
         # As steps grow, the remainder of an output that is smooth along the latents' path grows with a power of theirs.
         error = lane.expected_error(picture.index) * picture.growth() ** (ORDER + 1)
-        is_far = lane.skipped == len(lane.outputs) - 1
+        is_far = lane.skipped == len(lane.outputs) - 1  # at most `ORDER` calls in a row are skipped
         change = error * picture.next_length() * (lane.skipped + 1) ** 2
         if is_far or change > self._tolerance * step.share:
             return "forecasts were not accurate enough"

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.extrapolation import ORDER
 from atc_diffusion.following import Following
-from atc_diffusion.forecast import MOST_SKIPPED, Forecasts, Visit, why_never
+from atc_diffusion.forecast import Forecasts, Visit, why_never
 from atc_diffusion.inputs import Inputs, Sharing, changes
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.moment import Moment, Step, rising_time
 from atc_diffusion.report import RunLog
 
-PATIENCE = MOST_SKIPPED + 1  # moments for which clusters wait to serve again; guidance may skip every other step
+PATIENCE = ORDER + 1  # moments for which clusters wait to serve again: forecasting may skip `ORDER`, guidance one
 MAX_SOURCES = 256  # a loop that never leaves its moment forgets its oldest clusters here
 
 
