@@ -20,6 +20,7 @@ from atc_diffusion.clustering import _torch
 from atc_diffusion.clustering._installed import numba_works
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.tree import number_clusters_by_pointer_jumping
+from tests.helpers.labels import assert_valid, canonical
 
 LINKAGES = ["average", "complete", "single", "ward"]
 BACKENDS = ["numba", "torch", "scipy"]
@@ -41,13 +42,6 @@ def draw_ties(seed: int, num_tokens: int) -> Tensor:
     return torch.maximum(d, d.mT).masked_fill(torch.eye(num_tokens, dtype=torch.bool), 0)
 
 
-def canonical(labels: Tensor) -> Tensor:
-    """Number the clusters of labels `[N]` by their first token."""
-    first = {int(label): i for i, label in reversed(list(enumerate(labels)))}
-    order = sorted(first, key=lambda label: first[label])
-    return torch.tensor([order.index(int(label)) for label in labels])
-
-
 def replay(merges: np.ndarray, num_clusters: int) -> Tensor:
     """Labels `[N]` after the first `N - num_clusters` rows of a SciPy linkage matrix."""
     num_tokens = len(merges) + 1
@@ -64,12 +58,6 @@ def cluster_distance(distances: Tensor, a: Tensor, b: Tensor, linkage: str) -> f
     """Eqs. 1-3 of the ATC paper, between the clusters with the members `a` and `b`."""
     between = distances[a][:, b]
     return float({"single": between.min(), "complete": between.max(), "average": between.mean()}[linkage])
-
-
-def assert_valid(labels: Tensor, num_clusters: int) -> None:
-    for item in labels:
-        assert item.unique().tolist() == list(range(num_clusters))
-        assert torch.equal(item, canonical(item))
 
 
 @cases

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from tests.conftest import UNET
-from tests.test_ecosystem import CPU, LORA, picture, pipeline
-from tests.test_patch import run
-from tests.test_pipelines import PARTS, draw, text
+from tests.helpers.drawing import PARTS, draw, text
+from tests.helpers.ecosystem import CPU, LORA, picture, pipeline
+from tests.helpers.unet import run
 
 LAYERS = 3
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch, remove_patch, summary
 from tests.conftest import UNET
-from tests.loops import embedding, sample
+from tests.helpers.loops import embedding, sample
 
 # Of one level, because what takes time here is tracing.
 SMALL = UNET | {

@@ -17,10 +17,10 @@ from atc_diffusion.adapters import Merge
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.windows import cluster_windows
-from tests import pretend_device
-from tests.families import FAMILIES, Family
-from tests.pretend_device import DEVICE, OPERATIONS, PretendDevice
-from tests.test_rotary import ROTARY, recorded_calls, recorded_results
+from tests.helpers import pretend_device
+from tests.helpers.attentions import recorded_calls, recorded_results
+from tests.helpers.families import FAMILIES, ROTARY, Family
+from tests.helpers.pretend_device import DEVICE, OPERATIONS, PretendDevice
 
 CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)

@@ -11,7 +11,7 @@ from distil import LORA, PHASE, STEPS, append_latents, landing_loss, trajectory
 from torch import Tensor
 from train import THINGS, Training, tokenize
 
-from tests.tiny_pipelines import sd15
+from tests.helpers.tiny_pipelines import sd15
 
 UNMERGED = replace(PHASE, batch=1, merged=0)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, RecordedMerge, ToMeConfig, apply_patch, merge_maps, remove_patch, summary
 from tests.conftest import UNET
-from tests.families import FAMILIES, QWEN_IMAGE, Family
+from tests.helpers.families import FAMILIES, QWEN_IMAGE, Family
 
 SHARES = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 TIMESTEPS = torch.tensor([900, 750, 600, 450, 300, 150])

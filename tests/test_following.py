@@ -10,10 +10,9 @@ from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionCont
 from torch import Tensor
 
 from atc_diffusion import apply_patch
-from tests.families import FAMILIES
-from tests.test_forecast import FORECAST, SKIPPED, STEPS, draw, forecast_steps
-from tests.test_forecast_families import RESIDUALS, denoise
-from tests.test_pipelines import PARTS
+from tests.helpers.drawing import PARTS
+from tests.helpers.families import FAMILIES
+from tests.helpers.forecasting import FORECAST, RESIDUALS, SKIPPED, STEPS, denoise, draw, forecast_steps
 
 IMAGE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 

@@ -25,13 +25,11 @@ from atc_diffusion.extrapolation import lagrange
 from atc_diffusion.forecast import Forecasts, Picture
 from atc_diffusion.inputs import Inputs
 from atc_diffusion.moment import Step
-from tests.test_ecosystem import enable_deep_cache, offload_groups, offload_sequentially
-from tests.test_pipelines import PARTS, text
+from tests.helpers.drawing import PARTS
+from tests.helpers.ecosystem import enable_deep_cache, offload_groups, offload_sequentially
+from tests.helpers.forecasting import FORECAST, SKIPPED, STEPS, draw, forecast_steps
 
-STEPS = 20
-SKIPPED = (2, 4, 5, 7, 8, 10, 11, 13, 14, 16, 17)
 CPU = torch.device("cpu")
-FORECAST = ATCConfig(r=1.0, forecast_tolerance=1e9)  # whatever can be forecast
 STOCHASTIC = [
     lambda: EulerAncestralDiscreteScheduler(),
     lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
@@ -48,17 +46,6 @@ DETERMINISTIC = [
 def pipeline(components: dict[str, Any], scheduler: Any = None) -> Any:
     parts = components | ({"scheduler": scheduler} if scheduler else {})
     return StableDiffusionPipeline(**parts, **PARTS)
-
-
-def draw(pipe: Any, seed: int = 0, steps: int = STEPS, batch: int = 1, **options: Any) -> Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    options = {"height": 16, "width": 16, "output_type": "latent"} | options
-    return pipe(**text(batch), num_inference_steps=steps, generator=generator, **options).images
-
-
-def forecast_steps(pipe: Any) -> tuple[int, ...]:
-    return summary(pipe).forecasts.forecast
 
 
 def test_nothing_changes_without_a_tolerance(components):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch
-from tests.loops import embedding, sample, timesteps
+from tests.helpers.loops import embedding, sample, timesteps
 
 
 def gradient(unet: Any, checkpointing: bool, config: ATCConfig | ToMeConfig) -> Tensor:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from atc_diffusion import summary
-from tests import tiny_pipelines
+from tests.helpers import tiny_pipelines
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "examples/README.md").read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ from atc_diffusion import (
     summary,
 )
 from tests.conftest import UNET
+from tests.helpers.unet import attend, run
 
 CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}
 CONFIGS = [
@@ -41,14 +42,6 @@ CONFIGS = [
     DPCKNNConfig(r=0.5, recluster_threshold=0.2),
 ]
 SIZES = [(8, 8), (7, 9), (16, 4)]
-
-
-def run(unet: Any, size: tuple[int, int] = (8, 8), timestep: int = 10) -> Tensor:
-    """One step on the same made-up input, batch 2."""
-    generator = torch.Generator().manual_seed(0)
-    sample, text = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 5, 12, generator=generator)
-    with torch.no_grad():
-        return unet(sample.to(unet.dtype), timestep, text.to(unet.dtype)).sample
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -68,14 +61,6 @@ def test_keeping_all_is_the_identity_to_the_bit(unet, config_class):
     before = run(unet)
     apply_patch(unet, config_class(r=1))
     assert torch.equal(run(unet), before)
-
-
-def attend(unet: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """The output of the first self-attention for `tokens` `[B, 16, C]`, within a call of its network."""
-    attn, outputs = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1, []
-    with unet.conv_in.register_forward_pre_hook(lambda *_: outputs.append(attn(tokens, **options))):
-        unet(torch.randn(len(tokens), 4, 4, 4), torch.tensor(500), torch.randn(len(tokens), 5, 12))
-    return outputs[0]
 
 
 SHARES = [{"r": 0.25}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]

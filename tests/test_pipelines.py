@@ -38,28 +38,14 @@ from torch import Tensor
 
 from atc_diffusion import apply_patch, remove_patch, summary
 from tests.conftest import UNET, VAE
-from tests.families import CONDITION, FAMILIES, SD3_CONTROLNET, SDXL
+from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
+from tests.helpers.families import CONDITION, FAMILIES, SD3_CONTROLNET, SDXL
 
-PICTURE, MASK = torch.rand(1, 3, 16, 24), torch.ones(1, 1, 16, 24)
 PIPELINES = [
     (StableDiffusionPipeline, {"height": 16, "width": 24}),
     (StableDiffusionImg2ImgPipeline, {"image": PICTURE, "strength": 0.9}),
     (StableDiffusionInpaintPipeline, {"image": PICTURE, "mask_image": MASK, "height": 16, "width": 24}),
 ]
-PARTS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def draw(pipe: Any, embedding: dict[str, Tensor], **options: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)  # some pipelines draw the encoded condition without the generator
-    generator = torch.Generator().manual_seed(0)
-    return pipe(**embedding, num_inference_steps=3, generator=generator, output_type="np", **options).images
-
-
-def text(batch: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    return {name: torch.randn(batch, 5, 12, generator=generator) for name in names}
 
 
 @pytest.mark.parametrize("batch", [1, 3])

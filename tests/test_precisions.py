@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from atc_diffusion import ATCConfig, apply_patch
-from tests.families import FAMILIES, Family
+from tests.helpers.families import FAMILIES, Family
 
 # What changes a network, and the precision in which it computes then.
 CHANGES: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from tests.conftest import UNET
-from tests.test_patch import attend, run
-from tests.test_pipelines import MASK, PARTS, PICTURE, draw, text
+from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
+from tests.helpers.unet import attend, run
 
 # diffusers moves them to its deprecated pipelines.
 attend_and_excite: Any = sys.modules[diffusers.StableDiffusionAttendAndExcitePipeline.__module__]

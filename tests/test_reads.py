@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from atc_diffusion import ATCConfig, apply_patch
-from tests.tiny_pipelines import sd15
+from tests.helpers.tiny_pipelines import sd15
 
 READS = (
     Tensor.tolist,

@@ -19,8 +19,8 @@ from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
 from atc_diffusion import apply_patch
-from tests.loops import LAYERS, MOVES, counts, drift, embedding, run, sample, timesteps
-from tests.test_pipelines import PARTS, draw, text
+from tests.helpers.drawing import PARTS, draw, text
+from tests.helpers.loops import LAYERS, MOVES, counts, drift, embedding, run, sample, timesteps
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0, 6), (0.05, 3), (0.09, 2), (0.3, 1)])

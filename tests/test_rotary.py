@@ -1,7 +1,6 @@
 """Rotary transformers: attention with merged keys beside an explicit reference, backends, and what comes beside it."""
 
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,13 +11,13 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_z_image
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from atc_diffusion import ATCConfig, MergeMap, apply_patch, merge_maps, remove_patch, summary
-from tests.families import FAMILIES, Family, draw
+from tests.helpers.attentions import attentions, recorded_calls, recorded_results
+from tests.helpers.families import FAMILIES, ROTARY, Family, draw
 
 MODULES = {"flux": transformer_flux, "qwen": transformer_qwenimage, "z": transformer_z_image}
-ROTARY = [name for name, family in FAMILIES.items() if not family.merges_queries]
 TEXT = {"flux": 5, "qwen": 5, "z": 0}  # tokens ahead of the picture's, in the sequence that is attended to
 NUM_TOKENS = 24
 FEW_KEYS: dict[str, Any] = {"r": 1, "r_keys": 0.25}
@@ -75,27 +74,6 @@ class Reference:
         before, picture, after = x.split([self.start, NUM_TOKENS, x.shape[1] - self.start - NUM_TOKENS], dim=1)
         means = self.merge_map.unmerge(self.merge_map.merge(picture.flatten(2)))
         return torch.cat([before, means.unflatten(2, x.shape[2:]), after], dim=1)
-
-
-def recorded_calls(network: nn.Module) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What every attention is called with; if the network is patched by now, with what is merged."""
-    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    for module in attentions(network):
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.update({module: (args, kwargs)}), with_kwargs=True
-        )
-    return calls
-
-
-def recorded_results(network: nn.Module) -> dict[nn.Module, Any]:
-    results: dict[nn.Module, Any] = {}
-    for module in attentions(network):
-        module.register_forward_hook(lambda module, args, output: results.update({module: output}))
-    return results
-
-
-def attentions(network: nn.Module) -> Iterator[Any]:
-    return (module for module in network.modules() if hasattr(module, "processor"))
 
 
 def as_tuple(output: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atc_diffusion import apply_patch, remove_patch, summary
-from tests.loops import LAYERS, MOVES, drift, embedding, labels, sample, timesteps
+from tests.helpers.loops import LAYERS, MOVES, drift, embedding, labels, sample, timesteps
 
 
 @pytest.mark.parametrize("config", [{"r": 1.0, "r_keys": lambda p: 0.25 + 0.5 * p}, {"r": lambda p: 0.75 - 0.5 * p}])

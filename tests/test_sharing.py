@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atc_diffusion import apply_patch, summary
-from tests.loops import LAYERS, embedding, labels, run, sample, timesteps
+from tests.helpers.loops import LAYERS, embedding, labels, run, sample, timesteps
 
 
 def test_layers_of_a_level_share(unet):

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 import atc_diffusion.clustering as clustering
 from atc_diffusion import ClusterTree, MergeMap, agglomerate, cluster_tree
 from atc_diffusion.clustering.windows import cluster_windows
-from tests.test_clustering import assert_valid
+from tests.helpers.labels import assert_valid
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -280,7 +280,7 @@ def test_what_it_cannot_do_is_said_at_once(function, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "linkage"), [(75, "average"), (80, "ward"), (90, "average"), (90, "complete")])
 def test_every_kernel_compiles_and_fits_into_the_shared_memory_of_small_gpus(capability, linkage, pytestconfig):
-    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), linkage]
+    command = [sys.executable, "-m", "tests.helpers.compile_kernels", str(capability), linkage]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, cwd=pytestconfig.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

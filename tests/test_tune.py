@@ -9,7 +9,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from atc_diffusion import ATCConfig, Tuning, apply_patch, patched, summary, tune
 from atc_diffusion.__main__ import main
 from atc_diffusion.trials import Row, Way
-from tests.tiny_pipelines import sd15
+from tests.helpers.tiny_pipelines import sd15
 
 SIZE: dict[str, Any] = {"height": 64, "width": 64}
 UNPATCHED = Row(Way(None, 20), 10.0, 1.0, float("inf"), 2)

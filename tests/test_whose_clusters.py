@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
 from atc_diffusion import apply_patch
-from tests.loops import LAYERS, counts, embedding, run, sample, timesteps
-from tests.test_pipelines import PARTS, draw, text
+from tests.helpers.drawing import PARTS, draw, text
+from tests.helpers.loops import LAYERS, counts, embedding, run, sample, timesteps
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnPro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atc_diffusion import apply_patch, remove_patch
-from tests.families import FAMILIES
-from tests.test_patch import run
+from tests.helpers.families import FAMILIES
+from tests.helpers.unet import run
 
 SHARES: list[dict[str, Any]] = [{"r": 1.0, "r_keys": 0.25}, {"r": 0.5}, {"r": 0.5, "r_keys": 0.25}]
 # The others have masks of their own, for texts.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atc_diffusion import ATCConfig, apply_patch
-from tests.families import FAMILIES
-from tests.test_patch import run
+from tests.helpers.families import FAMILIES
+from tests.helpers.unet import run
 
 KEYS = [6, 10]  # of 24 tokens: not enough for numbers of keys that are multiples of 8
 

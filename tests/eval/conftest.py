@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny_pipelines
+from tests.helpers import tiny_pipelines
 
 
 @pytest.fixture

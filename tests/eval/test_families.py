@@ -8,7 +8,7 @@ import pytest
 
 import generate
 from fid import main as fid
-from tests import tiny_pipelines
+from tests.helpers import tiny_pipelines
 from tune import main as tune
 
 FAMILIES = ("sdxl", "sd3", "pixart", "flux")

@@ -22,7 +22,7 @@ from benchmark.step import Candidate, Denoising, Setting, select, share_weights
 from benchmark.tables import Table
 from benchmark.timing import take_turns
 from tests.conftest import UNET
-from tests.families import FLUX, PIXART, SD3, SDXL
+from tests.helpers.families import FLUX, PIXART, SD3, SDXL
 
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
 

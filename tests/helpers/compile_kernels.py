@@ -1,4 +1,6 @@
-"""Compile what a clustering launches, for a GPU that need not be there: `python -m tests.compile_kernels 90 average`.
+"""Compile what a clustering launches, for a GPU that need not be there.
+
+    python -m tests.helpers.compile_kernels 90 average
 
 Prints one line per kernel, its step and the bytes of shared memory that it takes. Must run without Triton's
 interpreter, which does not compile (`TRITON_INTERPRET=0`).

@@ -333,3 +333,4 @@ FAMILIES = {
         lambda: ZImageTransformer2DModel(**Z_IMAGE), z_image_inputs, layers=2, **KEYS | {"timestep": risen}
     ),
 }
+ROTARY = [name for name, family in FAMILIES.items() if not family.merges_queries]

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from tests.conftest import UNET
-from tests.families import FLUX, PIXART, SD3, SDXL
+from tests.helpers.families import FLUX, PIXART, SD3, SDXL
 
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji_diffusion"
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 TEXT = 128  # width of the text encoder of emoji_diffusion
 
 

@@ -1,0 +1,1 @@
+"""What several test files share: networks, pipelines, what runs beside a patch, and a device that is not there."""
