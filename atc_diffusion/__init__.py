@@ -1,18 +1,19 @@
 """Faster Stable Diffusion by merging similar tokens: Agglomerative Token Clustering (ATC, ECCV 2024) for diffusers."""
 
 from atc_diffusion.adapters.vit_config import ViTConfig
-from atc_diffusion.baselines import DPCKNNConfig, KMedoidsConfig, ToMeConfig
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
-from atc_diffusion.config import ATCConfig, MergeConfig
+from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.methods import ATCConfig, ATCOptions, DPCKNNConfig, KMedoidsConfig, ToMeConfig
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge, Summary
 from atc_diffusion.tuning import Tuning, tune
 
 __all__ = [
     "ATCConfig",
+    "ATCOptions",
     "ClusterTree",
     "DPCKNNConfig",
     "ForecastSummary",

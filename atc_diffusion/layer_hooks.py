@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, Place, first
 from atc_diffusion.call import Call, enter_block, leave_block, present
-from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.features import make_features
@@ -22,14 +21,12 @@ class LayerHooks:
 
     Args:
         layer: the self-attention.
-        clusters: name of the clusters that it uses; layers of one name share them.
         family: the adapter of its network.
         config: how to merge.
     """
 
-    def __init__(self, layer: Layer, clusters: str, family: Family, config: MergeConfig) -> None:
+    def __init__(self, layer: Layer, family: Family, config: MergeConfig) -> None:
         self.layer = layer
-        self.clusters = clusters
         self.family = family
         self.config = config
 
@@ -81,7 +78,7 @@ class LayerHooks:
         kept = call.kept[self.layer.level]
         if min(kept) == num_tokens:
             return Merge(place, None, None, weigh=False)
-        key = (self.clusters, visit, len(tokens))
+        key = (self.layer.name, visit, len(tokens))
         queries, keys = (self._map(call, key, count, tokens) for count in kept)
         return Merge(place, queries, keys, self.config.proportional_attention, self.config.widen_heads)
 
@@ -102,7 +99,7 @@ class LayerHooks:
             with torch.no_grad():
                 fewest = call.fewest[self.layer.level]
                 features, grid = self._features(call, tokens), self._grid(call, tokens)
-                trees[key] = build_tree(self.config, features, grid, call.timestep, fewest)
+                trees[key] = self.config.cluster(features, grid, call.timestep, fewest)
             call.clustered[self.layer.name] = True
         return trees[key]
 

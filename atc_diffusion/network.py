@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,8 +57,7 @@ class NetworkPatch:
         self._check_processors((64, 64), self._kept((64, 64), progress=0.0))
 
     def attach(self) -> None:
-        names = _cluster_names(self._layers, self.config.share_layers)
-        hooks = [LayerHooks(layer, names[layer.name], self._family, self.config) for layer in self._layers]
+        hooks = [LayerHooks(layer, self._family, self.config) for layer in self._layers]
         self._handles = [
             self._network.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._network.register_forward_hook(self._end, always_call=True),
@@ -121,7 +119,7 @@ class NetworkPatch:
         )
 
     def _clusters(self, run: Run, inputs: Inputs) -> Clusters:
-        return run.clusters(inputs, self.config.recluster_threshold, self.config.share_guidance)
+        return run.clusters(inputs, self.config.recluster_threshold, self.config.share_across_guidance)
 
     def _visit(self, run: Run, inputs: Inputs, timestep: Tensor, moment: Moment | None) -> Visit:
         if self._skipping is None:
@@ -186,15 +184,6 @@ class NetworkPatch:
 def _items(latents: Tensor) -> int:
     """How many images there are in latents `[B, C, H, W]`, `[B, C, F, H, W]` or their patches `[B, N, C]`."""
     return len(latents) * (latents.shape[2] if latents.ndim == 5 else 1)
-
-
-def _cluster_names(layers: list[Layer], share_layers: int) -> dict[str, str]:
-    """The name of the clusters that each layer uses: one for so many consecutive layers of a level."""
-    names, seen = {}, Counter[int]()
-    for layer in layers:
-        names[layer.name] = f"{layer.level}/{seen[layer.level] // share_layers}"
-        seen[layer.level] += 1
-    return names
 
 
 def _parameters(kind: type) -> list[str]:

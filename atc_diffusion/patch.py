@@ -9,7 +9,7 @@ from torch import nn
 
 from atc_diffusion.adapters.vit import ViTPatch
 from atc_diffusion.adapters.vit_config import ViTConfig
-from atc_diffusion.config import ATCConfig, MergeConfig
+from atc_diffusion.config import MergeConfig
 from atc_diffusion.find import find_networks, make_patches
 from atc_diffusion.report import RecordedMerge, Summary
 

@@ -97,7 +97,7 @@ class Run:
             self.time, self.moments, self._pace = time, self.moments + 1, time - self.time
             self._sources = [each for each in self._sources if self.moments - each.served <= PATIENCE]
 
-    def clusters(self, inputs: Inputs, threshold: float, share_guidance: bool) -> Clusters:
+    def clusters(self, inputs: Inputs, threshold: float, share_across_guidance: bool) -> Clusters:
         """Clusters for a call: those whose inputs have since changed by at most `threshold`, or new ones."""
         if not inputs.readable:
             return Clusters()
@@ -106,7 +106,7 @@ class Run:
             source.served = self.moments
             return source.clusters
         # Parts of guidance have equal latents; but at the first moment, so have different prompts of one seed.
-        clusters = Clusters(Sharing.of(inputs.latents) if share_guidance and self.moments > 1 else None)
+        clusters = Clusters(Sharing.of(inputs.latents) if share_across_guidance and self.moments > 1 else None)
         if threshold:
             self._sources = [*self._sources[1 - MAX_SOURCES :], Source(inputs.clone(), clusters, self.moments)]
         return clusters

@@ -8,9 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atc_diffusion.config import ATCConfig, MergeConfig, check_count
+from atc_diffusion.config import MergeConfig
+from atc_diffusion.methods import ATCConfig
 from atc_diffusion.patch import patched, remove_patch
 from atc_diffusion.trials import Bench, OnProgress, Row, Way
+from atc_diffusion.validation import check_count
 
 FASTER = 0.97  # of the unmerged time; anything nearer to 1 may be noise
 

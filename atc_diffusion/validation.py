@@ -1,0 +1,83 @@
+"""Checks of what a user passes: one sentence that names the value and what to write instead."""
+
+import difflib
+from collections.abc import Iterable
+from typing import TypeGuard
+
+LEVELS = (1, 2, 4, 8)  # the downsampling factors that tomesd's `max_downsample` counts up to
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_count(name: str, value: object, meaning: str) -> None:
+    if not is_count(value):
+        raise ValueError(f"{name} must be {meaning}, got {value!r}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    if not is_number(value) or not value >= 0:
+        raise ValueError(f"{name} must be a number from 0 up, got {value!r}")
+
+
+def check_fraction(name: str, value: object) -> float:
+    """`value`, if that fraction of the tokens can be kept."""
+    if is_number(value) and 0 < value <= 1:
+        return value
+    raise ValueError(f"{name} is the fraction of tokens kept, in (0, 1], got {value!r}{did_you_mean(value)}")
+
+
+def did_you_mean(value: object, option: str = "") -> str:
+    """The end of a sentence: the fraction that a number, perhaps a percentage, stands for; empty for other values."""
+    if not is_number(value) or not 0 < value <= 100:
+        return ""
+    return f"; did you mean {option}{value if value <= 1 else value / 100:g}?"
+
+
+def check_options(kind: str, known: Iterable[str], given: dict[str, object]) -> None:
+    """Raise ValueError for a `given` option that a `kind` of configuration does not have."""
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{kind} has no option {name!r}; {_instead(name, given[name], known)}")
+
+
+def _instead(name: str, value: object, known: tuple[str, ...]) -> str:
+    """What to write instead of an option of tomesd, of an earlier version of this package, or with a typing error."""
+    if sentence := _translated(name, value):
+        return sentence
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"it has {', '.join(known)}"
+
+
+def _translated(name: str, value: object) -> str:
+    match name:
+        case "ratio":
+            example = value if is_number(value) and 0 <= value < 1 else 0.4
+            return f"tomesd's ratio is the fraction of tokens removed, r the fraction kept: ratio={example:g} is" + (
+                f" r={1 - example:g}"
+            )
+        case "max_downsample":
+            levels = tuple(level for level in LEVELS if is_count(value) and level <= value)
+            return f"max_downsample={value!r} is levels={levels or ('costly' if value == 'auto' else 'finest')!r}"
+        case "sx" | "sy" | "use_rand":
+            return f"{name} is an option of tomesd; use ToMeConfig with stride and seed"
+        case "merge_attn" | "merge_crossattn" | "merge_mlp" | "modules":
+            return "only self-attention is merged"
+        case "merge":
+            return "merge='keys_values' is r=1 with r_keys, the fraction of keys and values kept"
+        case "refresh_every":
+            return "tokens are clustered again once the latents have changed by recluster_threshold; 0 is refresh_every=1"
+        case "window":
+            return f"window={value!r} is window_size={value!r}"
+        case "share_guidance":
+            return f"share_guidance={value!r} is share_across_guidance={value!r}"
+        case "share_layers":
+            return "every layer has clusters of its own"
+    return ""
