@@ -4,13 +4,20 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from torch import Tensor
 
 from atc_diffusion.clustering import check_member
 from atc_diffusion.clustering.tree import Cuttable
-from atc_diffusion.validation import check_fraction, check_not_negative, check_options, did_you_mean, is_count
+from atc_diffusion.validation import (
+    as_counts,
+    check_fraction,
+    check_not_negative,
+    check_options,
+    did_you_mean,
+    is_count,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,7 +46,9 @@ class Configuration:
         """List the inherited fields in the docstring, which is all that `help` shows, and every default."""
         _, inherited, base_after = _sections(cls.__base__)
         before, own, after = _sections(cls)
-        entries = [f"    {name} (default: {getattr(cls, name)!r}): {text}" for name, text in (inherited | own).items()]
+        entries = [
+            f"    {name} (default: {getattr(cls, name)!r}):\n        {text}" for name, text in (inherited | own).items()
+        ]
         cls.__doc__ = "\n".join([before, "\nAttributes:", *entries, "", after or base_after])
 
     def __str__(self) -> str:
@@ -56,7 +65,7 @@ def _sections(kind: type | None) -> tuple[str, dict[str, str], str]:
     """A docstring's text before its attributes, the attributes without their defaults, and the text after them."""
     before, _, rest = inspect.cleandoc((kind and kind.__doc__) or "").partition("\n\nAttributes:\n")
     attributes, _, after = rest.partition("\n\n")
-    return before, dict(re.findall(r"^    (\w+)(?: \(default: .*?\))?: (.*(?:\n {8}.*)*)", attributes, re.M)), after
+    return before, dict(re.findall(r"^    (\w+)(?: \(default: .*\))?:\s+(.*(?:\n {8}.*)*)", attributes, re.M)), after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +202,15 @@ def _each(fractions: Fractions | None) -> Iterator[Fraction | None]:
     yield from fractions.values() if isinstance(fractions, Mapping) else [fractions]
 
 
-def _levels(levels: object) -> Levels | tuple[int, ...]:
+def _levels(levels: Levels | int | Sequence[int]) -> Levels | tuple[int, ...]:
     """`levels`, with factors as a tuple."""
-    factors = (levels,) if isinstance(levels, int) else levels
-    if factors in get_args(Levels):
-        return factors
-    if isinstance(factors, tuple | list) and factors and all(map(is_count, factors)):
-        return tuple(factors)
-    names = ", ".join(map(repr, get_args(Levels)))
-    raise ValueError(f"levels must be {names} or downsampling factors such as 1 or (1, 2), got {levels!r}")
+    if levels in get_args(Levels):
+        return cast(Levels, levels)
+    factors = as_counts(levels)
+    if factors is None:
+        names = ", ".join(map(repr, get_args(Levels)))
+        raise ValueError(f"levels must be {names} or downsampling factors such as 1 or (1, 2), got {levels!r}")
+    return factors
 
 
 def _num_kept(fraction: float, num_tokens: int) -> int:

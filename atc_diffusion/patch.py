@@ -11,9 +11,13 @@ from atc_diffusion.adapters.vit import ViTPatch
 from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.find import find_networks, make_patches
+from atc_diffusion.methods import ATCConfig, ATCOptions
 from atc_diffusion.report import RecordedMerge, Summary
+from atc_diffusion.validation import did_you_mean
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from atc_diffusion.network import NetworkPatch
 
 Model = TypeVar("Model")
@@ -22,7 +26,7 @@ Patch: TypeAlias = "NetworkPatch | ViTPatch"
 _PATCH = "_atc_diffusion"
 
 
-def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Model:
+def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: "Unpack[ATCOptions]") -> Model:
     """Merge similar tokens in the self-attention of a diffusers pipeline, a network or a vision transformer.
 
     A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Networks
@@ -57,7 +61,9 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Any) -> Iterator[Model]:
+def patched(
+    model: Model, config: MergeConfig | ViTConfig | None = None, **options: "Unpack[ATCOptions]"
+) -> Iterator[Model]:
     """Apply a patch inside a `with` block.
 
     Afterwards, even after an exception, every network has the patch that it had before, or none.
@@ -98,15 +104,23 @@ def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
     return tuple(merge for patch in patches for merge in patch.merges())
 
 
-def _config(config: MergeConfig | ViTConfig | None, options: dict[str, Any]) -> MergeConfig | ViTConfig:
-    if config is not None and options:
+def _config(config: object, options: ATCOptions) -> MergeConfig | ViTConfig:
+    if config is None:
+        return ATCConfig(**options)
+    if options:
         raise ValueError(f"give either config or options, got both: {config} and {options!r}")
-    if not isinstance(config, MergeConfig | ViTConfig | None):
-        raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}")
-    unknown = options.keys() - ATCConfig.__dataclass_fields__.keys()
-    if unknown:
-        raise ValueError(f"unknown option {min(unknown)!r}; ATCConfig has {', '.join(ATCConfig.__dataclass_fields__)}")
-    return config or ATCConfig(**options)
+    if isinstance(config, MergeConfig | ViTConfig):
+        return config
+    raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}{_hint(config)}")
+
+
+def _hint(config: object) -> str:
+    """What may have been meant: a fraction, the name of a preset, or what a preset or a class returns."""
+    if isinstance(config, str) and hasattr(ATCConfig, config):
+        return f"; did you mean ATCConfig.{config}()?"
+    if callable(config):
+        return f"; did you mean {getattr(config, '__qualname__', config)}()?"
+    return did_you_mean(config, "r=")
 
 
 def _patches(networks: dict[str, nn.Module], config: MergeConfig | ViTConfig) -> Mapping[str, Patch]:

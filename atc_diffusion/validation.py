@@ -15,6 +15,12 @@ def is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def as_counts(value: object) -> tuple[int, ...] | None:
+    """One count or several as a tuple; None for anything else."""
+    counts = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return counts if counts and all(map(is_count, counts)) else None
+
+
 def check_count(name: str, value: object, meaning: str) -> None:
     if not is_count(value):
         raise ValueError(f"{name} must be {meaning}, got {value!r}")
@@ -73,7 +79,9 @@ def _translated(name: str, value: object) -> str:
         case "merge":
             return "merge='keys_values' is r=1 with r_keys, the fraction of keys and values kept"
         case "refresh_every":
-            return "tokens are clustered again once the latents have changed by recluster_threshold; 0 is refresh_every=1"
+            return (
+                "tokens are clustered again once the latents have changed by recluster_threshold; 0 is refresh_every=1"
+            )
         case "window":
             return f"window={value!r} is window_size={value!r}"
         case "share_guidance":

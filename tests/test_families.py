@@ -99,7 +99,7 @@ def test_a_deep_copy_is_independent(family, network):
     [
         ToMeConfig(r=0.5),
         ATCConfig(window_size=3, features="keys_values"),
-        ATCConfig(window_size=2, share_layers=2),
+        ATCConfig(window_size=2),
         ATCConfig.paper(0.4),
     ],
 )

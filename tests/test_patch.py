@@ -1,7 +1,6 @@
 """Patching a real UNet: identity, restoration, and what merging does to attention."""
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,7 +107,7 @@ def test_hidden_states_are_the_blocks_input_before_its_norm(unet):
     inputs: list[Tensor] = []
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    run(apply_patch(unet, replace(ATCConfig.paper(0.5), record=True)), (7, 9))
+    run(apply_patch(unet, ATCConfig.paper(0.5, record=True)), (7, 9))
     first = merge_maps(unet)[0]
     assert first.grid == (7, 9)
     assert first.queries is not None
@@ -348,10 +347,14 @@ def test_models_that_do_not_fit_are_named(model, options, message):
     ("options", "message"),
     [
         ({"r": 60}, "did you mean 0.6"),
-        ({"ratio": 0.5}, "unknown option 'ratio'; ATCConfig has r, r_keys, features"),
+        ({"ratio": 0.5}, "ATCConfig has no option 'ratio'; .*: ratio=0.5 is r=0.5"),
         ({"config": ATCConfig(), "r": 0.5}, "either config or options, got both"),
         ({"config": {"r": 0.5}}, "config must be a configuration, such as an ATCConfig, got {'r': 0.5}"),
-        ({"config": 0.6}, "config must be a configuration, such as an ATCConfig, got 0.6"),
+        ({"config": 0.6}, r"config must be a configuration, such as an ATCConfig, got 0.6; did you mean r=0.6\?"),
+        ({"config": 60}, r"got 60; did you mean r=0.6\?"),
+        ({"config": "fast"}, r"got 'fast'; did you mean ATCConfig.fast\(\)\?"),
+        ({"config": ATCConfig.fast}, r"did you mean ATCConfig.fast\(\)\?"),
+        ({"config": ToMeConfig}, r"did you mean ToMeConfig\(\)\?"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(unet, options, message):

@@ -62,4 +62,4 @@ def test_a_forecast_reads_eight_values_at_most_and_two_to_cluster():
 
 
 def test_clustering_at_every_call_reads_nothing():
-    assert set(reads(ATCConfig(r=1.0, r_keys=0.125, recluster_threshold=0, share_guidance=False))) == {0}
+    assert set(reads(ATCConfig(r=1.0, r_keys=0.125, recluster_threshold=0, share_across_guidance=False))) == {0}

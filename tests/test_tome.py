@@ -8,7 +8,6 @@ from tomesd.merge import bipartite_soft_matching_random2d
 from torch import Tensor
 
 from atc_diffusion import ToMeConfig, bipartite_labels
-from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.bipartite import draw_destinations
 
 
@@ -60,12 +59,12 @@ def test_destinations_are_spread_evenly_and_depend_on_seed_and_step_alone():
 
 def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
-    build_tree(ToMeConfig(), torch.ones(1, 16, 3), (4, 4), torch.tensor(1), num_clusters=4)
+    ToMeConfig().cluster(torch.ones(1, 16, 3), (4, 4), torch.tensor(1), num_clusters=4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_odd_grids_keep_at_least_the_destinations():
-    tree = build_tree(ToMeConfig(), torch.randn(1, 35, 3), (7, 5), torch.tensor(1.0), num_clusters=1)
+    tree = ToMeConfig().cluster(torch.randn(1, 35, 3), (7, 5), torch.tensor(1.0), num_clusters=1)
     assert tree.num_clusters == 3 * 2
 
 
@@ -75,7 +74,7 @@ def test_a_grid_smaller_than_a_cell_is_refused():
 
 
 def test_cuts_of_one_matching_nest():
-    tree = build_tree(ToMeConfig(), torch.randn(2, 64, 3), (8, 8), torch.tensor(1.0), num_clusters=16)
+    tree = ToMeConfig().cluster(torch.randn(2, 64, 3), (8, 8), torch.tensor(1.0), num_clusters=16)
     finer, coarser = tree.cut(40), tree.cut(20)
     for fine, coarse in zip(finer, coarser, strict=True):
         assert all(len(coarse[fine == label].unique()) == 1 for label in range(40))

@@ -307,10 +307,13 @@ def test_half_precision_and_autocast_stay_near():
     [
         ({}, "give either r, .* or t, .*; got r=None, t=None"),
         ({"r": 0.5, "t": 3}, "give either r, .*; got r=0.5, t=3"),
-        ({"r": 50}, r"r is the fraction of tokens to keep, in \(0, 1\], got 50; did you mean 0.5?"),
+        ({"r": 50}, r"r is the fraction of tokens kept, in \(0, 1\], got 50; did you mean 0.5?"),
         ({"r": 0}, "got 0$"),
         ({"t": 0}, "t must be a number of tokens from 1 up, got 0"),
         ({"r": 0.5, "blocks": (0, 3)}, r"blocks must number blocks from 1 up, such as \(4, 7, 10\), got \(0, 3\)"),
+        ({"r": 0.5, "blocks": []}, r"blocks must number blocks from 1 up, .*, got \[\]"),
+        ({"r": 0.5, "blocks": None}, "blocks must number blocks from 1 up, .*, got None"),
+        ({"r": True}, "got True$"),
         ({"r": 0.5, "method": "atcc"}, "method must be one of 'atc', .*, got 'atcc'"),
         ({"t": 2, "schedule": "cosine"}, "schedule must be one of 'constant', 'linear', got 'cosine'"),
         ({"r": 0.5, "linkage": "centroid"}, "linkage must be one of"),
@@ -346,7 +349,7 @@ def test_masks_over_all_tokens_are_refused():
 
 def test_the_summary_prints_a_row_for_every_block():
     lines = str(summary(apply_patch(make(), ViTConfig(**TWICE)))).splitlines()
-    assert lines[0].startswith("ViTConfig(method='atc', r=0.6, blocks=(2, 3)")
+    assert lines[0].startswith("ViTConfig(r=0.6, blocks=(2, 3))")
     assert [line.split() for line in lines[2:4]] == [["blocks.0", "25", "25"], ["blocks.1", "25", "15"]]
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from atc_diffusion import ATCConfig, agglomerate
-from atc_diffusion.clusterer import build_tree
 from atc_diffusion.clustering.windows import cluster_windows, num_windows
 
 GRIDS = [(8, 8, 4), (7, 9, 4), (6, 5, 3), (4, 12, 5), (1, 16, 4)]  # height, width, window
@@ -41,7 +40,7 @@ def test_tokens_of_different_windows_are_infinitely_far_apart(height, width, win
 @pytest.mark.parametrize(("grid", "windows"), [((8, 8), 4), ((7, 9), 4), ((5, 5), 1)])
 def test_one_token_of_each_window_is_kept_at_least(grid, windows):
     features = torch.randn(2, grid[0] * grid[1], 6)
-    tree = build_tree(ATCConfig(window_size=5), features, grid, torch.tensor(0), num_clusters=1)
+    tree = ATCConfig(window_size=5).cluster(features, grid, torch.tensor(0), num_clusters=1)
     assert tree.num_clusters == windows
     assert all(len(labels.unique()) == windows for labels in tree.cut(windows))
 
@@ -55,7 +54,7 @@ def test_flat_windows_keep_fewer():
 
 def test_a_window_as_large_as_the_picture_changes_nothing():
     features = torch.randn(1, 20, 6)
-    tree = build_tree(ATCConfig(window_size=5), features, (4, 5), torch.tensor(0), num_clusters=10)
+    tree = ATCConfig(window_size=5).cluster(features, (4, 5), torch.tensor(0), num_clusters=10)
     assert torch.equal(tree.cut(10), agglomerate(features, 10))
 
 

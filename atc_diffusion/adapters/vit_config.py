@@ -1,9 +1,12 @@
 """Configuration of token merging in vision transformers, with validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from atc_diffusion.clustering import LINKAGES, check_member
+from atc_diffusion.config import Configuration
+from atc_diffusion.validation import as_counts, check_count, check_fraction
 
 Method = Literal["atc", "tome", "kmedoids", "dpc_knn", "topk", "evit"]
 Schedule = Literal["constant", "linear"]
@@ -12,7 +15,7 @@ PRUNING = ("topk", "evit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(Configuration):
     """How tokens of a vision transformer are merged (Haurum et al. 2024, sections 4.1, 4.2 and 4.4).
 
     Give either `r` (keep a fraction of the tokens at a few blocks) or `t` (remove tokens in every block).
@@ -37,7 +40,7 @@ class ViTConfig:
 
     method: Method = "atc"
     r: float | None = None
-    blocks: tuple[int, ...] = (4, 7, 10)
+    blocks: Sequence[int] = (4, 7, 10)
     t: int | None = None
     schedule: Schedule = "constant"
     linkage: str = "average"
@@ -55,18 +58,17 @@ class ViTConfig:
                 f" got r={self.r!r}, t={self.t!r}"
             )
         if self.r is not None:
-            self._check_share(self.r)
-        if self.t is not None and (not isinstance(self.t, int) or self.t < 1):
-            raise ValueError(f"t must be a number of tokens from 1 up, got {self.t!r}")
-        if not self.blocks or any(not isinstance(block, int) or block < 1 for block in self.blocks):
+            check_fraction("r", self.r)
+            if self.method == "tome" and self.r < 0.5:
+                raise ValueError(
+                    f"method='tome' keeps at least half of the tokens, got r={self.r}; use a larger r or 'atc'"
+                )
+        if self.t is not None:
+            check_count("t", self.t, "a number of tokens from 1 up")
+        blocks = as_counts(self.blocks)
+        if blocks is None:
             raise ValueError(f"blocks must number blocks from 1 up, such as (4, 7, 10), got {self.blocks!r}")
-
-    def _check_share(self, r: object) -> None:
-        if not isinstance(r, int | float) or not 0 < r <= 1 or r is True:
-            hint = f"; did you mean {r / 100:g}?" if isinstance(r, int | float) and 1 < r <= 100 else ""
-            raise ValueError(f"r is the fraction of tokens to keep, in (0, 1], got {r!r}{hint}")
-        if self.method == "tome" and r < 0.5:
-            raise ValueError(f"method='tome' keeps at least half of the tokens, got r={r}; use a larger r or 'atc'")
+        object.__setattr__(self, "blocks", blocks)
 
     def removed(self, depth: int) -> tuple[int, ...]:
         """Tokens that each of `depth` blocks removes, if `t` is given (Eqs. 4 and 5)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from atc_diffusion.check.finding import Finding, find
-from atc_diffusion.config import ATCConfig
+from atc_diffusion.methods import ATCConfig
 from atc_diffusion.patch import apply_patch
 
 QUERIES_AND_KEYS, KEYS = ATCConfig(r=0.75, r_keys=0.5), ATCConfig(r=1.0, r_keys=0.5)

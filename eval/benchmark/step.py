@@ -31,15 +31,13 @@ OURS: dict[str, Callable[[float], MergeConfig]] = {
     "atc-paper": ATCConfig.paper,
     "atc": lambda r: ATCConfig(r=r),
     FREE: lambda r: ATCConfig(r=r, recluster_threshold=math.inf),
-    "atc-share-2": lambda r: ATCConfig(r=r, share_layers=2),
-    "atc-share-4": lambda r: ATCConfig(r=r, share_layers=4),
     "atc-fast": ATCConfig.fast,
-    "atc-fast-wide": lambda r: replace(ATCConfig.fast(r), widen_heads=True),
+    "atc-fast-wide": lambda r: ATCConfig.fast(r, widen_heads=True),
     DEEPER: ATCConfig.fast,
 }
 CANDIDATES = ("tomesd", "todo", *OURS)
 OF_UNETS = ("tomesd", "todo", DEEPER)
-OF_TRANSFORMERS = ("tome", "atc-share-2", "atc-share-4")
+OF_TRANSFORMERS = ("tome",)
 OF_ROTARY = ("unpatched", "atc-fast", "atc-fast-wide")
 COMPILED = ("unpatched", "atc", "atc-fast")
 ALWAYS_KEEP = {"unpatched": 100, "todo": 25}  # percent
@@ -117,7 +115,7 @@ def _legend(model: str) -> str:
         return f"Only keys are merged. {wide}"
     free = f"{wide} {FREE}: atc, clustering time excluded."
     if MODELS[model].blocks:
-        return f"{free} atc-share-2 and -4: one clustering serves so many consecutive layers."
+        return free
     return f"{free} todo: all queries, a quarter of the keys and values. {DEEPER}: atc-fast at the two finest levels."
 
 

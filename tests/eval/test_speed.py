@@ -174,8 +174,6 @@ def test_transformers_have_candidates_of_their_own(run: Run) -> None:
         "atc-paper",
         "atc",
         "atc-free",
-        "atc-share-2",
-        "atc-share-4",
         "atc-fast",
         "atc-fast-wide",
     ]
@@ -194,7 +192,7 @@ def denoising(model: str, candidate: Candidate) -> Denoising:
 
 
 UNETS = ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide", "atc-fast-2"]
-TRANSFORMERS = ["tome", "atc", "atc-share-2", "atc-fast"]
+TRANSFORMERS = ["tome", "atc", "atc-fast"]
 
 
 @pytest.mark.usefixtures("_tiny")
