@@ -29,7 +29,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check() -> int:
-    from atc_diffusion.check import run_check
+    from atc_diffusion.checks import run_check
 
     return run_check()
 

@@ -1,16 +1,18 @@
 """`python -m atc_diffusion`: right on the CPU, and it names what was made wrong on purpose."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
+from torch import Tensor
 
-from atc_diffusion import check
+from atc_diffusion import ClusterTree, checks
 from atc_diffusion.__main__ import main
-from atc_diffusion.check import networks, processors
-from atc_diffusion.check.clusterings import check_clusterings
-from atc_diffusion.check.finding import Finding, find
+from atc_diffusion.adapters.weights import attend
+from atc_diffusion.checks import Finding, check_attention, check_clusterings, check_networks, check_processors, find
 from atc_diffusion.clustering import _numba
 
 CPU = torch.device("cpu")
@@ -20,16 +22,39 @@ def test_nothing_is_wrong_on_the_cpu(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "Merging is right on this machine" in printed
-    networks = ("Stable Diffusion 3 merged on cpu in bfloat16", "Flux merged on cpu in float16")
-    for subject in ("Numba", *networks, "sliced attention on cpu", "speed on cpu", "weights in wider heads on cpu"):
-        assert subject.lower() in printed.lower()
+    for subject in (
+        "average linkage by numba for tokens on cpu",
+        "Stable Diffusion 3 merged on cpu in bfloat16",
+        "Flux merged on cpu in float16",
+        "sliced attention on cpu",
+        "weights in a mask on cpu",
+        "weights in wider heads on cpu",
+        "speed on cpu",
+    ):
+        assert f"ok    {subject}" in printed
 
 
-def test_a_wrong_kernel_is_named(monkeypatch):
+def problems(findings: Iterable[Finding]) -> dict[str, str]:
+    return {finding.subject: finding.problem for finding in findings if finding.problem}
+
+
+@pytest.mark.parametrize("wrong_for", [17, 320])
+def test_a_kernel_that_is_wrong_for_odd_or_real_sizes_is_named(monkeypatch, wrong_for):
     right = _numba.build_tree
-    monkeypatch.setattr(_numba, "build_tree", lambda tokens, *choices: right(tokens.flip(1), *choices))
-    wrong = [finding.subject for finding in check_clusterings(CPU) if finding.problem]
-    assert wrong == [f"{x} linkage by numba for tokens on cpu" for x in ("average", "complete", "single", "ward")]
+
+    def build_tree(tokens: Tensor, *choices: Any) -> ClusterTree:
+        return right(tokens.flip(1) if tokens.shape[2] == wrong_for else tokens, *choices)
+
+    monkeypatch.setattr(_numba, "build_tree", build_tree)
+    assert list(problems(check_clusterings(CPU, ["average"]))) == ["average linkage by numba for tokens on cpu"]
+
+
+def test_attention_that_forgets_the_sizes_of_clusters_is_named(monkeypatch):
+    def forgetful(query: Tensor, key: Tensor, value: Tensor, log_weights: Tensor, widen: bool) -> Tensor:
+        return attend(query, key, value, log_weights if widen else None, widen)
+
+    monkeypatch.setattr(checks, "attend", forgetful)
+    assert list(problems(check_attention(CPU))) == ["weights in a mask on cpu"]
 
 
 def test_a_processor_that_raises_is_named(monkeypatch):
@@ -37,13 +62,19 @@ def test_a_processor_that_raises_is_named(monkeypatch):
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(SlicedAttnProcessor, "__call__", fail)
-    problems = {finding.subject: finding.problem for finding in processors.check_processors(CPU) if finding.problem}
-    assert problems == {"sliced attention on cpu": "RuntimeError: no kernel image"}
+    assert problems(check_processors(CPU)) == {"sliced attention on cpu": "RuntimeError: no kernel image"}
+
+
+def test_a_network_of_which_fewer_attentions_are_merged_is_named(monkeypatch):
+    monkeypatch.setattr(checks, "FAMILIES", {"sd15": "Stable Diffusion 1"})
+    monkeypatch.setitem(checks.TINY_NETWORKS, "sd15", replace(checks.TINY_NETWORKS["sd15"], layers=4))
+    expected = "RuntimeError: 3 of 4 self-attentions are merged"
+    assert set(problems(check_networks(CPU)).values()) == {expected}
 
 
 def test_a_device_that_fails_makes_the_command_fail(monkeypatch, capsys):
-    monkeypatch.setattr(check, "devices_found", lambda: [torch.device("mps", 0)])
-    monkeypatch.setattr(networks, "NETWORKS", {"Stable Diffusion 1": networks.make_unet})
+    monkeypatch.setattr(checks, "devices_found", lambda: [torch.device("mps", 0)])
+    monkeypatch.setattr(checks, "CHECKS", (check_networks,))
     assert main(["check"]) == 1
     printed = capsys.readouterr().out
     assert "checks failed: " in printed

@@ -26,7 +26,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.drawing import PARTS, draw, text
 from tests.helpers.ecosystem import CPU, LORA, picture, pipeline
 from tests.helpers.unet import run

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch, remove_patch, summary
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.loops import embedding, sample
 
 # Of one level, because what takes time here is tracing.

@@ -17,9 +17,10 @@ from atc_diffusion.adapters import Merge
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.windows import cluster_windows
+from atc_diffusion.testing import TinyNetwork
 from tests.helpers import pretend_device
 from tests.helpers.attentions import recorded_calls, recorded_results
-from tests.helpers.families import FAMILIES, ROTARY, Family
+from tests.helpers.families import FAMILIES, ROTARY
 from tests.helpers.pretend_device import DEVICE, OPERATIONS, PretendDevice
 
 CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
@@ -27,12 +28,12 @@ CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
 
 
-def run_on(device: torch.device, family: Family, network: Any) -> Tensor:
+def run_on(device: torch.device, family: TinyNetwork, network: Any) -> Tensor:
     inputs = family.inputs(8, 12) | {"timestep": torch.tensor([10, 10])}
     return family.run(network, **tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs))
 
 
-def step(network: Any, family: Family, config: MergeConfig | None) -> tuple[Tensor, PretendDevice]:
+def step(network: Any, family: TinyNetwork, config: MergeConfig | None) -> tuple[Tensor, PretendDevice]:
     """The output of a step of a copy of the network on the pretended device."""
     network = copy.deepcopy(network)
     if config is not None:
@@ -172,7 +173,7 @@ def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
 # families only the attentions go there.
 
 
-def merged_call(family: Family) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]:
+def merged_call(family: TinyNetwork) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]:
     """An attention whose keys merge, its arguments, and what it returns."""
     network = apply_patch(family.make(), ATCConfig.fast(0.25))
     calls, results = recorded_calls(network), recorded_results(network)

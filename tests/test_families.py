@@ -16,30 +16,30 @@ from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
 from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, RecordedMerge, ToMeConfig, apply_patch, merge_maps, remove_patch, summary
-from tests.conftest import UNET
-from tests.helpers.families import FAMILIES, QWEN_IMAGE, Family
+from atc_diffusion.testing import QWEN_IMAGE, UNET, TinyNetwork
+from tests.helpers.families import FAMILIES
 
 SHARES = [{"r": 0.5}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 TIMESTEPS = torch.tensor([900, 750, 600, 450, 300, 150])
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
+def family(request: pytest.FixtureRequest) -> TinyNetwork:
     return FAMILIES[request.param]
 
 
 @pytest.fixture
-def network(family: Family) -> nn.Module:
+def network(family: TinyNetwork) -> nn.Module:
     return family.make()
 
 
-def allowed(family: Family, shares: dict[str, float]) -> None:
+def allowed(family: TinyNetwork, shares: dict[str, float]) -> None:
     """Skip where queries should merge and cannot."""
     if shares.get("r") != 1 and not family.merges_queries:
         pytest.skip("merges keys alone")
 
 
-def tokens_of(family: Family, height: int = 8, width: int = 12) -> int:
+def tokens_of(family: TinyNetwork, height: int = 8, width: int = 12) -> int:
     return height // family.level * (width // family.level)
 
 
@@ -156,7 +156,7 @@ def labels_of(network: nn.Module, steps: set[int]) -> list[Tensor]:
     return [merge.keys.labels for merge in merge_maps(network) if merge.keys and merge.step in steps]
 
 
-def half_and_half(family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
+def half_and_half(family: TinyNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs with one picture under guidance, and with two pictures; conditions are the same for both halves."""
     inputs = family.inputs(8, 12)
     name = next(name for name in ("sample", "x", "hidden_states") if name in inputs)

@@ -23,7 +23,7 @@ from atc_diffusion import (
     remove_patch,
     summary,
 )
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.unet import attend, run
 
 CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}

@@ -37,9 +37,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from atc_diffusion import apply_patch, remove_patch, summary
-from tests.conftest import UNET, VAE
+from atc_diffusion.testing import SDXL, UNET
+from tests.conftest import VAE
 from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
-from tests.helpers.families import CONDITION, FAMILIES, SD3_CONTROLNET, SDXL
+from tests.helpers.families import CONDITION, FAMILIES, SD3_CONTROLNET
 
 PIPELINES = [
     (StableDiffusionPipeline, {"height": 16, "width": 24}),

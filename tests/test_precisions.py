@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from atc_diffusion import ATCConfig, apply_patch
-from tests.helpers.families import FAMILIES, Family
+from atc_diffusion.testing import TinyNetwork
+from tests.helpers.families import FAMILIES
 
 # What changes a network, and the precision in which it computes then.
 CHANGES: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
@@ -24,7 +25,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
 }
 
 
-def error_of_merging(family: Family, network: nn.Module, dtype: torch.dtype) -> float:
+def error_of_merging(family: TinyNetwork, network: nn.Module, dtype: torch.dtype) -> float:
     """Relative change of the output when the network is patched."""
     inputs = tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, family.inputs(16, 16)

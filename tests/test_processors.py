@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
 from tests.helpers.unet import attend, run
 

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, MergeMap, apply_patch, merge_maps, remove_patch, summary
+from atc_diffusion.testing import TinyNetwork, draw
 from tests.helpers.attentions import attentions, recorded_calls, recorded_results
-from tests.helpers.families import FAMILIES, ROTARY, Family, draw
+from tests.helpers.families import FAMILIES, ROTARY
 
 MODULES = {"flux": transformer_flux, "qwen": transformer_qwenimage, "z": transformer_z_image}
 TEXT = {"flux": 5, "qwen": 5, "z": 0}  # tokens ahead of the picture's, in the sequence that is attended to
@@ -227,7 +228,7 @@ def test_the_summary_counts_the_projections_of_all_tokens():
 
 
 def test_no_token_of_a_reference_picture_is_merged():
-    family: Family = FAMILIES["flux_kontext"]
+    family: TinyNetwork = FAMILIES["flux_kontext"]
     network = apply_patch(family.make(), **FEW_KEYS, record=True)
     family.run(network)
     assert {merge.grid for merge in merge_maps(network)} == {(4, 6)}

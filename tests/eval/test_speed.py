@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import speed
 from atc_diffusion import ATCConfig
+from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
 from benchmark.arithmetic import self_attention
 from benchmark.choices import Benchmark
 from benchmark.clustering import floor
@@ -21,8 +22,6 @@ from benchmark.models import MODELS, load, make_inputs
 from benchmark.step import Candidate, Denoising, Setting, select, share_weights
 from benchmark.tables import Table
 from benchmark.timing import take_turns
-from tests.conftest import UNET
-from tests.helpers.families import FLUX, PIXART, SD3, SDXL
 
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
 

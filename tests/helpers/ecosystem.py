@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.drawing import PARTS, draw, text
 
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)

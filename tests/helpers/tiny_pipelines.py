@@ -31,8 +31,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tests.conftest import UNET
-from tests.helpers.families import FLUX, PIXART, SD3, SDXL
+from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 TEXT = 128  # width of the text encoder of emoji_diffusion

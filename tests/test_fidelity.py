@@ -1,0 +1,26 @@
+"""Similarity of images."""
+
+import numpy as np
+import pytest
+
+from atc_diffusion import psnr, ssim
+
+BLACK = np.zeros((16, 16, 3), np.uint8)
+
+
+def test_equal_images():
+    assert psnr(BLACK, BLACK) == float("inf")
+    assert ssim(BLACK, BLACK) == 1
+
+
+def test_psnr_is_by_the_mean_over_all_pixels_and_has_no_cap():
+    assert psnr(BLACK, BLACK + 255) == 0
+    barely = BLACK.copy()
+    barely[0, 0, 0] = 1
+    assert psnr(barely, BLACK) == pytest.approx(10 * np.log10(255**2 * BLACK.size))
+
+
+@pytest.mark.parametrize("similarity", [psnr, ssim])
+def test_images_of_different_shapes_are_refused(similarity):
+    with pytest.raises(ValueError, match=r"images must have one shape, got \[16, 16, 3\] and \[1, 16, 3\]"):
+        similarity(BLACK, BLACK[:1])

@@ -1,0 +1,41 @@
+"""Loading a pipeline for a command."""
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from atc_diffusion import load_pipeline
+from tests.helpers.tiny_pipelines import EMOJI
+
+
+def settings() -> list[tuple[int, bool]]:
+    loggings = (diffusers.utils.logging, transformers.utils.logging)
+    return [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggings]
+
+
+@pytest.mark.parametrize("verbosity", [diffusers.logging.INFO, diffusers.logging.CRITICAL])
+@pytest.mark.parametrize("model", [str(EMOJI), "nowhere", str(EMOJI / "unet")])
+def test_loading_is_silent_and_leaves_the_messages_of_libraries_as_they_were(monkeypatch, capsys, verbosity, model):
+    before = settings()
+    diffusers.utils.logging.set_verbosity(verbosity)
+    try:
+        expected = settings()
+        if model == str(EMOJI):
+            assert load_pipeline(model, torch.float16).unet.dtype == torch.float16
+        else:
+            with pytest.raises(ValueError, match=r"nowhere|cannot load"):
+                load_pipeline(model, torch.float32)
+        assert settings() == expected
+        assert capsys.readouterr().err == ""
+    finally:
+        diffusers.utils.logging.set_verbosity(before[0][0])
+
+
+def test_progress_bars_that_were_off_stay_off():
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        load_pipeline(str(EMOJI), torch.float32)
+        assert not transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        transformers.utils.logging.enable_progress_bar()
