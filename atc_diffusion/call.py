@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from atc_diffusion.adapters import Merge
+from atc_diffusion.adapters import MergedCall
+from atc_diffusion.adapters.obstacles import Limit
 from atc_diffusion.forecast import Visit
 from atc_diffusion.report import RunLog
 from atc_diffusion.schedule import Clusters
@@ -26,12 +27,14 @@ class Call:
         log: of the run that the call is part of.
         size: height and width of the latents.
         after: how many tokens follow the image's in the sequences of its attentions.
+        limits: why layers merge less than configured, by layer.
         items: how many images attend to themselves: the batch, times its frames.
         step: which step of its run it is, from 0.
         clusters: those that it reuses; missing ones are added.
         outer: the call of another network within which this network was called.
         visits: how often each layer's attention has been called so far.
         hidden_states: the input of each layer's block.
+        attentions: the modules that are called; those of a replica of DataParallel are its own.
         rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
@@ -52,9 +55,11 @@ class Call:
     outer: "Call | None" = None
     visits: dict[str, int] = field(default_factory=dict)
     hidden_states: dict[str, Tensor] = field(default_factory=dict)
+    attentions: dict[str, nn.Module] = field(default_factory=dict)
     rotary: dict[str, Any] = field(default_factory=dict)
-    merges: dict[str, Merge] = field(default_factory=dict)
+    merges: dict[str, MergedCall] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
+    limits: dict[str, Limit] = field(default_factory=dict)
     visit: Visit = field(default_factory=Visit)
     running: bool = True
 

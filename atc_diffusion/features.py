@@ -26,7 +26,7 @@ def make_features(which: Features, tokens: Tensor, family: Family, layer: Layer,
     if which == "hidden_states":
         return tokens
     _check_weights(layer)
-    project = partial(family.features, layer, tokens, rotary)
+    project = partial(family.features, layer.attention, tokens, rotary)
     if which == "keys_values":
         return torch.cat([_unit_deviation(project("keys")), _unit_deviation(project("values"))], dim=2)
     return project(which)

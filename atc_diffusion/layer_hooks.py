@@ -1,13 +1,14 @@
 """The hooks around one self-attention: cluster its tokens or reuse clusters, cut the tree, merge, unmerge."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, Place, first
+from atc_diffusion.adapters import Args, Family, ImageSlice, Kwargs, Layer, MergedCall, first
 from atc_diffusion.call import Call, enter_block, leave_block, present
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
@@ -55,11 +56,16 @@ class LayerHooks:
                 f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
                 " method or a part of it, or remove_patch"
             )
-        place = Place(math.prod(self.layer.grid(call.size)), call.after)
-        call.rotary[self.layer.name] = self.family.rotary(kwargs, place)
-        merge = self._cut(call, self.family.tokens(args, kwargs, place), place)
+        image = ImageSlice(math.prod(self.layer.grid(call.size)), call.after)
+        limit = call.limits.get(self.layer.name)
+        call.attentions[self.layer.name] = attention
+        call.rotary[self.layer.name] = self.family.rotary(kwargs, image)
+        if limit is not None and not limit.keys_merge:
+            merge = MergedCall(image, None, None, weigh=False)
+        else:
+            merge = self._cut(call, self.family.tokens(args, kwargs, image), image, limit is not None)
         call.merges[self.layer.name] = merge
-        return self.family.merge(self.layer, args, kwargs, merge)
+        return self.family.merge(attention, args, kwargs, merge)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
         call = present.call
@@ -67,7 +73,7 @@ class LayerHooks:
         call.hidden_states.pop(self.layer.name, None)
         return self.family.unmerge(output, call.merges[self.layer.name])
 
-    def _cut(self, call: Call, tokens: Tensor, place: Place) -> Merge:
+    def _cut(self, call: Call, tokens: Tensor, image: ImageSlice, all_queries: bool) -> MergedCall:
         """How this call merges `tokens` `[B, N, C]`: by two cuts of one tree.
 
         An attention that is called several times, such as for portions of the batch, gets clusters for each of them.
@@ -75,12 +81,13 @@ class LayerHooks:
         num_tokens = tokens.shape[1]
         visit = call.visits.get(self.layer.name, 0)
         call.visits[self.layer.name] = visit + 1
-        kept = call.kept[self.layer.level]
+        queries, keys = call.kept[self.layer.level]
+        kept = num_tokens if all_queries else queries, keys
         if min(kept) == num_tokens:
-            return Merge(place, None, None, weigh=False)
+            return MergedCall(image, None, None, weigh=False)
         key = (self.layer.name, visit, len(tokens))
-        queries, keys = (self._map(call, key, count, tokens) for count in kept)
-        return Merge(place, queries, keys, self.config.proportional_attention, self.config.widen_heads)
+        maps = [self._map(call, key, count, tokens) for count in kept]
+        return MergedCall(image, *maps, self.config.proportional_attention, self.config.widen_heads)
 
     def _map(self, call: Call, key: object, count: int, tokens: Tensor) -> MergeMap | None:
         """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""
@@ -110,7 +117,8 @@ class LayerHooks:
             tokens = call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]]
         if sharing is not None:
             tokens = sharing.pick(tokens)
-        return make_features(which, tokens, self.family, self.layer, call.rotary[self.layer.name])
+        layer = replace(self.layer, attention=call.attentions[self.layer.name])
+        return make_features(which, tokens, self.family, layer, call.rotary[self.layer.name])
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         height, width = self.layer.grid(call.size)

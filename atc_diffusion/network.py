@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer
+from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer
+from atc_diffusion.adapters.obstacles import Limit
 from atc_diffusion.call import Call, present
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecast import Visit
@@ -54,7 +56,8 @@ class NetworkPatch:
         self._last_run = Run()
         self._handles: list[RemovableHandle] = []
         self._skipping = SkippingForward(network, self._forecast) if config.forecast_tolerance else None
-        self._check_processors((64, 64), self._kept((64, 64), progress=0.0))
+        self._warned: set[str] = set()
+        self._check((64, 64), self._kept((64, 64), progress=0.0))
 
     def attach(self) -> None:
         hooks = [LayerHooks(layer, self._family, self.config) for layer in self._layers]
@@ -70,7 +73,7 @@ class NetworkPatch:
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
-            self._family.detach(layer)
+            self._family.detach(layer.attention)
         if self._skipping:
             self._skipping.detach()
 
@@ -95,13 +98,11 @@ class NetworkPatch:
         timestep, size = image.timestep, image.size
         moment = Moment.of(timestep)
         kept = self._kept(size, progress_by_value(timestep) if moment is None else moment.progress())
-        self._check_processors(size, kept)
+        limits = self._prepare(network, size, kept)
         inputs, run = Inputs.of(image.latents, image.others), self.schedule.run(moment, timestep)
         visit = self._visit(run, inputs, timestep, moment)
         clusters = self._clusters(run, inputs) if visit.output is None else Clusters()
         clusters.keep_maps({count for counts in kept.values() for count in counts})
-        for layer in self._layers:
-            self._family.attach(layer, self.config.widen_heads)
         self._last_run = run
         present.call = Call(
             owner=self,
@@ -114,6 +115,7 @@ class NetworkPatch:
             items=_items(image.latents),
             step=run.step(run.time, moment).index,
             clusters=clusters,
+            limits=limits,
             outer=present.call,
             visit=visit,
         )
@@ -151,6 +153,8 @@ class NetworkPatch:
             call.log.reasons[call.step] = call.visit.reason
         for name, merge in call.merges.items():
             call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
+        for name, limit in call.limits.items():
+            call.log.layer(name).limit = limit.reason
         if self.config.record:
             call.log.merges += self._recorded(call)
 
@@ -174,11 +178,42 @@ class NetworkPatch:
         later = [self._kept(size, moment.progress(steps)) for steps in range(moment.count - moment.index)]
         return {level: min(min(kept[level]) for kept in later) for level in now}
 
-    def _check_processors(self, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> None:
+    def _check(self, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> None:
         for layer in self._layers:
-            queries, keys = kept[layer.level]
-            all_queries = queries == math.prod(layer.grid(size))
-            self._family.check(layer, all_queries, queries != keys, self.config.widen_heads)
+            if obstacle := self._family.obstacle(layer, self._demands(layer, size, kept)):
+                raise ValueError(f"{layer.name} {obstacle}")
+
+    def _prepare(self, network: nn.Module, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> dict[str, Limit]:
+        """Give the layers of `network` what merging needs besides hooks; returns those that merge less, and why."""
+        limits = {}
+        for layer in self._layers_of(network):
+            limit = self._family.limit(layer, self._demands(layer, size, kept))
+            if limit is not None:
+                limits[layer.name] = limit
+            if limit is None or limit.keys_merge:
+                self._family.attach(layer.attention, self.config.widen_heads)
+        self._warn(limits)
+        return limits
+
+    def _layers_of(self, network: nn.Module) -> list[Layer]:
+        """The layers of the network, or of a replica of it that `nn.DataParallel` has made."""
+        if network is self._network:
+            return self._layers
+        levels = {layer.level for layer in self._layers}
+        return [layer for layer in self._family.layers(network) if layer.level in levels]
+
+    def _demands(self, layer: Layer, size: tuple[int, int], kept: dict[int, tuple[int, int]]) -> Demands:
+        queries, keys = kept[layer.level]
+        return Demands(queries < math.prod(layer.grid(size)), queries != keys, self.config.widen_heads)
+
+    def _warn(self, limits: dict[str, Limit]) -> None:
+        """Say once what keeps layers from merging, unless hooks do, which `summary` reports."""
+        obstacles = {name: limit.reason for name, limit in limits.items() if not limit.by_hooks}
+        for reason in set(obstacles.values()) - self._warned:
+            self._warned.add(reason)
+            names = [name for name, obstacle in obstacles.items() if obstacle == reason]
+            others = f" (and {len(names) - 1} more)" if names[1:] else ""
+            warnings.warn(f"{names[0]}{others} stays unmerged: it {reason}", stacklevel=2)
 
 
 def _items(latents: Tensor) -> int:

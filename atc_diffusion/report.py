@@ -42,6 +42,7 @@ class LayerSummary:
         kept_keys: keys and values kept, by step.
         clusterings: how often its tokens were clustered.
         projects_all: whether all tokens are projected, and keys and values merge after that.
+        limit: why it merged less than it was asked to in some steps, as in "has ..."; empty if it did not.
     """
 
     network: str
@@ -53,6 +54,7 @@ class LayerSummary:
     kept_keys: tuple[int, ...] = ()
     clusterings: int = 0
     projects_all: bool = False
+    limit: str = ""
 
     @property
     def work(self) -> float:
@@ -111,12 +113,18 @@ class Summary:
         table = _table([header, *map(_row, self.layers)])
         saved = f"{self.work_saved:.0%} of the arithmetic of these attentions saved, clustering not counted"
         forecasts = [str(self.forecasts)] if self.forecasts else []
-        return "\n".join([str(self.config), *table, saved, *forecasts])
+        return "\n".join([str(self.config), *table, *_limits(self.layers), saved, *forecasts])
 
 
 def _row(layer: LayerSummary) -> tuple[str, ...]:
     name = f"{layer.network}.{layer.name}" if layer.network else layer.name
     return name, str(layer.level), str(layer.tokens), _span(layer.kept), _span(layer.kept_keys), str(layer.clusterings)
+
+
+def _limits(layers: tuple[LayerSummary, ...]) -> list[str]:
+    """What kept layers from merging, each reason with the number of layers that it holds for."""
+    reasons = Counter(layer.limit for layer in layers if layer.limit)
+    return [f"{count} of {len(layers)} merged less than asked: each {reason}" for reason, count in reasons.items()]
 
 
 def _span(kept: tuple[int, ...]) -> str:
@@ -138,6 +146,7 @@ class LayerLog:
     tokens: int = 0
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
     clusterings: int = 0
+    limit: str = ""
 
     def add(self, step: int, tokens: int, kept: tuple[int, int], clustered: bool) -> None:
         self.tokens = tokens
@@ -146,7 +155,8 @@ class LayerLog:
 
     def summary(self, network: str, name: str, level: int, channels: int, projects_all: bool) -> LayerSummary:
         queries, keys = zip(*self.kept.values(), strict=True) if self.kept else ((), ())
-        return LayerSummary(network, name, level, channels, self.tokens, queries, keys, self.clusterings, projects_all)
+        counts = self.tokens, queries, keys, self.clusterings
+        return LayerSummary(network, name, level, channels, *counts, projects_all, self.limit)
 
 
 @dataclass

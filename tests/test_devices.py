@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
-from atc_diffusion.adapters import Merge
+from atc_diffusion.adapters import MergedCall
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.windows import cluster_windows
@@ -186,7 +186,7 @@ def merged_call(family: TinyNetwork) -> tuple[nn.Module, tuple[Any, ...], dict[s
 
 def moved(arguments: Any, move: Callable[[Tensor], Tensor]) -> Any:
     def move_leaf(x: Any) -> Any:
-        if isinstance(x, Merge):
+        if isinstance(x, MergedCall):
             return replace(x, keys=x.keys and MergeMap(move(x.keys.labels), x.keys.num_clusters))
         return move(x) if isinstance(x, Tensor) else x
 

@@ -1,11 +1,14 @@
 """What an adapter of a model family provides: its self-attentions, and how tokens go in and out of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from atc_diffusion.adapters.obstacles import Limit, limit_by_hooks, replaced_code
+from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.merge_map import MergeMap
 
 Args = tuple[Any, ...]
@@ -56,7 +59,7 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageSlice:
     """Where the image's tokens are in a sequence that also has others, such as text tokens.
 
     Attributes:
@@ -77,11 +80,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergedCall:
     """How the tokens of one call of a self-attention are merged.
 
     Attributes:
-        place: which tokens are the image's; no others are merged.
+        image: which tokens are the image's; no others are merged.
         queries: merges the tokens of the queries and copies the output back; None keeps all of them.
         keys: merges the tokens of keys and values, or for rotary families keys and values themselves; None keeps all of
             them. The same object as `queries` if as many are kept.
@@ -89,15 +92,19 @@ class Merge:
         widen: add it in channels of the heads instead of in a mask.
     """
 
-    place: Place
+    image: ImageSlice
     queries: MergeMap | None
     keys: MergeMap | None
     weigh: bool
     widen: bool = False
 
     @property
+    def is_identity(self) -> bool:
+        return self.queries is None and self.keys is None
+
+    @property
     def num_tokens(self) -> int:
-        return self.place.num_tokens
+        return self.image.num_tokens
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -122,6 +129,21 @@ class Merge:
         return x if self.queries is None else self.queries.unmerge(x)
 
 
+@dataclass(frozen=True)
+class Demands:
+    """What merging asks of an attention.
+
+    Attributes:
+        fewer_queries: queries merge.
+        separate_keys: keys and queries merge differently.
+        wider_heads: merged keys are weighed in channels of the heads.
+    """
+
+    fewer_queries: bool
+    separate_keys: bool
+    wider_heads: bool = False
+
+
 class Family(ABC):
     """The adapter of one model family.
 
@@ -143,41 +165,48 @@ class Family(ABC):
         height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
         return ImageInput(latents, (height, width), timestep, others)
 
-    def attach(self, layer: Layer, widen: bool) -> None:  # noqa: B027
-        """Install what merging needs besides hooks, unless it is there; called before every call of the network."""
+    def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
+        """Which processor takes the place of which of diffusers', where hooks are not enough."""
+        return {}
 
-    def detach(self, layer: Layer) -> None:  # noqa: B027
+    def attach(self, attention: Any, wider_heads: bool) -> None:
+        """Put a stand-in in the place of the attention's processor if merging needs one, unless it is there."""
+        stand_in = self.stand_ins(wider_heads).get(type(attention.processor))
+        if stand_in is not None:
+            attention.processor = stand_in(attention.processor)
+
+    def detach(self, attention: Any) -> None:
         """Undo `attach` exactly."""
+        if isinstance(attention.processor, StandIn):
+            attention.processor = attention.processor.original
 
-    @abstractmethod
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
-        """Raise ValueError if the attention cannot merge as it would have to.
+    def obstacle(self, layer: Layer, demands: Demands) -> str | None:
+        """What keeps a layer from merging as demanded, and the way out, as in "has ..."; None: nothing does."""
+        return replaced_code(layer.attention)
 
-        Args:
-            layer: the attention.
-            all_queries: no queries merge.
-            keys_apart: keys and queries merge differently.
-            widen: merged keys are weighed in channels of the heads.
-        """
+    def limit(self, layer: Layer, demands: Demands) -> Limit | None:
+        """Why a layer merges less than demanded in a call, such as by hooks that come and go; None: it does not."""
+        obstacle = self.obstacle(layer, demands)
+        return Limit(obstacle) if obstacle else limit_by_hooks(layer.attention)
 
-    def tokens(self, args: Args, kwargs: Kwargs, place: Place) -> Tensor:
+    def tokens(self, args: Args, kwargs: Kwargs, image: ImageSlice) -> Tensor:
         """The image's tokens `[B, N, C]` among the arguments of an attention."""
         return first(args, kwargs)
 
-    def rotary(self, kwargs: Kwargs, place: Place) -> Any:
+    def rotary(self, kwargs: Kwargs, image: ImageSlice) -> Any:
         """The rotary embedding of the image's tokens among the arguments of an attention, if it has one."""
         return None
 
     @abstractmethod
-    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         """Keys or values `[B, N, C]` that the attention makes of `tokens` `[B, N, C]`, keys rotated by `rotary`."""
 
     @abstractmethod
-    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
         """The arguments of the attention with its tokens merged and, if `merge.weigh`, weighted in the softmax."""
 
     @abstractmethod
-    def unmerge(self, output: Any, merge: Merge) -> Any:
+    def unmerge(self, output: Any, merge: MergedCall) -> Any:
         """The attention's output, with the output of every cluster copied to its members."""
 
 

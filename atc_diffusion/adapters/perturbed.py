@@ -10,16 +10,14 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
+from atc_diffusion.adapters.stand_in import StandIn
+
 # Into how many parts they split the batch; the last part's attention is replaced by the identity.
 PERTURBED: dict[type, int] = {PAGIdentitySelfAttnProcessor2_0: 2, PAGCFGIdentitySelfAttnProcessor2_0: 3}
 
 
-class MergedPerturbedAttnProcessor:
+class MergedPerturbedAttnProcessor(StandIn):
     """A processor of `PERTURBED` whose keys and values may come from other tokens than its queries."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-        self._attention = AttnProcessor2_0()
 
     def __call__(
         self,
@@ -38,7 +36,7 @@ class MergedPerturbedAttnProcessor:
         attended = attended_items(attn, len(hidden_states))
         queries, perturbed = hidden_states.tensor_split([attended])
         keys = encoder_hidden_states[:attended]
-        output = self._attention(attn, queries, keys, attention_mask, temb)
+        output = AttnProcessor2_0()(attn, queries, keys, attention_mask, temb)
         return torch.cat([output, attn.to_out[1](attn.to_out[0](attn.to_v(perturbed)))])
 
 

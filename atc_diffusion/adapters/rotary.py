@@ -2,9 +2,13 @@
 
 A rotary embedding turns every token by its own place, so tokens cannot merge before they are projected. Keys can merge
 after the rotation: the means of a cluster's keys and values stand for its members, and all queries attend to them.
-Diffusers' processors offer no hook there, so one of ours stands in that has the original inside.
+Diffusers' processors offer no hook there, but they all call `dispatch_attention_fn`: their own code runs, with a
+function of ours by that name.
 """
 
+import threading
+from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,8 +16,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer, Merge, Place, first
-from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters import Args, Demands, Family, ImageInput, ImageSlice, Kwargs, Layer, MergedCall, first
+from atc_diffusion.adapters.obstacles import source
+from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import aligned, wider_heads
 
 # By name: which of them exist depends on the version of diffusers.
@@ -23,45 +28,29 @@ _REFUSE_MASKS = {"_native_flash", "flash", "flash_hub", "_flash_3", "_flash_3_hu
 PACK = 2  # pipelines of packed latents make one token of two by two
 
 
-class MergedProcessor:
-    """A processor that merges keys where it is given a `merge` of some, and otherwise leaves all to the original."""
+class _Pending:
+    """How the attention that a thread is about to compute merges; None: it does not."""
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    merge: MergedCall | None = None
 
-    @property
-    def _attention_backend(self) -> AttentionBackendName | None:
-        """What diffusers' `set_attention_backend` has set, by the name that it uses."""
-        return self.original._attention_backend
 
-    @_attention_backend.setter
-    def _attention_backend(self, backend: AttentionBackendName | None) -> None:
-        self.original._attention_backend = backend
+class _Thread(threading.local):
+    """The name of a thread's `_Pending`. PyTorch traces no assignment to a `threading.local` itself."""
 
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
+    def __init__(self) -> None:
+        self.pending = _Pending()
 
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, merge: Merge, mask: Tensor | None = None) -> Tensor:
-        """Attention `[B, S, C]` of queries `[B, S, H, D]` to merged keys and values, made of `[B, S, H, D]`.
+_thread = _Thread()
 
-        Args:
-            query: normed and rotated.
-            key: normed and rotated.
-            value: of the same sequence as `key`.
-            merge: how keys and values merge.
-            mask: bool `[B, 1, 1, S]`: which keys are attended to; all of the image are.
-        """
-        weights = log_weights(merge, key.shape[1])
-        key, value = merge_keys(key, merge), merge_keys(value, merge)
-        mask = None if mask is None else _merge_mask(mask, merge)
-        widen = merge.widen or _backend(self) not in _ADD_MASKS
-        attend = _attend_with_wider_heads if widen else _attend_with_mask
-        return attend(query, key, value, weights, mask, self._attention_backend).flatten(2).to(query.dtype)
+
+def with_merged_keys(processor: type) -> Callable[..., Any]:
+    """The `__call__` of a class of diffusers, whose `dispatch_attention_fn` is `_attend_to_clusters`."""
+    call: Any = processor.__call__
+    # Without `__name__`, torch.compile looks names up in this dictionary rather than in the module that it names.
+    names = {name: value for name, value in call.__globals__.items() if name != "__name__"}
+    names["dispatch_attention_fn"] = _attend_to_clusters
+    return FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
 
 
 class RotaryFamily(Family):
@@ -69,46 +58,50 @@ class RotaryFamily(Family):
 
     Attributes:
         processor: diffusers' class.
-        merged_processor: ours, which stands in.
+        stand_in: ours, whose `__call__` is made by `with_merged_keys`.
     """
 
     projects_all = True
     processor: type
-    merged_processor: type[MergedProcessor]
+    stand_in: type[StandIn]
 
-    def attach(self, layer: Layer, widen: bool) -> None:
-        attn: Any = layer.attention
-        if type(attn.processor) is self.processor:
-            attn.processor = self.merged_processor(attn.processor)
+    def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
+        return {self.processor: self.stand_in}
 
-    def detach(self, layer: Layer) -> None:
-        attn: Any = layer.attention
-        if isinstance(attn.processor, self.merged_processor):
-            attn.processor = attn.processor.original
-
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
-        check_forward(layer)
+    def obstacle(self, layer: Layer, demands: Demands) -> str | None:
         processor = layer.attention.processor
         kind = type(processor)
-        if kind not in (self.processor, self.merged_processor):
-            raise ValueError(
-                f"{layer.name} has a {kind.__module__}.{kind.__name__}: merging here needs diffusers'"
-                f" {self.processor.__name__}; set that one, or call remove_patch"
+        if kind not in (self.processor, self.stand_in):
+            return (
+                f"has a {kind.__module__}.{kind.__name__}: merging here needs diffusers' {self.processor.__name__}; set"
+                " that one, or call remove_patch"
             )
-        if not all_queries:
-            raise ValueError(
-                f"{layer.name} rotates tokens by their places, so only its keys can merge; use r=1 and a share for"
-                " r_keys, such as r=1, r_keys=0.25, or ATCConfig.fast()"
+        if demands.fewer_queries:
+            return (
+                "rotates tokens by their places, so only its keys can merge; use r=1 and a share for r_keys, such as"
+                " r=1, r_keys=0.25, or ATCConfig.fast()"
             )
-        _check_backend(layer, processor)
+        return super().obstacle(layer, demands) or self._foreign_attention() or _unsuitable_backend(processor)
 
-    def tokens(self, args: Args, kwargs: Kwargs, place: Place) -> Tensor:
-        return place.of(first(args, kwargs), dim=1)
+    def _foreign_attention(self) -> str | None:
+        """What to say if the function that stands aside is not diffusers' own."""
+        call: Any = self.processor.__call__
+        function = call.__globals__["dispatch_attention_fn"]
+        if function is dispatch_attention_fn:
+            return None
+        return (
+            f"attends by code of {source(function)}, which stands in for diffusers' dispatch_attention_fn; undo that, or"
+            " call remove_patch"
+        )
 
-    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
-        return args, kwargs if merge.keys is None else kwargs | {"merge": merge}
+    def tokens(self, args: Args, kwargs: Kwargs, image: ImageSlice) -> Tensor:
+        return image.of(first(args, kwargs), dim=1)
 
-    def unmerge(self, output: Any, merge: Merge) -> Any:
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
+        _thread.pending.merge = merge if merge.keys is not None else None
+        return args, kwargs
+
+    def unmerge(self, output: Any, merge: MergedCall) -> Any:
         return output
 
 
@@ -126,61 +119,73 @@ def packed_image(given: Kwargs, grid: tuple[int, int]) -> ImageInput:
     return ImageInput(tokens[:, :num_tokens].mT, size, timestep * 1000, others, tokens.shape[1] - num_tokens)
 
 
-def merge_keys(x: Tensor, merge: Merge) -> Tensor:
+def _merge_keys(x: Tensor, merge: MergedCall) -> Tensor:
     """Keys or values `[B, S - N + K, H, D]` of the sequence `x` `[B, S, H, D]`, which has the image's `N` in it."""
-    before, image, after = merge.place.split(x, dim=1)
+    before, image, after = merge.image.split(x, dim=1)
     return torch.cat([before, merge.merge_keys(image.flatten(2)).unflatten(2, x.shape[2:]), after], dim=1)
 
 
-def log_weights(merge: Merge, length: int) -> Tensor | None:
+def _log_weights(merge: MergedCall, length: int) -> Tensor | None:
     """What is added to the logits of merged keys, `[B, S - N + K]`, of a sequence of `length` `S`; None: nothing."""
-    logs, after = merge.log_weights, merge.place.after
+    logs, after = merge.log_weights, merge.image.after
     return None if logs is None else F.pad(logs, (length - merge.num_tokens - after, after))
 
 
-def _merge_mask(mask: Tensor, merge: Merge) -> Tensor:
+def _merge_mask(mask: Tensor, merge: MergedCall) -> Tensor:
     """The mask `[B, 1, 1, S - N + K]` of merged keys, of a `mask` `[B, 1, 1, S]` that shows all of the image."""
-    before, image, after = merge.place.split(mask, dim=3)
+    before, image, after = merge.image.split(mask, dim=3)
     return torch.cat([before, image[..., : merge.kept[1]], after], dim=3)
 
 
-def _check_backend(layer: Layer, processor: Any) -> None:
-    """Raise ValueError if the attention goes through a backend, or over several devices, where keys cannot merge."""
+def _unsuitable_backend(processor: Any) -> str | None:
+    """What to say of attention through a backend, or over several devices, where keys cannot merge; None: they can."""
     if processor._parallel_config is not None:
-        raise ValueError(
-            f"{layer.name} shares its sequence between devices, which merging cannot do; load the model without"
-            " enable_parallelism, or remove_patch"
+        return (
+            "shares its sequence between devices, which merging cannot do; load the model without enable_parallelism,"
+            " or remove_patch"
         )
-    if (backend := _backend(processor)) not in _ADD_MASKS | _REFUSE_MASKS:
+    if (backend := _name(processor._attention_backend)) not in _ADD_MASKS | _REFUSE_MASKS:
         known = ", ".join(sorted(_ADD_MASKS | _REFUSE_MASKS))
-        raise ValueError(
-            f"{layer.name} attends through the backend {backend!r}, which is not known to weigh merged keys; call"
+        return (
+            f"attends through the backend {backend!r}, which is not known to weigh merged keys; call"
             f" set_attention_backend with one of {known}, or remove_patch"
         )
+    return None
 
 
-def _backend(processor: Any) -> str:
-    """The name of the backend that diffusers sends a processor's attention to."""
-    backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+def _name(backend: AttentionBackendName | None) -> str:
+    """The name of a processor's backend, or of diffusers' present one."""
+    backend = backend or _AttentionBackendRegistry.get_active_backend()[0]
     return backend.value if isinstance(backend, AttentionBackendName) else backend
 
 
-def _attend_with_mask(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, mask: Tensor | None, backend: Any
+def _attend_to_clusters(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """`[B, S, H, D]`; log weights `[B, K]` go into an additive mask."""
-    if weights is not None:
-        added = weights[:, None, None].to(query.dtype)
-        mask = aligned(added if mask is None else added.masked_fill(~mask, -torch.inf))
-    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
+    """Attention `[B, S, H, D]` to keys and values that merge as is pending; takes what `dispatch_attention_fn` takes.
 
-
-def _attend_with_wider_heads(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, mask: Tensor | None, backend: Any
-) -> Tensor:
-    """`[B, S, H, D]`; log weights `[B, K]` go into channels of the heads."""
-    width = query.shape[-1]
-    if weights is not None:
+    Args:
+        query: `[B, S, H, D]`, normed and rotated, as is `key`.
+        key: `[B, S, H, D]`.
+        value: `[B, S, H, D]`.
+        attn_mask: bool `[B, 1, 1, S]`: which keys are attended to; all of the image are.
+        options: such as the backend.
+    """
+    merge, _thread.pending.merge = _thread.pending.merge, None  # one attention has one of these calls
+    if merge is None:
+        return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **options)
+    weights = _log_weights(merge, key.shape[1])
+    key, value = _merge_keys(key, merge), _merge_keys(value, merge)
+    mask, width = None if attn_mask is None else _merge_mask(attn_mask.bool(), merge), query.shape[-1]
+    if weights is not None and (merge.widen or _name(options.get("backend")) not in _ADD_MASKS):
         query, key, value = wider_heads(query, key, value, weights)
-    attended = dispatch_attention_fn(query, key, value, attn_mask=mask, scale=width**-0.5, backend=backend)
-    return attended[..., :width]
+        options |= {"scale": width**-0.5}
+    elif weights is not None:
+        mask = _with_weights(mask, weights.to(query.dtype))
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, **options)[..., :width]
+
+
+def _with_weights(mask: Tensor | None, weights: Tensor) -> Tensor:
+    """An additive mask `[B, 1, 1, K]` of log weights `[B, K]` and a bool `mask` `[B, 1, 1, K]`."""
+    added = weights[:, None, None]
+    return aligned(added if mask is None else added.masked_fill(~mask, -torch.inf))

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 and their ControlNets: diffusers' joint attention of image and text."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,8 +11,8 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
-from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedCall, named
+from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import attend
 
 
@@ -29,31 +30,25 @@ class SD3Family(Family):
             if (attention := getattr(block, name, None)) is not None
         ]
 
-    def attach(self, layer: Layer, widen: bool) -> None:
-        attn: Any = layer.attention
-        if type(attn.processor) is JointAttnProcessor2_0:
-            attn.processor = MergedJointAttnProcessor(attn.processor)
+    def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
+        return {JointAttnProcessor2_0: MergedJointAttnProcessor}
 
-    def detach(self, layer: Layer) -> None:
-        attn: Any = layer.attention
-        if isinstance(attn.processor, MergedJointAttnProcessor):
-            attn.processor = attn.processor.original
-
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
-        check_forward(layer)
+    def obstacle(self, layer: Layer, demands: Demands) -> str | None:
         kind = type(layer.attention.processor)
-        if kind not in (JointAttnProcessor2_0, MergedJointAttnProcessor):
-            raise ValueError(
-                f"{layer.name} has a {kind.__module__}.{kind.__name__}: merging in Stable Diffusion 3 needs diffusers'"
-                " JointAttnProcessor2_0; set that one, or call remove_patch"
-            )
+        if kind in (JointAttnProcessor2_0, MergedJointAttnProcessor):
+            return super().obstacle(layer, demands)
+        return (
+            f"has a {kind.__module__}.{kind.__name__}: merging in Stable Diffusion 3 needs diffusers'"
+            " JointAttnProcessor2_0; set that one, or call remove_patch"
+        )
 
-    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         """Keys after the model's key norm, if it has one, or values."""
-        attn: Any = layer.attention
-        return _keys(attn, tokens).flatten(2) if which == "keys" else attn.to_v(tokens)
+        return _keys(attention, tokens).flatten(2) if which == "keys" else attention.to_v(tokens)
 
-    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
+        if merge.is_identity:
+            return args, kwargs
         given = named(args, kwargs)
         tokens = given["hidden_states"]
         return (), given | {
@@ -63,18 +58,15 @@ class SD3Family(Family):
             "widen": merge.widen,
         }
 
-    def unmerge(self, output: Any, merge: Merge) -> Any:
+    def unmerge(self, output: Any, merge: MergedCall) -> Any:
         if isinstance(output, tuple):
             image, text = output
             return merge.unmerge(image), text
         return merge.unmerge(output)
 
 
-class MergedJointAttnProcessor:
+class MergedJointAttnProcessor(StandIn):
     """`JointAttnProcessor2_0` whose keys and values come from merged tokens, with weights for them."""
-
-    def __init__(self, original: JointAttnProcessor2_0) -> None:
-        self.original = original
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """Stable Diffusion 1, 2 and XL, ControlNet and PixArt: diffusers' `BasicTransformerBlock` and its `attn1`."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Args, Family, Kwargs, Layer, Merge, named
-from atc_diffusion.adapters.forward import check_forward
+from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedCall, named
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
+from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import WiderHeadsAttnProcessor, aligned
 from atc_diffusion.merge_map import MergeMap
 
@@ -48,56 +48,46 @@ class UNetFamily(Family):
             if not block.only_cross_attention
         ]
 
-    def attach(self, layer: Layer, widen: bool) -> None:
+    def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
         """Hooks are enough, except to widen heads, and for perturbed attention, whose keys are the queries' tokens."""
-        attn: Any = layer.attention
-        kind = type(attn.processor)
-        if kind in PERTURBED:
-            attn.processor = MergedPerturbedAttnProcessor(attn.processor)
-        elif kind is AttnProcessor2_0 and widen:
-            attn.processor = WiderHeadsAttnProcessor(attn.processor)
+        perturbed = dict.fromkeys(PERTURBED, MergedPerturbedAttnProcessor)
+        return perturbed | {AttnProcessor2_0: WiderHeadsAttnProcessor} if wider_heads else perturbed
 
-    def detach(self, layer: Layer) -> None:
-        attn: Any = layer.attention
-        if isinstance(attn.processor, MergedPerturbedAttnProcessor | WiderHeadsAttnProcessor):
-            attn.processor = attn.processor.original
-
-    def check(self, layer: Layer, all_queries: bool, keys_apart: bool, widen: bool) -> None:
+    def obstacle(self, layer: Layer, demands: Demands) -> str | None:
         if type(layer.block).__name__ == "ToMeBlock":
-            raise ValueError(f"{layer.name} is patched by tomesd too; call tomesd.remove_patch, or remove_patch")
-        check_forward(layer)
+            return "is patched by tomesd too; call tomesd.remove_patch, or remove_patch"
         kind = type(layer.attention.processor)
-        if widen and kind not in (AttnProcessor2_0, WiderHeadsAttnProcessor):
+        if demands.wider_heads and kind not in (AttnProcessor2_0, WiderHeadsAttnProcessor):
             way_out = "wider heads need diffusers' AttnProcessor2_0; set that one, or leave out widen_heads"
-        elif kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not keys_apart):
-            return
+        elif kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not demands.separate_keys):
+            return super().obstacle(layer, demands)
         elif kind in _KEYS_OF_QUERIES_CLASSES:
             way_out = _KEYS_OF_QUERIES[kind.__name__]
         else:
             way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
-        raise ValueError(f"{layer.name} has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch")
+        return f"has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch"
 
-    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
-        attn: Any = layer.attention
-        projection = attn.to_k if which == "keys" else attn.to_v
-        return projection(tokens)
+    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+        return (attention.to_k if which == "keys" else attention.to_v)(tokens)
 
-    def merge(self, layer: Layer, args: Args, kwargs: Kwargs, merge: Merge) -> tuple[Args, Kwargs]:
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
+        if merge.is_identity:
+            return args, kwargs
         given = named(args, kwargs)
         tokens = given["hidden_states"]
         given["hidden_states"] = merge.merge_queries(tokens)
         if given.get("encoder_hidden_states") is None:
             if merge.keys is not merge.queries:
                 given["encoder_hidden_states"] = merge.merge_keys(tokens)
-            given |= _weights(layer, given.get("attention_mask"), merge, tokens)
+            given |= _weights(attention, given.get("attention_mask"), merge, tokens)
         return (), given
 
-    def unmerge(self, output: Any, merge: Merge) -> Any:
+    def unmerge(self, output: Any, merge: MergedCall) -> Any:
         return merge.unmerge(output)
 
 
 def _blocks(network: Any) -> Iterator[tuple[str, Any, int]]:
-    """Path, block and level of the transformer blocks on pictures; blocks over frames are in other classes."""
+    """Path, block and level of the transformer blocks on images; blocks over frames are in other classes."""
     if isinstance(network, ControlNetXSAdapter):
         return  # never called: UNetControlNetXSModel has copies of its blocks
     if isinstance(network, PixArtTransformer2DModel):
@@ -120,18 +110,17 @@ def _level(place: re.Match[str], num_levels: int) -> int:
     return 2 ** (block if place["side"] == "down" else num_levels - 1 - block)
 
 
-def _weights(layer: Layer, mask: Tensor | None, merge: Merge, tokens: Tensor) -> Kwargs:
+def _weights(attention: Any, mask: Tensor | None, merge: MergedCall, tokens: Tensor) -> Kwargs:
     """The attention's arguments that weigh merged keys, if they have weights.
 
     The mask `[B * H, 1, K]` is repeated for the heads here, because the copies that diffusers makes are not aligned.
     """
     if merge.keys is None or (mask is None and not merge.weigh):
         return {}
-    attn: Any = layer.attention
-    logs = _log_weights(mask, merge.keys, merge.weigh)[: attended_items(attn, len(tokens))]
+    logs = _log_weights(mask, merge.keys, merge.weigh)[: attended_items(attention, len(tokens))]
     if merge.widen:
         return {"attention_mask": None, "log_weights": logs[:, 0]}
-    return {"attention_mask": aligned(logs.to(tokens.dtype).repeat_interleave(attn.heads, dim=0))}
+    return {"attention_mask": aligned(logs.to(tokens.dtype).repeat_interleave(attention.heads, dim=0))}
 
 
 def _log_weights(mask: Tensor | None, keys: MergeMap, weigh: bool) -> Tensor:

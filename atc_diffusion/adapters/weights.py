@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
+
+from atc_diffusion.adapters.stand_in import StandIn
 
 ROW = 8  # numbers: 16 bytes in half precision, by which xFormers' and PyTorch's kernels read masks and heads
 
@@ -16,11 +17,8 @@ def aligned(mask: Tensor) -> Tensor:
     return F.pad(mask, (0, -num_keys % ROW))[..., :num_keys]
 
 
-class WiderHeadsAttnProcessor:
+class WiderHeadsAttnProcessor(StandIn):
     """`AttnProcessor2_0` that takes weights of merged keys, and adds their logarithms in channels of the heads."""
-
-    def __init__(self, original: AttnProcessor2_0) -> None:
-        self.original = original
 
     def __call__(
         self,

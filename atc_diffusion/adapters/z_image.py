@@ -8,42 +8,17 @@ from diffusers.models.transformers.transformer_z_image import (
     SEQ_MULTI_OF,
     ZSingleStreamAttnProcessor,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer, Merge, Place
-from atc_diffusion.adapters.rotary import MergedProcessor, RotaryFamily
+from atc_diffusion.adapters import ImageInput, ImageSlice, Kwargs, Layer
+from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
+from atc_diffusion.adapters.stand_in import StandIn
 
 
-class MergedZImageAttnProcessor(MergedProcessor):
+class MergedZImageAttnProcessor(StandIn):
     """`ZSingleStreamAttnProcessor` with merged keys."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
-        merge: Merge | None = None,
-    ) -> Tensor:
-        """Attend from all of `hidden_states` `[B, S, C]` to merged keys.
-
-        Args:
-            attn: the attention.
-            hidden_states: the image's tokens, padding, and the text's.
-            encoder_hidden_states: ignored, as it is by the original.
-            attention_mask: bool `[B, S]`, which tokens are attended to; all of the image are.
-            freqs_cis: complex rotations `[B, S, D / 2]`.
-            merge: how the image's keys merge; None: not at all.
-        """
-        if merge is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        query = _rotated(attn.norm_q, _heads(attn, attn.to_q(hidden_states)), freqs_cis)
-        key = _rotated(attn.norm_k, _heads(attn, attn.to_k(hidden_states)), freqs_cis)
-        value = _heads(attn, attn.to_v(hidden_states))
-        mask = None if attention_mask is None else attention_mask[:, None, None]
-        attended = attn.to_out[0](self.attend(query, key, value, merge, mask))
-        return attn.to_out[1](attended) if len(attn.to_out) > 1 else attended
+    __call__ = with_merged_keys(ZSingleStreamAttnProcessor)
 
 
 class ZImageFamily(RotaryFamily):
@@ -53,7 +28,7 @@ class ZImageFamily(RotaryFamily):
     """
 
     processor = ZSingleStreamAttnProcessor
-    merged_processor = MergedZImageAttnProcessor
+    stand_in = MergedZImageAttnProcessor
 
     def layers(self, network: Any) -> list[Layer]:
         patch_size = network.config.all_patch_size[0]
@@ -74,25 +49,16 @@ class ZImageFamily(RotaryFamily):
         after = _padded(num_tokens) + text - num_tokens
         return ImageInput(latents, (height, width), 1000 * (1 - timestep), others, after)
 
-    def rotary(self, kwargs: Kwargs, place: Place) -> Any:
+    def rotary(self, kwargs: Kwargs, image: ImageSlice) -> Any:
         """Of the first item: the others' differ by a rotation that all tokens of an item have in common."""
-        return place.of(kwargs["freqs_cis"][:1], dim=1)
+        return image.of(kwargs["freqs_cis"][:1], dim=1)
 
-    def features(self, layer: Layer, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
-        attn: Any = layer.attention
+    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
         if which == "values":
-            return attn.to_v(tokens)
-        return _rotated(attn.norm_k, _heads(attn, attn.to_k(tokens)), rotary).flatten(2)
+            return attention.to_v(tokens)
+        key = attention.norm_k(attention.to_k(tokens).unflatten(-1, (attention.heads, -1)))
+        return apply_rotary_emb(key, rotary, use_real=False).flatten(2)
 
 
 def _padded(length: int) -> int:
     return length + -length % SEQ_MULTI_OF
-
-
-def _heads(attn: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (attn.heads, -1))
-
-
-def _rotated(norm: nn.Module | None, x: Tensor, rotary: Tensor | None) -> Tensor:
-    x = x if norm is None else norm(x)
-    return x if rotary is None else apply_rotary_emb(x, rotary, use_real=False)
