@@ -212,8 +212,9 @@ class NetworkPatch:
         for reason in set(obstacles.values()) - self._warned:
             self._warned.add(reason)
             names = [name for name, obstacle in obstacles.items() if obstacle == reason]
-            others = f" (and {len(names) - 1} more)" if names[1:] else ""
-            warnings.warn(f"{names[0]}{others} stays unmerged: it {reason}", stacklevel=2)
+            one = f"{names[0]} stays unmerged: it"
+            several = f"{len(names)} attentions, the first {names[0]}, stay unmerged: each"
+            warnings.warn(f"{several if names[1:] else one} {reason}", stacklevel=2)
 
 
 def _items(latents: Tensor) -> int:

@@ -62,11 +62,13 @@ def test_a_model_that_tomesd_has_patched_is_refused_until_that_is_undone(unet):
     assert torch.equal(run(apply_patch(unet)), expected)
 
 
-def test_tomesd_on_top_is_refused_before_the_first_step(unet):
+def test_with_tomesd_on_top_nothing_is_merged_twice(unet):
+    alone = run(tomesd.apply_patch(unet, use_rand=False))
+    tomesd.remove_patch(unet)
     expected = run(apply_patch(unet))
-    tomesd.apply_patch(unet)
-    with pytest.raises(ValueError, match="is patched by tomesd too"):
-        run(unet)
+    tomesd.apply_patch(unet, use_rand=False)
+    with pytest.warns(UserWarning, match="3 attentions, the first .*: each is patched by tomesd too; call"):
+        assert torch.equal(run(unet), alone)
     tomesd.remove_patch(unet)
     assert torch.equal(run(unet), expected)
 

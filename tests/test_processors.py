@@ -1,7 +1,9 @@
-"""Attention processors: the known ones work, before and after patching; any other is refused before the first step."""
+"""Attention processors: the known ones work; others are refused, or leave their layer unmerged if they come later."""
 
 import functools
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +29,12 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from atc_diffusion.testing import UNET
+from tests.helpers.attentions import recorded_calls, recorded_results
 from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
 from tests.helpers.unet import attend, run
 
@@ -54,6 +57,27 @@ XL_UNET = UNET | {
 
 def attention(unet: UNet2DConditionModel) -> Any:
     return unet.get_submodule(LAYER)
+
+
+def assert_stays_unmerged(unet: Any, message: str) -> None:
+    """One layer alone does not merge, which one warning and the summary say with this `message`."""
+    with pytest.warns(UserWarning, match=f"^{LAYER} stays unmerged: it {message}"):
+        run(unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(unet)
+    merged = {layer.name for layer in summary(unet).layers if max(layer.kept_keys) < layer.tokens}
+    assert merged == {layer.name for layer in summary(unet).layers} - {LAYER}
+    assert re.search(f"1 of 3 merged less than asked: each {message}", str(summary(unet)))
+
+
+def assert_exact(unet: Any) -> None:
+    """One layer gives what it gives without a patch for its last input."""
+    calls, results = recorded_calls(unet), recorded_results(unet)
+    run(unet)
+    args, kwargs = calls[attention(unet)]
+    remove_patch(unet)
+    assert torch.equal(attention(unet)(*args, **kwargs), results[attention(unet)])
 
 
 @pytest.mark.parametrize("shares", SHARES)
@@ -85,11 +109,11 @@ def test_fused_projections_work_where_keys_are_those_of_the_queries(unet, patch_
 def test_fused_projections_are_refused_with_keys_of_their_own(unet):
     expected = run(apply_patch(unet, r_keys=0.2))
     unet.fuse_qkv_projections()
-    message = f"{LAYER} has a .*FusedAttnProcessor2_0: keys merged apart from queries need .* unfuse_qkv_projections()"
-    with pytest.raises(ValueError, match=message):
-        run(unet)
-    with pytest.raises(ValueError, match=message):
+    message = "has a .*FusedAttnProcessor2_0: keys merged apart from queries need .* unfuse_qkv_projections()"
+    with pytest.raises(ValueError, match=f"{LAYER} {message}"):
         apply_patch(unet, r_keys=0.3)
+    with pytest.warns(UserWarning, match=f"^3 attentions, the first {LAYER}, stay unmerged: each {message}"):
+        run(unet)
     unet.unfuse_qkv_projections()
     assert torch.equal(run(unet), expected)
 
@@ -111,23 +135,33 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("processor", OTHERS)
-def test_any_other_processor_is_refused_before_the_first_step(unet, processor):
+def test_any_other_processor_is_refused_by_the_patch(unet, processor):
     kind = type(processor)
-    message = f"{LAYER} has a {kind.__module__}.{kind.__name__}: it is not known to work with merged tokens"
-    ordinary = attention(unet).processor
     attention(unet).set_processor(processor)
     before = [(type(module), len(module._forward_pre_hooks)) for module in unet.modules()]
+    message = f"{LAYER} has a {kind.__module__}.{kind.__name__}: it is not known to work with merged tokens"
     with pytest.raises(ValueError, match=message):
         apply_patch(unet)
     assert [(type(module), len(module._forward_pre_hooks)) for module in unet.modules()] == before
+
+
+class RegionalAttnProcessor:
+    """For each item of a batch, attention to some of its tokens only, as for prompts of regions."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        half = hidden_states[:, : hidden_states.shape[1] // 2]
+        return AttnProcessor2_0()(attn, hidden_states, half)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_any_other_processor_in_the_middle_of_a_run_leaves_its_layer_unmerged(unet, shares):
+    expected = run(apply_patch(unet, **shares))
+    ordinary = attention(unet).processor
+    attention(unet).set_processor(RegionalAttnProcessor())
+    assert_stays_unmerged(unet, f"has a {__name__}.RegionalAttnProcessor: it is not known to work with merged tokens")
+    assert_exact(unet)
     attention(unet).set_processor(ordinary)
-    apply_patch(unet)
-    attention(unet).set_processor(processor)
-    reached: list[nn.Module] = []
-    unet.conv_in.register_forward_pre_hook(lambda module, args: reached.append(module))
-    with pytest.raises(ValueError, match=message):
-        run(unet)
-    assert not reached
+    assert torch.equal(run(apply_patch(unet, **shares)), expected)
 
 
 def test_other_processors_may_be_where_nothing_is_merged(unet):
@@ -258,8 +292,10 @@ def test_a_replaced_forward_is_refused_and_hooks_around_diffusers_own_are_not(un
     apply_patch(unet)
     run(unet)
     tile(attention(unet))
-    with pytest.raises(ValueError, match=f"{LAYER} has its forward replaced by"):
-        run(unet)
+    if hooks not in ("caching", "both"):  # an output that is kept of all tokens is none of a tile
+        assert_stays_unmerged(unet, f"has its forward replaced by code of {__name__}, ")
+    if hooks == "nothing":
+        assert_exact(unet)
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_refused(unet):

@@ -112,16 +112,31 @@ def test_the_backend_of_a_context_is_noticed():
         assert torch.allclose(family.run(network), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_a_backend_that_cannot_weigh_keys_is_refused_before_the_first_step(patch_first):
+def test_a_backend_that_cannot_weigh_keys_is_refused_by_the_patch_and_leaves_its_layer_unmerged_later():
     family = FAMILIES["flux"]
-    network: Any = family.make()
-    if patch_first:
-        apply_patch(network, **FEW_KEYS)
+    network: Any = apply_patch(family.make(), **FEW_KEYS)
     network.transformer_blocks[1].attn.set_attention_backend("sage")
-    message = r"transformer_blocks.1.attn attends through the backend 'sage', .* call set_attention_backend with one of"
-    with pytest.raises(ValueError, match=message):
-        family.run(network) if patch_first else apply_patch(network, **FEW_KEYS)
+    message = r"attends through the backend 'sage', .* call set_attention_backend with one of"
+    with (
+        pytest.warns(UserWarning, match=f"transformer_blocks.1.attn stays unmerged: it {message}"),
+        pytest.raises(TypeError, match="not callable"),  # sage is not installed
+    ):
+        family.run(network)
+    with pytest.raises(ValueError, match=f"transformer_blocks.1.attn {message}"):
+        apply_patch(network, **FEW_KEYS)
+
+
+@torch.no_grad()
+def test_attention_of_another_package_is_refused(name, monkeypatch):
+    family = FAMILIES[name]
+    network = family.make()
+    monkeypatch.setattr(MODULES[name.split("_")[0]], "dispatch_attention_fn", ring_attention)
+    with pytest.raises(ValueError, match=f"attends by code of {__name__}, not by diffusers' dispatch_attention_fn; un"):
+        apply_patch(network, **FEW_KEYS)
+
+
+def ring_attention(*args: Any, **kwargs: Any) -> Tensor:
+    raise NotImplementedError
 
 
 def test_any_other_processor_is_refused():

@@ -55,14 +55,15 @@ def test_half_precision_loses_no_more_than_with_a_mask(unet, dtype):
     assert widened <= 1.2 * masked
 
 
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_other_processors_are_refused_before_the_first_step(unet, patch_first):
-    if patch_first:
-        apply_patch(unet, r_keys=0.25, widen_heads=True)
+def test_other_processors_are_refused_by_the_patch_and_leave_layers_unmerged_later(unet):
+    before = run(unet)
+    apply_patch(unet, r_keys=0.25, widen_heads=True)
     unet.set_attn_processor(SlicedAttnProcessor(1))
     message = "has a .*SlicedAttnProcessor: wider heads need diffusers' AttnProcessor2_0; set that one, or leave out"
+    with pytest.warns(UserWarning, match=f"3 attentions, the first .*attn1, stay unmerged: each {message}"):
+        assert torch.allclose(run(unet), before, atol=1e-6)
     with pytest.raises(ValueError, match=message):
-        run(unet) if patch_first else apply_patch(unet, r_keys=0.25, widen_heads=True)
+        apply_patch(unet, r_keys=0.25, widen_heads=True)
 
 
 def test_removal_and_another_configuration_restore_the_processors(unet):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from atc_diffusion.adapters.obstacles import Limit, limit_by_hooks, replaced_code
 from atc_diffusion.adapters.stand_in import StandIn
+from atc_diffusion.adapters.wrappers import unwrapped, without_wrappers
 from atc_diffusion.merge_map import MergeMap
 
 Args = tuple[Any, ...]
@@ -32,6 +33,13 @@ class Layer:
     attention: nn.Module
     level: int
     channels: int
+
+    @classmethod
+    def within(cls, block: nn.Module, path: str, name: str, level: int) -> "Layer":
+        """The attention called `name` in the transformer block at `path`, which wrappers may be around."""
+        block = unwrapped(block)
+        attention = unwrapped(getattr(block, name))
+        return cls(f"{without_wrappers(path)}.{name}", block, attention, level, attention.query_dim)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of its grid of tokens, for latents of `size` (height, width)."""

@@ -25,7 +25,7 @@ class FluxFamily(RotaryFamily):
 
     def layers(self, network: Any) -> list[Layer]:
         return [
-            Layer(f"{blocks}.{i}.attn", block, block.attn, PACK, block.attn.query_dim)
+            Layer.within(block, f"{blocks}.{i}", "attn", PACK)
             for blocks in ("transformer_blocks", "single_transformer_blocks")
             for i, block in enumerate(getattr(network, blocks))
         ]

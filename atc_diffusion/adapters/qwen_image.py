@@ -29,7 +29,7 @@ class QwenImageFamily(RotaryFamily):
         if getattr(network.config, "use_layer3d_rope", False):
             return []  # Qwen-Image-Layered, whose image is on several grids
         return [
-            Layer(f"transformer_blocks.{i}.attn", block, block.attn, PACK, block.attn.query_dim)
+            Layer.within(block, f"transformer_blocks.{i}", "attn", PACK)
             for i, block in enumerate(network.transformer_blocks)
         ]
 

@@ -90,7 +90,7 @@ class RotaryFamily(Family):
         if function is dispatch_attention_fn:
             return None
         return (
-            f"attends by code of {source(function)}, which stands in for diffusers' dispatch_attention_fn; undo that, or"
+            f"attends by code of {source(function)}, not by diffusers' dispatch_attention_fn; undo that, or"
             " call remove_patch"
         )
 

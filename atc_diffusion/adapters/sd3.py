@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedCall, named
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import attend
+from atc_diffusion.adapters.wrappers import unwrapped
 
 
 class SD3Family(Family):
@@ -23,11 +24,11 @@ class SD3Family(Family):
         if not isinstance(network, SD3Transformer2DModel | SD3ControlNetModel):
             return []
         return [
-            Layer(f"transformer_blocks.{i}.{name}", block, attention, network.config.patch_size, attention.query_dim)
-            for i, block in enumerate(network.transformer_blocks)
+            Layer.within(block, f"transformer_blocks.{i}", name, network.config.patch_size)
+            for i, block in enumerate(map(unwrapped, network.transformer_blocks))
             if isinstance(block, JointTransformerBlock | SD3SingleTransformerBlock)
             for name in ("attn", "attn2")
-            if (attention := getattr(block, name, None)) is not None
+            if getattr(block, name, None) is not None
         ]
 
     def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:

@@ -17,6 +17,7 @@ from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedC
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import WiderHeadsAttnProcessor, aligned
+from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.merge_map import MergeMap
 
 _MASKED = -1e3  # as good as -inf, and finite in float16, also times the root of a head's width
@@ -43,8 +44,8 @@ class UNetFamily(Family):
 
     def layers(self, network: nn.Module) -> list[Layer]:
         return [
-            Layer(f"{name}.attn1", block, block.attn1, level, block.attn1.query_dim)
-            for name, block, level in _blocks(network)
+            Layer.within(block, path, "attn1", level)
+            for path, block, level in _blocks(network)
             if not block.only_cross_attention
         ]
 
@@ -91,13 +92,13 @@ def _blocks(network: Any) -> Iterator[tuple[str, Any, int]]:
     if isinstance(network, ControlNetXSAdapter):
         return  # never called: UNetControlNetXSModel has copies of its blocks
     if isinstance(network, PixArtTransformer2DModel):
-        for i, block in enumerate(network.transformer_blocks):
+        for i, block in enumerate(map(unwrapped, network.transformer_blocks)):
             yield f"transformer_blocks.{i}", block, network.config.patch_size
         return
     for name, transformer in network.named_modules():
         place = _LEVEL.match(name)
         if place and isinstance(transformer, Transformer2DModel):
-            for i, block in enumerate(transformer.transformer_blocks):
+            for i, block in enumerate(map(unwrapped, transformer.transformer_blocks)):
                 if isinstance(block, BasicTransformerBlock):
                     yield f"{name}.transformer_blocks.{i}", block, _level(place, len(network.down_blocks))
 

@@ -32,10 +32,7 @@ class ZImageFamily(RotaryFamily):
 
     def layers(self, network: Any) -> list[Layer]:
         patch_size = network.config.all_patch_size[0]
-        return [
-            Layer(f"layers.{i}.attention", block, block.attention, patch_size, block.attention.query_dim)
-            for i, block in enumerate(network.layers)
-        ]
+        return [Layer.within(block, f"layers.{i}", "attention", patch_size) for i, block in enumerate(network.layers)]
 
     def image(self, given: Kwargs) -> ImageInput:
         others = dict(given)

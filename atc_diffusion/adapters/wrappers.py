@@ -1,0 +1,20 @@
+"""Modules inside others that only wrap them: for checkpoints, sharding, data parallelism or compilation."""
+
+from typing import Any
+
+from torch import nn
+
+# Under which name a wrapper has its module: checkpoint_wrapper, FullyShardedDataParallel, torch.compile, and
+# DistributedDataParallel and DataParallel. What `fully_shard` shards is of the same class as before.
+_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module")
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside all wrappers, nested in any order."""
+    inner = next((module._modules[name] for name in _NAMES if module._modules.get(name) is not None), None)
+    return module if inner is None else unwrapped(inner)
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module as it would be without wrappers."""
+    return ".".join(name for name in path.split(".") if name not in _NAMES)
