@@ -1,6 +1,5 @@
 """Faster Stable Diffusion by merging similar tokens: Agglomerative Token Clustering (ATC, ECCV 2024) for diffusers."""
 
-from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.bipartite import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
@@ -12,6 +11,7 @@ from atc_diffusion.methods import ATCConfig, ATCOptions, DPCKNNConfig, KMedoidsC
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge, Summary
 from atc_diffusion.tuning import Tuning, tune
+from atc_diffusion.vit.config import ViTConfig
 
 __all__ = [
     "ATCConfig",

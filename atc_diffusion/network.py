@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,16 @@ class NetworkPatch:
         if self._skipping:
             self._skipping.detach()
 
+    def __str__(self) -> str:
+        """How many attentions merge, and to how many queries and keys in images of 512 x 512 pixels."""
+        kept, numbers = self._kept((64, 64), progress=0.0), Counter(layer.level for layer in self._layers)
+        grids = {layer.level: math.prod(layer.grid((64, 64))) for layer in self._layers}
+        levels = [
+            f"{numbers[level]} attentions at level {level}, {grids[level]} tokens -> {queries} queries, {keys} keys"
+            for level, (queries, keys) in kept.items()
+        ]
+        return f"{self.name or type(self._network).__name__}: {'; '.join(levels)} (latents of 64 x 64)"
+
     def summaries(self) -> list[LayerSummary]:
         """The last run, layer by layer."""
         logs = self._last_run.log
@@ -88,7 +99,9 @@ class NetworkPatch:
         return self._last_run.log.forecasts() if self._skipping else None
 
     def merges(self) -> list[RecordedMerge]:
-        """The clusters of the last run, if the configuration records them."""
+        """The clusters of the last run."""
+        if not self.config.record:
+            raise ValueError("the clusters of the last run were not recorded; patch with record=True")
         return self._last_run.log.merges
 
     @torch.compiler.disable

@@ -1,29 +1,37 @@
 """The public functions: patch the networks of a model, report what was merged, and remove the patch."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
 
-from atc_diffusion.adapters.vit import ViTPatch
-from atc_diffusion.adapters.vit_config import ViTConfig
+from atc_diffusion import attached
+from atc_diffusion.adapters import Layer
+from atc_diffusion.adapters.lookup import family_of
+from atc_diffusion.attached import Patch
 from atc_diffusion.config import MergeConfig
-from atc_diffusion.find import find_networks, make_patches
 from atc_diffusion.methods import ATCConfig, ATCOptions
 from atc_diffusion.report import RecordedMerge, Summary
 from atc_diffusion.validation import did_you_mean
+from atc_diffusion.vit.config import ViTConfig
+from atc_diffusion.vit.hooks import ViTPatch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from atc_diffusion.network import NetworkPatch
-
 Model = TypeVar("Model")
-Patch: TypeAlias = "NetworkPatch | ViTPatch"
+Networks = dict[str, nn.Module]
 
-_PATCH = "_atc_diffusion"
+DENOISERS = ("unet", "transformer")
+SUPPORTED = (
+    "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, Flux.1 and Qwen-Image, ControlNets of these, Z-Image,"
+    " and with a ViTConfig timm's ViTs"
+)
+
+_logger = logging.getLogger("atc_diffusion")
 
 
 def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: "Unpack[ATCOptions]") -> Model:
@@ -31,7 +39,8 @@ def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **o
 
     A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Networks
     that are built from it later (`ControlNetModel.from_unet`, `AnimateDiffPipeline`) are copies without the patch.
-    Everything compiled with `torch.compile` is recompiled at its next call.
+    Everything compiled with `torch.compile` is recompiled at its next call. What was patched is logged at level INFO
+    by the logger "atc_diffusion".
 
     Args:
         model: a pipeline; a UNet, transformer or ControlNet; or timm's `VisionTransformer`.
@@ -44,19 +53,22 @@ def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **o
 
     Raises:
         ValueError: for an invalid value, both `config` and `options`, a model without self-attention that can merge,
-            or an attention processor that is not supported. The model is left unchanged.
+            an attention processor that is not supported, or if another thread is inside `patched` on the model. The
+            model is left unchanged.
     """
-    config = _config(config, options)
-    networks = find_networks(model)
-    patches = _patches(networks, config)
-    _detach(networks)
-    _attach(networks, patches)
+    patches = _patches(model, config, options)
+    attached.replace_patches(patches)
+    _log(patches)
     return model
 
 
 def remove_patch(model: Model) -> Model:
-    """Undo `apply_patch`: restores the original, bit for bit. Returns `model`."""
-    _detach(find_networks(model))
+    """Undo `apply_patch`: restores the original, bit for bit. Returns `model`.
+
+    Raises:
+        ValueError: if another thread is inside `patched` on the model.
+    """
+    attached.replace_patches(dict.fromkeys(find_networks(model).values()))
     return model
 
 
@@ -66,56 +78,103 @@ def patched(
 ) -> Iterator[Model]:
     """Apply a patch inside a `with` block.
 
-    Afterwards, even after an exception, every network has the patch that it had before, or none.
+    Afterwards, even after an exception, every network has the patch that it had before, or none. Blocks may end in any
+    order. All threads that call a network see its patch, so another thread may enter a block on the same network only
+    with an equal configuration, and then both use one patch.
+
+    Raises:
+        ValueError: as `apply_patch`.
     """
-    networks = find_networks(model)
-    before = _attached(networks)
-    apply_patch(model, config, **options)
+    patches = _patches(model, config, options)
+    block = attached.enter(patches)
     try:
+        _log(patches)
         yield model
     finally:
-        _detach(networks)
-        _attach(networks, before)
+        attached.leave(block)
 
 
-def summary(model: object) -> Any:
-    """Report the patched layers of `model` and their last run, as a `Summary` or a `ViTSummary`.
+def summary(model: object) -> Summary:
+    """Report the patched layers of `model` and their last run.
 
     Raises:
         ValueError: if the model is not patched.
     """
-    patches = _patches_of_patched(model)
-    if isinstance(patches[0], ViTPatch):
-        return patches[0].summary()
-    networks = [patch for patch in patches if not isinstance(patch, ViTPatch)]
-    layers = tuple(layer for patch in networks for layer in patch.summaries())
-    return Summary(networks[0].config, layers, networks[0].forecasts())
+    patches = _patches_of(model)
+    layers = tuple(layer for patch in patches for layer in patch.summaries())
+    return Summary(patches[0].config, layers, patches[0].forecasts())
 
 
 def merge_maps(model: object) -> tuple[RecordedMerge, ...]:
     """The clusters of the last run, one entry for each layer and step, in order of use.
 
     Raises:
-        ValueError: if the model is not patched with `record=True`.
+        ValueError: if the model is not patched with `record=True`, or is a vision transformer.
     """
-    patches = [patch for patch in _patches_of_patched(model) if not isinstance(patch, ViTPatch)]
-    if not patches or not patches[0].config.record:
-        raise ValueError("the clusters of the last run were not recorded; patch with record=True")
-    return tuple(merge for patch in patches for merge in patch.merges())
+    return tuple(merge for patch in _patches_of(model) for merge in patch.merges())
 
 
-def _config(config: object, options: ATCOptions) -> MergeConfig | ViTConfig:
-    if config is None:
-        return ATCConfig(**options)
-    if options:
+def _patches_of(model: object) -> list[Patch]:
+    patches = [patch for network in find_networks(model).values() if (patch := attached.patch_of(network))]
+    if not patches:
+        raise ValueError(f"this {type(model).__name__} is not patched; call apply_patch first")
+    return patches
+
+
+def _patches(model: object, config: Any, options: ATCOptions) -> dict[nn.Module, Patch | None]:
+    """For every network of `model` a patch that is not attached yet, or None where `config` selects nothing."""
+    if config is not None and options:
         raise ValueError(f"give either config or options, got both: {config} and {options!r}")
-    if isinstance(config, MergeConfig | ViTConfig):
-        return config
+    networks = find_networks(model)
+    patches = make_patches(ATCConfig(**options) if config is None else config, networks)
+    return {network: patches.get(name) for name, network in networks.items()}
+
+
+def _log(patches: Mapping[nn.Module, Patch | None]) -> None:
+    new = [patch for patch in patches.values() if patch is not None]
+    _logger.info("%s: %s", new[0].config, "; ".join(map(str, new)))
+
+
+def find_networks(model: object) -> Networks:
+    """The networks of a model by the names that reports use: the denoiser first, then ControlNets."""
+    if isinstance(model, nn.Module):
+        return dict(_unwrapped("", model))
+    named = {name: getattr(model, name, None) for name in (*DENOISERS, "controlnet")}
+    networks = {
+        path: network
+        for name, part in named.items()
+        if isinstance(part, nn.Module)
+        for path, network in _unwrapped(name, part)
+    }
+    if not networks.keys() & set(DENOISERS):
+        raise ValueError(
+            f"{type(model).__name__} has no {' or '.join(DENOISERS)}; pass a pipeline that has one, or the network"
+        )
+    return networks
+
+
+def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The networks within MultiControlNets and wrappers of torch.compile, PEFT and data parallelism, however nested."""
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else None
+    for wrapper in ("_orig_mod", "module"):
+        inner = inner or getattr(network, wrapper, None)
+    if isinstance(inner, nn.Module):
+        yield from _unwrapped(name, inner)
+    elif isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
+        for i, net in enumerate(nets):
+            yield from _unwrapped(f"{name}.nets.{i}".lstrip("."), net)
+    else:
+        yield name, network
+
+
+@singledispatch
+def make_patches(config: object, networks: Networks) -> Mapping[str, Patch]:
+    """A patch, not attached yet, for every network that `config` selects."""
     raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}{_hint(config)}")
 
 
 def _hint(config: object) -> str:
-    """What may have been meant: a fraction, the name of a preset, or what a preset or a class returns."""
+    """What may have been meant: the name of a preset, what a preset or a class returns, or a fraction."""
     if isinstance(config, str) and hasattr(ATCConfig, config):
         return f"; did you mean ATCConfig.{config}()?"
     if callable(config):
@@ -123,38 +182,51 @@ def _hint(config: object) -> str:
     return did_you_mean(config, "r=")
 
 
-def _patches(networks: dict[str, nn.Module], config: MergeConfig | ViTConfig) -> Mapping[str, Patch]:
-    """A patch for every network that can be merged, not attached yet."""
-    if isinstance(config, ViTConfig):
-        return {name: ViTPatch(network, config) for name, network in networks.items()}
-    return make_patches(networks, config)
+@make_patches.register
+def _(config: ViTConfig, networks: Networks) -> Mapping[str, Patch]:
+    return {name: ViTPatch(name, network, config) for name, network in networks.items()}
 
 
-def _attached(networks: dict[str, nn.Module]) -> "dict[str, Patch]":
-    return {name: patch for name, network in networks.items() if (patch := getattr(network, _PATCH, None))}
+@make_patches.register
+def _(config: MergeConfig, networks: Networks) -> Mapping[str, Patch]:
+    """The first network must have self-attention that can merge, and decides at which levels.
 
+    So a ControlNet is merged at the levels of the denoiser.
+    """
+    from atc_diffusion.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
 
-def _attach(networks: dict[str, nn.Module], patches: "Mapping[str, Patch]") -> None:
-    for name, patch in patches.items():
-        patch.attach()
-        setattr(networks[name], _PATCH, patch)
-    _forget_compiled()
-
-
-def _detach(networks: dict[str, nn.Module]) -> None:
-    for name, patch in _attached(networks).items():
-        patch.detach()
-        delattr(networks[name], _PATCH)
-        _forget_compiled()
-
-
-def _patches_of_patched(model: object) -> list[Patch]:
-    patches = list(_attached(find_networks(model)).values())
-    if not patches:
-        raise ValueError(f"this {type(model).__name__} is not patched; call apply_patch first")
+    families = {name: family_of(network) for name, network in networks.items()}
+    layers = {name: family.layers(networks[name]) if family else [] for name, family in families.items()}
+    first = next(iter(networks))
+    if not layers[first]:
+        raise ValueError(
+            f"{type(networks[first]).__name__} has no self-attention that can be merged; supported are {SUPPORTED}"
+        )
+    wanted = _levels(config, layers[first], {layer.level for each in layers.values() for layer in each})
+    patches: dict[str, NetworkPatch] = {}
+    for name, family in families.items():
+        chosen = [layer for layer in layers[name] if layer.level in wanted]
+        if family and chosen:
+            denoiser = patches[first].schedule if first in patches else None
+            patches[name] = NetworkPatch(name, networks[name], family, chosen, config, denoiser)
     return patches
 
 
-def _forget_compiled() -> None:
-    """torch.compile does not guard on forward hooks: without this, a compiled network would not notice them."""
-    torch.compiler.reset()
+def _levels(config: MergeConfig, layers: list[Layer], existing: set[int]) -> Collection[int]:
+    """The levels that `config` selects, given the denoiser's `layers` and the levels `existing` in any network."""
+    there_are = f"the levels that have self-attention are {', '.join(map(str, sorted(existing)))}"
+    if config.named_levels is not None:
+        if missing := config.named_levels - existing:
+            raise ValueError(f"level {min(missing)} was asked for, but {there_are}; use some of them")
+        return config.named_levels
+    if config.levels == "all":
+        return existing
+    return _costly_levels(layers) if config.levels == "costly" else {min(layer.level for layer in layers)}
+
+
+def _costly_levels(layers: list[Layer]) -> list[int]:
+    """Levels whose attention costs at least half as much as the finest level's, counting N^2 C operations a layer."""
+    costs: dict[int, float] = {}
+    for layer in layers:
+        costs[layer.level] = costs.get(layer.level, 0) + layer.channels / layer.level**4
+    return [level for level, cost in costs.items() if cost >= costs[min(costs)] / 2]

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from atc_diffusion.config import MergeConfig
+from atc_diffusion.config import Configuration
 from atc_diffusion.merge_map import MergeMap
 
 
@@ -35,7 +35,7 @@ class LayerSummary:
     Attributes:
         network: the network's name in the pipeline, such as "unet".
         name: the attention's path in the network.
-        level: the factor by which its grid of tokens is smaller than the latents.
+        level: the factor by which its grid of tokens is smaller than the latents, or than a vision transformer's image.
         channels: width of its tokens.
         tokens: how many there were; 0 before the first run.
         kept: queries kept, by step.
@@ -98,13 +98,13 @@ class ForecastSummary:
 class Summary:
     """What a patch does and what its last denoising run did; prints as a table."""
 
-    config: MergeConfig
+    config: Configuration
     layers: tuple[LayerSummary, ...]
     forecasts: ForecastSummary | None = None
 
     @property
     def work_saved(self) -> float:
-        """Share of the arithmetic of the patched self-attentions that the last run saved, clustering not counted."""
+        """Fraction of the arithmetic of the patched self-attentions that the last run saved, clustering not counted."""
         unmerged = sum(layer.unmerged_work for layer in self.layers)
         return 1 - sum(layer.work for layer in self.layers) / unmerged if unmerged else 0.0
 

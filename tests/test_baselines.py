@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
-from atc_diffusion.pruning import prune_labels
+from atc_diffusion.vit.reduce import prune_labels
 
 SIZES = (st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
 

@@ -19,7 +19,6 @@ from atc_diffusion import (
     agglomerate,
     apply_patch,
     merge_maps,
-    patched,
     remove_patch,
     summary,
 )
@@ -162,35 +161,6 @@ def test_save_and_load(unet, tmp_path):
     before = run(unet)
     apply_patch(unet).save_pretrained(tmp_path)
     assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path)), before)
-
-
-def test_patched_restores_what_was_there_also_after_an_exception(unet):
-    before = run(unet)
-    with patched(unet, r=0.5) as same:
-        assert same is unet
-        assert not torch.equal(run(unet), before)
-    assert torch.equal(run(unet), before)
-    apply_patch(unet, r=0.8)
-    with pytest.raises(RuntimeError, match="boom"), patched(unet, ToMeConfig()):
-        raise RuntimeError("boom")
-    assert summary(unet).config == ATCConfig(r=0.8)
-
-
-def test_patched_restores_what_each_network_had(unet):
-    pipe = SimpleNamespace(unet=unet, controlnet=ControlNetModel.from_unet(unet, **CONDITION))
-    apply_patch(pipe.unet, r=0.5)
-    with patched(pipe, r=0.8):
-        assert {layer.network for layer in summary(pipe).layers} == {"unet", "controlnet"}
-    assert summary(unet).config == ATCConfig(r=0.5)
-    with pytest.raises(ValueError, match="is not patched"):
-        summary(pipe.controlnet)
-    apply_patch(pipe.controlnet, r=0.7)
-    with patched(pipe, r=0.8):
-        pass
-    assert [summary(network).config for network in (pipe.unet, pipe.controlnet)] == [
-        ATCConfig(r=0.5),
-        ATCConfig(r=0.7),
-    ]
 
 
 def test_an_exception_in_the_forward_leaves_no_trace(unet):

@@ -1,19 +1,19 @@
 """Merging in timm's VisionTransformer, against a forward written out."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion import ViTConfig, agglomerate, apply_patch, remove_patch, summary
+from atc_diffusion import ViTConfig, agglomerate, apply_patch, merge_maps, remove_patch, summary
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
 
@@ -124,12 +124,13 @@ def reference_pruning(model: Any, picture: Tensor, method: str, kept: tuple[int,
 def test_merging_equals_the_forward_written_out(name, method, choice):
     model, config = make(name).double(), ViTConfig(method=method, **choice)
     before = model(pictures().double())
-    kept = [block.kept for block in summary(apply_patch(model, config)).blocks]
+    apply_patch(model, config)
+    kept = config.kept(25, 4)
     logits, features = model(pictures().double()), model.forward_features(pictures().double())
     for i, picture in enumerate(pictures().double()):
         detached = copy.deepcopy(MODELS[name]()).double().eval()
         detached.load_state_dict(model.state_dict())
-        expected, patches = reference_merging(detached, picture, method, tuple(kept))
+        expected, patches = reference_merging(detached, picture, method, kept)
         assert close(logits[i], expected)
         assert close(features[i, model.num_prefix_tokens :], model.norm(patches))
     assert (logits - before).abs().max() > 1e-3
@@ -140,10 +141,11 @@ def test_merging_equals_the_forward_written_out(name, method, choice):
 def test_pruning_equals_the_forward_written_out(method):
     model, original = make().double(), make().double()
     original.load_state_dict(model.state_dict())
-    kept = [block.kept for block in summary(apply_patch(model, ViTConfig(method=method, **TWICE))).blocks]
+    apply_patch(model, config := ViTConfig(method=method, **TWICE))
+    kept = config.kept(25, 4)
     logits = model(pictures().double())
     for i, picture in enumerate(pictures().double()):
-        assert close(logits[i], reference_pruning(original, picture, method, tuple(kept)))
+        assert close(logits[i], reference_pruning(original, picture, method, kept))
 
 
 @torch.no_grad()
@@ -172,20 +174,17 @@ def test_schedules_are_equations_4_and_5(depth, t):
     assert linear[-1] == 0
 
 
-def test_schedules_leave_what_they_do_not_remove():
-    model = make()
-    for schedule in ("constant", "linear"):
-        config = ViTConfig(t=5, schedule=schedule)
-        blocks = summary(apply_patch(model, config)).blocks
-        assert [block.tokens - block.kept for block in blocks] == list(config.removed(4))
-        assert blocks[-1].kept == 25 - sum(config.removed(4))
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_schedules_leave_what_they_do_not_remove(schedule):
+    config = ViTConfig(t=5, schedule=schedule)
+    kept = (25, *config.kept(25, depth=4))
+    assert [before - after for before, after in itertools.pairwise(kept)] == list(config.removed(4))
 
 
 @pytest.mark.parametrize(("r", "counts"), [(0.25, (49, 12, 3)), (0.5, (98, 49, 24)), (0.7, (137, 96, 67))])
 def test_kept_tokens_are_those_of_the_papers_stages(r, counts):
-    model = timm.create_model("deit_tiny_patch16_224", embed_dim=12, depth=12)
-    blocks = summary(apply_patch(model, ViTConfig(r=r))).blocks
-    assert [blocks[i].kept for i in (2, 3, 6, 9, 11)] == [196, *counts, counts[-1]]
+    kept = ViTConfig(r=r).kept(196, depth=12)
+    assert [kept[i] for i in (2, 3, 6, 9, 11)] == [196, *counts, counts[-1]]
 
 
 @torch.no_grad()
@@ -229,9 +228,10 @@ def test_training_reaches_every_weight_and_checkpoints_give_the_same_gradients(m
 def test_gradients_are_those_of_the_forward_written_out():
     model = make("mae").double()
     original = copy.deepcopy(model)
-    kept = [block.kept for block in summary(apply_patch(model, ViTConfig(**TWICE))).blocks]
+    apply_patch(model, config := ViTConfig(**TWICE))
+    kept = config.kept(25, 4)
     model(pictures(1).double()).square().sum().backward()
-    reference_merging(original, pictures(1)[0].double(), "atc", tuple(kept))[0].square().sum().backward()
+    reference_merging(original, pictures(1)[0].double(), "atc", kept)[0].square().sum().backward()
     for gradient, expected in zip(model.parameters(), original.parameters(), strict=True):
         assert torch.allclose(gradient.grad, expected.grad, rtol=1e-8)
 
@@ -347,10 +347,31 @@ def test_masks_over_all_tokens_are_refused():
         model(pictures(), attn_mask=torch.zeros(26, 26))
 
 
-def test_the_summary_prints_a_row_for_every_block():
-    lines = str(summary(apply_patch(make(), ViTConfig(**TWICE)))).splitlines()
-    assert lines[0].startswith("ViTConfig(r=0.6, blocks=(2, 3))")
-    assert [line.split() for line in lines[2:4]] == [["blocks.0", "25", "25"], ["blocks.1", "25", "15"]]
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["deit", "registers"])
+def test_the_summary_says_how_many_patches_each_attention_sees(name, method):
+    model, seen = make(name), []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    apply_patch(model, config := ViTConfig(method=method, **TWICE))
+    model(pictures())
+    layers = summary(model).layers
+    assert [layer.kept for layer in layers] == [(count - model.num_prefix_tokens,) for count in seen]
+    assert [layer.clusterings for layer in layers] == [0, 1, 1, 0]
+    assert {layer.tokens for layer in layers} == {25}
+    assert 0 < summary(model).work_saved < 1
+    lines = str(summary(model)).splitlines()
+    assert lines[0] == str(config)
+    assert lines[2].split() == ["blocks.0.attn", "4", "25", "25", "25", "0"]
+
+
+def test_the_clusters_of_a_vision_transformer_are_not_recorded():
+    model = apply_patch(make(), ViTConfig(**TWICE))
+    with pytest.raises(
+        ValueError, match=r"in a vision transformer, patches of one cluster have equal features in model"
+    ):
+        merge_maps(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")

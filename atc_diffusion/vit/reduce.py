@@ -1,4 +1,9 @@
-"""Clustering and pruning of the tokens of one block, and the weights of clusters in later blocks."""
+"""Clustering and pruning of the tokens of one block, and the weights of clusters in later blocks.
+
+Pruning is clustering, too: the tokens that the class token attends to keep clusters of their own, and the others make
+one. Top-K (Haurum et al. 2023) hides that cluster from attention. EViT (Liang et al. 2022, Eq. 4) fuses it into one
+token.
+"""
 
 from dataclasses import dataclass
 
@@ -6,17 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atc_diffusion.adapters.vit_config import ViTConfig
 from atc_diffusion.clustering import agglomerate
-from atc_diffusion.clustering.bipartite import bipartite_labels
+from atc_diffusion.clustering.bipartite import bipartite_labels, number_clusters
 from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
 from atc_diffusion.clustering.kmedoids import kmedoids_labels
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.pruning import prune_labels
+from atc_diffusion.vit.config import ViTConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class Reduction:
     """All merges of one call so far.
 
     Attributes:
@@ -35,13 +39,13 @@ class Attention:
     Attributes:
         queries: `[B, H, N, D]`, prefix tokens included.
         keys: `[B, H, N, D]`, prefix tokens included.
-        merged: the merges of earlier blocks.
+        reduction: that of earlier blocks.
         num_prefix_tokens: `P`, the first tokens, which are never merged.
     """
 
     queries: Tensor
     keys: Tensor
-    merged: Merged | None
+    reduction: Reduction | None
     num_prefix_tokens: int
 
     @property
@@ -55,20 +59,20 @@ class Attention:
     def received(self, queries: slice) -> Tensor:
         """Attention `[B, N - P]` that patches receive from `queries`, summed over these and averaged over heads."""
         logits = self.queries[:, :, queries] @ self.keys.mT * self.keys.shape[-1] ** -0.5
-        if self.merged is not None and self.merged.bias is not None:
-            logits = logits + self.merged.bias.to(logits.dtype)
+        if self.reduction is not None and self.reduction.bias is not None:
+            logits = logits + self.reduction.bias.to(logits.dtype)
         return logits.float().softmax(dim=-1).mean(dim=1).sum(dim=1)[:, self.num_prefix_tokens :]
 
 
-def cluster(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
+def cluster(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Reduction, Tensor]:
     """Merge tokens `x` `[B, N, C]` to cluster means, weighted by the patches that each token has absorbed so far."""
     labels = _behind_prefix(_labels(attention, config, num_clusters), attention.num_prefix_tokens)
-    if attention.merged is not None:
-        labels = labels.gather(1, attention.merged.merge_map.labels)
-        x = attention.merged.merge_map.unmerge(x)
+    if attention.reduction is not None:
+        labels = labels.gather(1, attention.reduction.merge_map.labels)
+        x = attention.reduction.merge_map.unmerge(x)
     merge_map = MergeMap(labels, attention.num_prefix_tokens + num_clusters)
     bias = merge_map.sizes.log()[:, None, None] if config.proportional_attention else None
-    return Merged(merge_map, bias), merge_map.merge(x)
+    return Reduction(merge_map, bias), merge_map.merge(x)
 
 
 def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tensor:
@@ -84,12 +88,12 @@ def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tenso
     return agglomerate(features, num_clusters, config.linkage)
 
 
-def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Merged, Tensor]:
+def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int) -> tuple[Reduction, Tensor]:
     """Keep the tokens of `x` `[B, N, C]` that the class token attends to; fuse the rest into one, or hide it.
 
     Top-K's hidden token is computed, but no token attends to it, so the others are as if it were removed.
     """
-    prefix, merged = attention.num_prefix_tokens, attention.merged
+    prefix, before = attention.num_prefix_tokens, attention.reduction
     scores = attention.received(slice(0, 1))
     labels, is_rest = prune_labels(scores, num_clusters - 1)
     if config.method == "evit":
@@ -98,9 +102,28 @@ def prune(x: Tensor, attention: Attention, config: ViTConfig, num_clusters: int)
         x = x * F.pad(weights, (prefix, 0), value=1)[:, :, None].to(x.dtype)
     labels = _behind_prefix(labels, prefix)
     x = MergeMap(labels, prefix + num_clusters).merge(x)
-    labels = labels if merged is None else labels.gather(1, merged.merge_map.labels)
+    labels = labels if before is None else labels.gather(1, before.merge_map.labels)
     bias = _hide(is_rest, prefix) if config.method == "topk" else None
-    return Merged(MergeMap(labels, prefix + num_clusters), bias), x
+    return Reduction(MergeMap(labels, prefix + num_clusters), bias), x
+
+
+def prune_labels(scores: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Give each of the `num_kept` tokens of highest score a cluster of its own, and the others a common cluster.
+
+    Args:
+        scores: `[B, N]`, the attention that each token receives from the class token.
+        num_kept: tokens to keep, fewer than `N`.
+
+    Returns:
+        Labels `[B, N]` int64 of `num_kept + 1` clusters, numbered by their first token, and a mask
+        `[B, num_kept + 1]` that is true for the common cluster.
+    """
+    tokens = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    rest = order[:, num_kept:]
+    labels = number_clusters(tokens.scatter(1, rest, rest.amin(dim=1, keepdim=True).expand_as(rest)))
+    clusters = torch.arange(num_kept + 1, device=scores.device)
+    return labels, clusters == labels.gather(1, rest[:, :1])
 
 
 def _hide(is_rest: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -1,0 +1,127 @@
+"""Which patch a network has: patches replace each other, and `with patched(...)` blocks give back what was there."""
+
+import sys
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from atc_diffusion.config import Configuration
+from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge
+
+_PATCH = "_atc_diffusion"  # the attribute of a patched network
+
+
+class Patch(Protocol):
+    """Merging in one network; prints as what it does there."""
+
+    @property
+    def config(self) -> Configuration: ...
+
+    def attach(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def summaries(self) -> list[LayerSummary]: ...
+
+    def forecasts(self) -> ForecastSummary | None: ...
+
+    def merges(self) -> list[RecordedMerge]: ...
+
+
+@dataclass(eq=False)
+class Block:
+    """A `with patched(...)` that has not ended.
+
+    Attributes:
+        thread: the one that entered it.
+        before: the networks that it patches, and what each gets back.
+    """
+
+    thread: threading.Thread
+    before: dict[nn.Module, Patch | None]
+
+
+_blocks: list[Block] = []  # in the order in which they were entered
+_lock = threading.RLock()  # a generator that is collected leaves its block in whichever thread and place that happens
+
+
+def patch_of(network: nn.Module) -> Patch | None:
+    patch: Patch | None = getattr(network, _PATCH, None)
+    return patch
+
+
+def replace_patches(patches: Mapping[nn.Module, Patch | None]) -> None:
+    """Give every network that patch, or none."""
+    with _lock:
+        if block := _other_threads_block(patches):
+            raise ValueError(_conflict(block, patches))
+        _exchange(patches)
+
+
+def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
+    """Give every network that patch, or none, until `leave`; two threads may do so with equal configurations."""
+    with _lock:
+        before = {network: patch_of(network) for network in patches}
+        block = _other_threads_block(patches)
+        if block is None:
+            _exchange(patches)
+        elif any(_config(before[network]) != _config(patch) for network, patch in patches.items()):
+            raise ValueError(_conflict(block, patches))
+        _blocks.append(Block(threading.current_thread(), before))
+        return _blocks[-1]
+
+
+def leave(block: Block) -> None:
+    """Give back what was there; where a later block is still open, that one will."""
+    with _lock:
+        position = _blocks.index(block)
+        del _blocks[position]
+        given_back = {}
+        for network, patch in block.before.items():
+            later = next((each for each in _blocks[position:] if network in each.before), None)
+            (later.before if later else given_back)[network] = patch
+        _exchange(given_back)
+
+
+def _other_threads_block(networks: Collection[nn.Module]) -> Block | None:
+    for block in _blocks:
+        elsewhere = block.thread is not threading.current_thread() and block.thread.is_alive()
+        if elsewhere and not block.before.keys().isdisjoint(networks):
+            return block
+    return None
+
+
+def _conflict(block: Block, networks: Collection[nn.Module]) -> str:
+    kind = next(type(network).__name__ for network in networks if network in block.before)
+    return (
+        f"thread {block.thread.name!r} is inside `with patched(...)` on this {kind}, and all threads see one patch;"
+        " wait until that block ends, use an equal configuration, or give each thread a copy of the model"
+    )
+
+
+def _config(patch: Patch | None) -> Configuration | None:
+    return patch and patch.config
+
+
+def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:
+    changed = {network: patch for network, patch in patches.items() if patch_of(network) is not patch}
+    for network in changed:
+        if present := patch_of(network):
+            present.detach()
+            delattr(network, _PATCH)
+    for network, patch in changed.items():
+        if patch is not None:
+            patch.attach()
+            setattr(network, _PATCH, patch)
+    if changed:
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not guard on forward hooks: without this, a compiled network would not notice them."""
+    if "torch._dynamo" in sys.modules:  # or else nothing is compiled, and `reset` would load the compiler
+        torch.compiler.reset()

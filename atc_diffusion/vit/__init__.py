@@ -1,0 +1,1 @@
+"""Token merging in timm's vision transformers: configuration, hooks and reduction."""
