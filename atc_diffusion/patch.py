@@ -11,6 +11,7 @@ from torch import nn
 from atc_diffusion import attached
 from atc_diffusion.adapters import Layer
 from atc_diffusion.adapters.lookup import family_of
+from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.attached import Patch
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.methods import ATCConfig, ATCOptions
@@ -153,14 +154,10 @@ def find_networks(model: object) -> Networks:
     return networks
 
 
-def _unwrapped(name: str, network: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The networks within MultiControlNets and wrappers of torch.compile, PEFT and data parallelism, however nested."""
-    inner = network.get_base_model() if hasattr(network, "get_base_model") else None
-    for wrapper in ("_orig_mod", "module"):
-        inner = inner or getattr(network, wrapper, None)
-    if isinstance(inner, nn.Module):
-        yield from _unwrapped(name, inner)
-    elif isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
+def _unwrapped(name: str, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The networks within wrappers and MultiControlNets, however nested."""
+    network = unwrapped(network)
+    if isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
         for i, net in enumerate(nets):
             yield from _unwrapped(f"{name}.nets.{i}".lstrip("."), net)
     else:

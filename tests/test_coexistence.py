@@ -22,13 +22,12 @@ from diffusers import (
     T2IAdapter,
     UNet2DConditionModel,
 )
-from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.testing import UNET
 from tests.helpers.drawing import PARTS, draw, text
-from tests.helpers.ecosystem import CPU, LORA, picture, pipeline
+from tests.helpers.ecosystem import CPU, picture, pipeline
 from tests.helpers.unet import run
 
 LAYERS = 3
@@ -150,46 +149,6 @@ def test_pictures_drawn_together_are_those_drawn_alone(components):
     together = pipe(**text(1), num_images_per_prompt=2, generator=generators, **options).images
     alone = [pipe(**text(1), generator=torch.Generator().manual_seed(seed), **options).images[0] for seed in (1, 2)]
     assert np.allclose(together, alone, atol=1e-4)
-
-
-def test_a_unet_inside_a_peft_model(unet):
-    wrapped = get_peft_model(unet, LORA).eval()
-    before = run(wrapped)
-    assert not torch.equal(run(apply_patch(wrapped)), before)
-    assert len(summary(wrapped).layers) == LAYERS
-    assert torch.equal(run(remove_patch(wrapped)), before)
-
-
-class Wrapper(nn.Module):
-    """As DistributedDataParallel and FSDP wrap."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-def compile_eager(module: nn.Module) -> Any:
-    return torch.compile(module, backend="eager")
-
-
-def wrap_peft(module: nn.Module) -> nn.Module:
-    return get_peft_model(module, LORA)
-
-
-@pytest.mark.parametrize(
-    "wrappers", [(Wrapper, compile_eager), (compile_eager, Wrapper), (wrap_peft, Wrapper, compile_eager)]
-)
-def test_a_unet_inside_wrappers_in_any_order(unet, wrappers):
-    wrapped = unet
-    for wrap in wrappers:
-        wrapped = wrap(wrapped)
-    assert len(summary(apply_patch(wrapped)).layers) == LAYERS
-    assert any(module._forward_hooks for module in unet.modules())
-    remove_patch(wrapped)
-    assert not any(module._forward_hooks for module in unet.modules())
 
 
 class Subclass(UNet2DConditionModel):  # type: ignore[misc]  # diffusers is not annotated

@@ -1,4 +1,4 @@
-"""Modules inside others that only wrap them: for checkpoints, sharding, data parallelism or compilation."""
+"""Modules inside others that wrap them: for checkpoints, sharding, data parallelism, compilation or adapters."""
 
 from typing import Any
 
@@ -10,7 +10,9 @@ _NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "mo
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """The module inside all wrappers, nested in any order."""
+    """The module inside all wrappers, those of PEFT too, nested in any order."""
+    if hasattr(module, "get_base_model"):
+        return unwrapped(module.get_base_model())
     inner = next((module._modules[name] for name in _NAMES if module._modules.get(name) is not None), None)
     return module if inner is None else unwrapped(inner)
 
