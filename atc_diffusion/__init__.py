@@ -1,7 +1,7 @@
 """Faster Stable Diffusion by merging similar tokens: Agglomerative Token Clustering (ATC, ECCV 2024) for diffusers."""
 
 from atc_diffusion.clustering import agglomerate, cluster_tree
-from atc_diffusion.clustering.bipartite import bipartite_labels
+from atc_diffusion.clustering.baselines import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.fidelity import psnr, ssim

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 from atc_diffusion.adapters.weights import attend
 from atc_diffusion.clustering import LINKAGES, agglomerate
-from atc_diffusion.clustering._installed import HAS_TRITON, numba_works
-from atc_diffusion.clustering.agreement import FEW, share_of_others
+from atc_diffusion.clustering._available import HAS_TRITON, numba_works
+from atc_diffusion.clustering.placement import FEW, disagreement
 from atc_diffusion.clustering.windows import cluster_windows
 from atc_diffusion.devices import devices_found
 from atc_diffusion.loading import quiet
@@ -157,7 +157,7 @@ def _clustered_otherwise(device: torch.device, linkage: str, backend: str) -> fl
     """Fraction of the tokens that are clustered otherwise than by the reference, in the worst of three problems."""
     problems = _problems(linkage, _dtype(device))
     return max(
-        share_of_others(cluster(tokens.to(device), backend=backend).cpu(), expected)
+        disagreement(cluster(tokens.to(device), backend=backend).cpu(), expected)
         for cluster, tokens, expected in problems
     )
 
@@ -175,7 +175,7 @@ def _problems(linkage: str, dtype: torch.dtype) -> list[tuple[Callable[..., Tens
 
 
 def _cluster_windows(tokens: Tensor, linkage: str, backend: str | None = None) -> Tensor:
-    return cluster_windows(tokens, (SIDE, SIDE), WINDOW, linkage, backend, KEYS).cut(KEYS)
+    return cluster_windows(tokens, KEYS, (SIDE, SIDE), WINDOW, linkage, backend).cut(KEYS)
 
 
 def _network_error(

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from atc_diffusion.clustering import check_choices, cluster_tree
-from atc_diffusion.clustering.bipartite import draw_destinations, match
-from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
-from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.clustering.baselines import dpc_knn_labels, draw_destinations, kmedoids_labels, match
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.clustering.windows import cluster_windows
 from atc_diffusion.config import Features, Fractions, Levels, MergeConfig
@@ -77,8 +75,8 @@ class ATCConfig(MergeConfig):
 
     def cluster(self, features: Tensor, grid: Grid, timestep: Tensor, num_clusters: int) -> Cuttable:
         if self.window_size is None or self.window_size >= max(grid):
-            return cluster_tree(features, self.linkage, backend=self.backend, num_clusters=num_clusters)
-        return cluster_windows(features, grid, self.window_size, self.linkage, self.backend, num_clusters)
+            return cluster_tree(features, num_clusters, self.linkage, backend=self.backend)
+        return cluster_windows(features, num_clusters, grid, self.window_size, self.linkage, self.backend)
 
     @classmethod
     def fast(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: "Unpack[OtherOptions]") -> "Self":

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from atc_diffusion import MergeConfig, patched, summary
-from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.clustering import on_compilation
 from atc_diffusion.fidelity import psnr
 from overlay import Partition, partitions
 

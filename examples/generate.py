@@ -20,8 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
-from atc_diffusion.clustering import LINKAGES
-from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.clustering import LINKAGES, on_compilation
 from atc_diffusion.fidelity import psnr
 from door import door
 from pipeline import EMOJI, load

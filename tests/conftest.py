@@ -1,5 +1,6 @@
 """Real diffusers classes at tiny size, with random weights."""
 
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from hypothesis import settings
 
 from atc_diffusion.testing import UNET
 
@@ -25,8 +27,14 @@ collect_ignore = [] if find_spec("gradio") else ["test_app.py", "test_clusters.p
 
 
 def pytest_configure() -> None:
-    """One thread: tiny networks gain nothing from more, and pytest-xdist runs a process on every core."""
+    """One thread: tiny networks gain nothing from more, and pytest-xdist runs a process on every core.
+
+    Properties are tried on examples that are the same in every run; CI tries more of them.
+    """
     torch.set_num_threads(1)
+    examples = 200 if os.environ.get("CI") else 50
+    settings.register_profile("atc_diffusion", max_examples=examples, deadline=None, derandomize=True)
+    settings.load_profile("atc_diffusion")
 
 
 @pytest.fixture(autouse=True)

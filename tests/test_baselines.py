@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
-from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels
 from atc_diffusion.vit.reduce import prune_labels
 
 SIZES = (st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
@@ -60,7 +59,6 @@ def reference_dpc_knn(tokens: Tensor, num_clusters: int, neighbors: int) -> list
     return canonical([nearest(distance, i, centers) for i in everyone])
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(*SIZES, st.booleans(), st.integers(0, 4))
 def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, iterations):
     tokens, num_clusters = draw(seed, num_tokens, share)
@@ -71,7 +69,6 @@ def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, itera
         assert labels[i].tolist() == reference_kmedoids(tokens[i].double(), num_clusters, own, iterations)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(*SIZES, st.integers(1, 6))
 def test_dpc_knn_equals_its_definition(seed, num_tokens, share, neighbors):
     tokens, num_clusters = draw(seed, num_tokens, share)

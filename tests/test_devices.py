@@ -61,12 +61,12 @@ def test_features_travel_to_the_cpu_once_and_labels_back(dtype):
     tokens = torch.randn(2, 64, 8).to(dtype)
     with PretendDevice() as device:
         there = tokens.to(DEVICE)
-        tree = cluster_windows(there, (8, 8), window=4)
+        tree = cluster_windows(there, 20, (8, 8), window=4)
         assert device.waits == 1
         labels = tree.cut(20)
         assert labels.device == agglomerate(there, 20).device == DEVICE
         assert device.waits == 2
-    assert torch.equal(on_cpu(labels), cluster_windows(tokens, (8, 8), window=4).cut(20))
+    assert torch.equal(on_cpu(labels), cluster_windows(tokens, 20, (8, 8), window=4).cut(20))
 
 
 def on_cpu(x: Any) -> Tensor:
@@ -87,7 +87,7 @@ def test_merging_without_embedding_bag_gives_the_same_means_and_gradients():
 
 
 def test_the_fastest_place_depends_on_device_dtype_and_size(monkeypatch):
-    monkeypatch.setattr(placement, "_has_kernels", lambda *_: True)
+    monkeypatch.setattr(placement, "triton_problem", lambda *_: None)
     with FakeTensorMode():
         cpu, cuda, many = torch.empty(1, 4, 3), torch.empty(1, 4, 3, device=CUDA), torch.empty(1, 9000, 3)
     assert place(cpu, "average", "cosine") == ("numba", CPU)
@@ -102,16 +102,28 @@ def test_the_fastest_place_depends_on_device_dtype_and_size(monkeypatch):
         assert place(torch.empty(1, 9000, 3, device=DEVICE), "ward", "euclidean") == ("torch", CPU)
 
 
-def test_without_triton_the_cpu_clusters_what_is_on_cuda_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(placement, "HAS_TRITON", False)
-    placement._warn_of_no_triton.cache_clear()
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("HAS_TRITON", False, "Triton is not installed .`pip install triton-windows` on Windows"),
+        ("triton_problem", lambda *_: "the Triton kernels fail", "the Triton kernels fail; a slower backend clusters"),
+    ],
+)
+def test_without_trusted_kernels_another_backend_clusters_what_is_on_cuda_and_says_so_once(
+    monkeypatch, name, value, problem
+):
+    placement.triton_problem.cache_clear()
+    placement.warn_once.cache_clear()
+    monkeypatch.setattr(placement, name, value)
     with FakeTensorMode():
         tokens = torch.empty(1, 4, 3, device=CUDA)
         many = torch.empty(1, 9000, 3, device=CUDA)
-    with pytest.warns(UserWarning, match="pip install triton-windows") as warned:
+    with pytest.warns(UserWarning, match=problem) as warned:
         places = [place(x, "average", "cosine") for x in (tokens, tokens, many)]
     assert places == [("numba", CPU), ("numba", CPU), ("torch", CUDA)]
     assert len(warned) == 1
+    monkeypatch.undo()
+    placement.triton_problem.cache_clear()
 
 
 @contextmanager

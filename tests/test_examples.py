@@ -46,7 +46,7 @@ def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, cap
 
 COUNT_COMPILATIONS = """
 import generate
-from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.clustering import on_compilation
 
 def draw(pipe, args, config, steps, original=generate.draw):
     compiled = []

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atc_diffusion import MergeMap
-
-cases = settings(max_examples=300, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -26,14 +24,12 @@ def ones(merge_map: MergeMap, rows: int) -> torch.Tensor:
     return torch.randn(len(merge_map.labels), rows, 3, dtype=torch.float64)
 
 
-@cases
 @given(merge_maps())
 def test_merge_undoes_unmerge(merge_map):
     y = ones(merge_map, merge_map.num_clusters)
     assert torch.allclose(merge_map.merge(merge_map.unmerge(y)), y, rtol=1e-14, atol=1e-14)
 
 
-@cases
 @given(merge_maps())
 def test_merging_is_a_projection_onto_cluster_means(merge_map):
     x = ones(merge_map, merge_map.labels.shape[1])
@@ -46,7 +42,6 @@ def test_merging_is_a_projection_onto_cluster_means(merge_map):
             assert (out[members] == out[members][0]).all()
 
 
-@cases
 @given(merge_maps())
 def test_sizes_count_and_weigh(merge_map):
     x = ones(merge_map, merge_map.labels.shape[1])

@@ -1,6 +1,7 @@
 """The CUDA kernels against the reference: on the device where there is one, else in Triton's interpreter."""
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from atc_diffusion.clustering import _self_check, _torch, _triton
+from atc_diffusion.clustering import _torch, _triton, placement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LINKAGES = ["average", "complete", "single", "ward"]
@@ -44,8 +45,8 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(_triton, "ROUNDS", 2)
     monkeypatch.setattr(_triton, "BLOCK", 16)
     monkeypatch.setattr(_triton, "PROGRAMS", 3)
-    monkeypatch.setattr(_self_check, "SIZES", (6, 24))
-    monkeypatch.setattr(_self_check, "CHANNELS", 5)
+    monkeypatch.setattr(placement, "CHECKED_SIZES", (6, 24))
+    monkeypatch.setattr(placement, "CHECKED_CHANNELS", 5)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_odd_sizes(linkage, num_tokens, channels):
 @pytest.mark.parametrize(("linkage", "metric"), CASES[2:5])
 def test_one_tree_serves_every_cut(linkage, metric):
     tokens = draw_tokens(1, 20, 3)
-    tree, scipys = (cluster_tree(tokens, linkage, metric, backend) for backend in ("triton", "scipy"))
+    tree, scipys = (cluster_tree(tokens, 1, linkage, metric, backend) for backend in ("triton", "scipy"))
     for num_clusters in range(1, 21):
         assert torch.equal(tree.cut(num_clusters), scipys.cut(num_clusters))
     assert torch.allclose(tree.heights.sort(dim=1).values, scipys.heights.sort(dim=1).values, atol=1e-6)
@@ -114,7 +115,7 @@ def test_chains_take_more_rounds_than_are_launched(linkage):
 
 def test_a_batch_of_different_problems_equals_its_items():
     tokens = torch.cat([draw_tokens(1, 18, 1), torch.ones(1, 18, 1, device=DEVICE), chain(18)])
-    trees = [cluster_tree(item, "ward", backend="triton", num_clusters=5) for item in (tokens, *tokens.split(1))]
+    trees = [cluster_tree(item, 5, "ward", backend="triton") for item in (tokens, *tokens.split(1))]
     assert torch.equal(trees[0].cut(5), torch.cat([tree.cut(5) for tree in trees[1:]]))
     assert torch.equal(trees[0].heights, torch.cat([tree.heights for tree in trees[1:]]))
 
@@ -122,7 +123,7 @@ def test_a_batch_of_different_problems_equals_its_items():
 @pytest.mark.parametrize("linkage", LINKAGES)
 def test_ties_give_exactly_k_labels_and_the_heights_of_the_reference(linkage):
     tokens = draw_tokens(1, 9, 3)[:, torch.arange(27) * 7 % 9]
-    tree, scipys = (cluster_tree(tokens, linkage, "euclidean", backend) for backend in ("triton", "scipy"))
+    tree, scipys = (cluster_tree(tokens, 1, linkage, "euclidean", backend) for backend in ("triton", "scipy"))
     # Equal tokens are apart by the root of a rounding error, of 2^-23 times their squared norms.
     assert torch.allclose(tree.heights.sort(dim=1).values, scipys.heights.sort(dim=1).values, atol=4e-3)
     for num_clusters in (1, 9, 26):
@@ -130,12 +131,12 @@ def test_ties_give_exactly_k_labels_and_the_heights_of_the_reference(linkage):
 
 
 def test_identical_tokens_pair_off_instead_of_queueing_at_one(monkeypatch):
-    """Five launched rounds are enough for 32 of them, so that none is left to the last launch."""
+    """Five launched rounds are enough for 32 of them, so that nothing is missing without the last launch."""
+    tokens = torch.ones(1, 32, 3, device=DEVICE)
+    cluster_tree(tokens, backend="triton")  # the check of the kernels comes first
     monkeypatch.setattr(_triton, "ROUNDS", 5)
-    data = torch.ones(1, 32, 3, device=DEVICE)
-    links, numbers, counts = _triton._initial_state(data)
-    _triton._run(data, links, numbers, counts, "average means", num_merges=31)
-    assert counts[0, _triton.ROUND.value] == 5
+    monkeypatch.setattr(_triton, "kernel", WrongKernel("all"))
+    assert cluster_tree(tokens, backend="triton").heights.isfinite().sum() == 31
 
 
 @pytest.mark.parametrize("linkage", LINKAGES)
@@ -148,7 +149,7 @@ def test_degenerate_tokens_in_low_precision_give_valid_labels(linkage):
 
 def test_windows_are_clustered():
     tokens = draw_tokens(2, 63, 6)
-    labels, expected = (cluster_windows(tokens, (7, 9), 4, backend=name).cut(20) for name in ("triton", "torch"))
+    labels, expected = (cluster_windows(tokens, 20, (7, 9), 4, backend=name).cut(20) for name in ("triton", "torch"))
     assert torch.equal(labels, expected)
 
 
@@ -157,8 +158,8 @@ def test_windows_stop_together(linkage, monkeypatch):
     monkeypatch.setattr(_triton, "ROUNDS", 5)
     tokens = draw_tokens(1, 64, 6)
     tokens[:, :32] = tokens[:, :32] * 1e-2 + 1
-    tree = cluster_windows(tokens, (8, 8), 4, linkage, "triton", num_clusters=40)
-    assert torch.equal(tree.cut(40), cluster_windows(tokens, (8, 8), 4, linkage, "scipy").cut(40))
+    tree = cluster_windows(tokens, 40, (8, 8), 4, linkage, "triton")
+    assert torch.equal(tree.cut(40), cluster_windows(tokens, 1, (8, 8), 4, linkage, "scipy").cut(40))
     assert 24 <= tree.heights.isfinite().sum() < 60
 
 
@@ -194,34 +195,30 @@ def test_autocast_changes_nothing(backend, linkage):
 @pytest.fixture
 def _unchecked():
     """As on a device's first use."""
-    checks = _self_check.triton_works, _self_check._problem
-    for check in checks:
-        check.cache_clear()
+    placement.triton_problem.cache_clear()
     yield
-    for check in checks:
-        check.cache_clear()
+    placement.triton_problem.cache_clear()
 
 
 def test_the_self_check_launches_every_kernel_in_the_sizes_that_real_calls_use(monkeypatch):
     monkeypatch.undo()
-    alone, launched = _self_check.SIZES
+    alone, launched = placement.CHECKED_SIZES
     assert alone <= _triton.ALONE < 4 * _triton.TILE < launched
 
 
 @pytest.mark.usefixtures("_unchecked")
-@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("linkage", ["average", "complete"])
 def test_right_kernels_are_trusted(linkage):
     """Under autocast too, which lowers the precision of the products that plain torch computes."""
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert _self_check.triton_works(torch.device(DEVICE), linkage, "cosine")
+        assert placement.triton_problem(torch.device(DEVICE), linkage, "cosine") is None
 
 
 class WrongKernel:
     """Launches the kernels, except that one does nothing, or spoils what it leaves if it is `pair`."""
 
     def __init__(self, step: str) -> None:
-        self.step, self.kernel = step, _triton._kernel
+        self.step, self.kernel = step, _triton.kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(data: Tensor, links: Tensor, *arguments: Any, STEP: str, **options: Any) -> None:
@@ -238,31 +235,26 @@ def _raises(tokens: Tensor, *_: object) -> ClusterTree:
     raise RuntimeError("no kernel image")
 
 
-def _reverses(tokens: Tensor, linkage: str, metric: str, num_clusters: int) -> ClusterTree:
-    return _torch.build_tree(tokens.flip(1).cpu(), linkage, metric, num_clusters)
+def _reverses(tokens: Tensor, num_clusters: int, linkage: str, metric: str) -> ClusterTree:
+    return _torch.build_tree(tokens.flip(1).cpu(), num_clusters, linkage, metric)
 
 
 WRONG_FORMS = [
     ({"build_tree": _raises}, "RuntimeError: no kernel image"),
     ({"build_tree": _reverses}, "other clusters of 6 and 24 tokens"),
-    ({"_kernel": WrongKernel("all")}, "other clusters of 6 and 24 tokens"),
-    *(({"_kernel": WrongKernel(step)}, "other clusters of 24 tokens") for step in ("search", "pair", "merge")),
+    ({"kernel": WrongKernel("all")}, "other clusters of 6 and 24 tokens"),
+    *(({"kernel": WrongKernel(step)}, "other clusters of 24 tokens") for step in ("search", "pair", "merge")),
 ]
 
 
 @pytest.mark.usefixtures("_unchecked")
-@pytest.mark.parametrize("linkage", ["average", "complete"])
 @pytest.mark.parametrize(("form", "problem"), WRONG_FORMS)
-def test_a_wrong_kernel_steps_aside_with_one_warning_and_raises_where_it_was_asked_for(
-    monkeypatch, form, problem, linkage
-):
+def test_a_wrong_kernel_steps_aside_and_raises_where_it_was_asked_for(monkeypatch, form, problem):
     monkeypatch.setattr(_triton, *next(iter(form.items())))
-    problem = rf"the Triton kernels for {linkage} linkage fail on .* \({problem}\); please report this, "
-    with pytest.warns(UserWarning, match=f"{problem}.* the CPU clusters instead") as warned:
-        assert not any(_self_check.triton_works(torch.device(DEVICE), linkage, "cosine") for _ in range(2))
-    assert [warning.category for warning in warned].count(UserWarning) == 1
+    problem = rf"the Triton kernels for average linkage fail on .* \({problem}\); please report this, "
+    assert re.match(problem, placement.triton_problem(torch.device(DEVICE), "average", "cosine") or "")
     with pytest.raises(RuntimeError, match=f"{problem}.*; use backend='torch'"):
-        agglomerate(draw_tokens(1, 20, 4), 7, linkage, backend="triton")
+        agglomerate(draw_tokens(1, 20, 4), 7, backend="triton")
 
 
 @pytest.mark.parametrize("function", [agglomerate, cluster_tree])
@@ -278,15 +270,16 @@ def test_what_it_cannot_do_is_said_at_once(function, monkeypatch):
         function(tokens, backend="triton", num_clusters=2)
 
 
-@pytest.mark.parametrize(("capability", "linkage"), [(75, "average"), (80, "ward"), (90, "average"), (90, "complete")])
-def test_every_kernel_compiles_and_fits_into_the_shared_memory_of_small_gpus(capability, linkage, pytestconfig):
-    command = [sys.executable, "-m", "tests.helpers.compile_kernels", str(capability), linkage]
+def test_every_kernel_compiles_and_fits_into_the_shared_memory_of_small_gpus(pytestconfig):
+    cases = [("75", "average"), ("80", "ward"), ("90", "average"), ("90", "complete")]  # one process compiles them all
+    command = [sys.executable, "-m", "tests.helpers.compile_kernels", *(word for case in cases for word in case)]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, cwd=pytestconfig.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shared = {step: int(size) for step, size in map(str.split, done.stdout.splitlines())}
-    assert shared.keys() == {"search", "pair", "merge", "all"}
-    assert max(shared.values()) <= 64 * 1024
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    steps = ("search", "pair", "merge", "all")
+    assert {tuple(kernel) for *kernel, _ in kernels} == {(*case, step) for case in cases for step in steps}
+    assert max(int(shared) for *_, shared in kernels) <= 64 * 1024
 
 
 def test_a_tree_is_ordered_cut_and_merged_by_without_knowing_its_data():
@@ -324,7 +317,7 @@ def test_it_is_the_same_to_the_bit_every_time(linkage, metric, monkeypatch):
     """Programs that race would not be."""
     monkeypatch.undo()
     problem = draw_problem(metric, 2, 2000, 40)
-    trees = [cluster_tree(problem, linkage, metric, "triton", num_clusters=1000) for _ in range(20)]
+    trees = [cluster_tree(problem, 1000, linkage, metric, "triton") for _ in range(20)]
     assert all(torch.equal(trees[0].heights, tree.heights) for tree in trees)
     assert all(torch.equal(trees[0].parents, tree.parents) for tree in trees)
 
@@ -334,6 +327,6 @@ def test_it_is_the_same_to_the_bit_every_time(linkage, metric, monkeypatch):
 def test_large_problems_have_the_heights_of_the_reference(linkage, metric, monkeypatch):
     monkeypatch.undo()
     problem = draw_problem(metric, 2, 2049, 40)
-    trees = [cluster_tree(problem, linkage, metric, backend, num_clusters=1200) for backend in ("triton", "scipy")]
+    trees = [cluster_tree(problem, 1200, linkage, metric, backend) for backend in ("triton", "scipy")]
     ours, scipys = (tree.heights.sort(dim=1).values[:, : 2049 - 1200] for tree in trees)
     assert torch.allclose(ours, scipys, rtol=1e-4, atol=1e-4)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atc_diffusion import ViTConfig, agglomerate, apply_patch, merge_maps, remove_patch, summary
-from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
-from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels
 
 SIZES: dict[str, Any] = {"img_size": 20, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 MODELS: dict[str, Callable[[], VisionTransformer]] = {

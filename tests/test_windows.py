@@ -32,7 +32,7 @@ def test_tokens_of_different_windows_are_infinitely_far_apart(height, width, win
         distances = 1 - unit @ unit.mT
     distances[:, windows[:, None] != windows[None, :]] = 1e6
     for num_clusters in {num_windows(height, width, window), height * width // 2, height * width}:
-        labels = cluster_windows(tokens, (height, width), window, linkage).cut(num_clusters)
+        labels = cluster_windows(tokens, 1, (height, width), window, linkage).cut(num_clusters)
         expected = agglomerate(distances, num_clusters, linkage, metric="precomputed", backend="scipy")
         assert torch.equal(labels, expected)
 
@@ -48,7 +48,7 @@ def test_one_token_of_each_window_is_kept_at_least(grid, windows):
 def test_flat_windows_keep_fewer():
     detailed = torch.randn(1, 4, 4, 6)
     picture = torch.cat([detailed, torch.ones(1, 4, 4, 6) + 1e-3 * detailed], dim=2)
-    labels = cluster_windows(picture.flatten(1, 2), (4, 8), window=4).cut(16).view(4, 8)
+    labels = cluster_windows(picture.flatten(1, 2), 16, (4, 8), window=4).cut(16).view(4, 8)
     assert len(labels[:, :4].unique()) > 4 * len(labels[:, 4:].unique())
 
 
@@ -71,10 +71,10 @@ def draw_uneven(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_what_is_built_down_to_a_number_is_cut_as_the_whole_tree(height, width, window, linkage, backend):
     tokens = draw_uneven(height, width)
-    whole = cluster_windows(tokens, (height, width), window, linkage, backend)
+    whole = cluster_windows(tokens, 1, (height, width), window, linkage, backend)
     for share in (0.1, 0.5, 0.9, 1.0):
         num_clusters = max(whole.num_clusters, round(share * height * width))
-        tree = cluster_windows(tokens, (height, width), window, linkage, backend, num_clusters)
+        tree = cluster_windows(tokens, num_clusters, (height, width), window, linkage, backend)
         assert tree.num_clusters == num_clusters
         assert torch.equal(tree.cut(num_clusters), whole.cut(num_clusters))
 
@@ -82,7 +82,7 @@ def test_what_is_built_down_to_a_number_is_cut_as_the_whole_tree(height, width, 
 @pytest.mark.parametrize("linkage", ["average", "complete", "ward"])
 def test_windows_stop_together(linkage):
     """A detailed window stops early where a flat one has the merges that the picture needs."""
-    tree = cluster_windows(draw_uneven(12, 12), (12, 12), 4, linkage, "torch", num_clusters=100)
+    tree = cluster_windows(draw_uneven(12, 12), 100, (12, 12), 4, linkage, "torch")
     merges = tree.heights.isfinite().sum(dim=1)
     assert (merges >= 44).all()
     assert (merges < 100).all()
@@ -91,5 +91,5 @@ def test_windows_stop_together(linkage):
 @pytest.mark.parametrize("backend", ["numba", "scipy"])
 def test_every_backend_clusters_windows(backend):
     tokens = torch.randn(2, 63, 6)
-    labels, expected = (cluster_windows(tokens, (7, 9), 4, backend=name).cut(20) for name in (backend, "torch"))
+    labels, expected = (cluster_windows(tokens, 20, (7, 9), 4, backend=name).cut(20) for name in (backend, "torch"))
     assert torch.equal(labels, expected)

@@ -3,14 +3,17 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._installed import HAS_NUMBA, HAS_TRITON
+from atc_diffusion.clustering._available import HAS_TRITON, numba_problem, on_compilation
 from atc_diffusion.clustering.placement import place
 from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
 from atc_diffusion.devices import without_autocast
+
+__all__ = ["BACKENDS", "LINKAGES", "METRICS", "agglomerate", "cluster_tree", "on_compilation"]
 
 LINKAGES = ("average", "complete", "single", "ward")
 METRICS = ("cosine", "euclidean", "precomputed")
@@ -51,16 +54,15 @@ def agglomerate(
         >>> agglomerate(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]]), num_clusters=2)
         tensor([[0, 1, 0]])
     """
-    check_num_clusters(num_clusters, tokens.shape[1])
-    return cluster_tree(tokens, linkage, metric, backend, num_clusters).cut(num_clusters)
+    return cluster_tree(tokens, num_clusters, linkage, metric, backend).cut(num_clusters)
 
 
 def cluster_tree(
     tokens: Tensor,
+    num_clusters: int = 1,
     linkage: str = "average",
     metric: str | None = None,
     backend: str | None = None,
-    num_clusters: int = 1,
 ) -> ClusterTree:
     """Cluster once, cut often: the tree behind `agglomerate`, whose arguments these are.
 
@@ -81,7 +83,9 @@ def find_merges(
     tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int = 1
 ) -> Merges:
     """Parents, heights and order of `ClusterTree`s, of which every `together` will be cut down to `num_clusters`."""
-    # The operator's dispatch alone takes a fifth of a small clustering.
+    if not len(tokens):
+        return _unknown_merges(tokens)
+    # Otherwise no operator: its dispatch alone takes a fifth of a small clustering.
     find = _opaque_merges if is_traced(tokens) else _merges
     return find(tokens.detach(), num_clusters, linkage, metric, backend, together)
 
@@ -97,8 +101,8 @@ def check_choices(linkage: str, metric: str | None = None, backend: str | None =
         check_member("backend", backend, BACKENDS)
     if backend == "scipy" and importlib.util.find_spec("scipy") is None:
         raise ValueError("backend='scipy' needs SciPy; run `pip install scipy` or use backend='torch'")
-    if backend == "numba" and not HAS_NUMBA:
-        raise ValueError("backend='numba' needs Numba; run `pip install numba` or use backend='torch'")
+    if backend == "numba" and (problem := numba_problem()):
+        raise ValueError(f"backend='numba' cannot be used: {problem}; use backend='torch'")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton' needs Triton; run `pip install triton` or use backend='torch'")
     return metric
@@ -109,7 +113,7 @@ def check_member(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_tokens(tokens: Tensor, metric: str, backend: str | None = None) -> None:
+def check_tokens(tokens: Tensor, metric: str = "cosine", backend: str | None = None) -> None:
     if not isinstance(tokens, Tensor):
         raise ValueError(f"tokens must be a float tensor [B, N, C], got {type(tokens).__name__}")
     if tokens.ndim != 3 or not tokens.is_floating_point():
@@ -127,7 +131,7 @@ def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backen
     chosen, device = place(tokens, linkage, metric, backend)
     tokens = tokens.to(device).to(_working_dtype(tokens))
     with without_autocast(device):  # half precision cannot rank distances
-        tree = _backend(chosen)(tokens, linkage, metric, num_clusters, together)
+        tree = _backend(chosen)(tokens, num_clusters, linkage, metric, together)
     return tree.parents.contiguous(), tree.heights.to(tokens.dtype).contiguous(), tree.order.contiguous()
 
 
@@ -135,7 +139,7 @@ def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backen
 def _opaque_merges(
     tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_merges`, on the tokens' device, which is all that torch.compile sees."""
+    """As `_merges`, on the tokens' device, which is all that torch.compile and `torch.func` see."""
     parents, heights, order = _merges(tokens, num_clusters, linkage, metric, backend, together)
     return parents.to(tokens.device), heights.to(tokens.device), order.to(tokens.device)
 
@@ -144,16 +148,29 @@ def _opaque_merges(
 def _(
     tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = tokens.shape[:2]
-    names = tokens.new_empty(shape, dtype=torch.int64)
-    return names, tokens.new_empty(shape, dtype=_working_dtype(tokens)), torch.empty_like(names)
+    return _unknown_merges(tokens)
+
+
+def _unknown_merges(tokens: Tensor) -> Merges:
+    """As `_merges`, with the right shapes alone."""
+    names = tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+    return names, torch.empty_like(names, dtype=_working_dtype(tokens)), torch.empty_like(names)
+
+
+@_opaque_merges.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], tokens: Tensor, *options: Any) -> tuple[list[Tensor], list[int]]:
+    """Cluster the mapped batches as one."""
+    assert in_dims[0] is not None  # or there would be nothing to map
+    tokens = tokens.movedim(in_dims[0], 0)
+    merges = _opaque_merges(tokens.flatten(0, 1), *options)
+    return [x.unflatten(0, tokens.shape[:2]) for x in merges], [0] * len(merges)
 
 
 def _working_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
+    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
 
 
-def _backend(name: str) -> Callable[[Tensor, str, str, int, int], ClusterTree]:
+def _backend(name: str) -> Callable[[Tensor, int, str, str, int], ClusterTree]:
     if name == "scipy":
         from atc_diffusion.clustering._scipy import build_tree
     elif name == "numba":

@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._prepare import prepare
-from atc_diffusion.clustering._torch import cosine_distances
+from atc_diffusion.clustering._clusters import cosine_distances, prepare
 from atc_diffusion.clustering.tree import ClusterTree
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+def build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, together: int = 1) -> ClusterTree:
     """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed) down to one cluster, whatever `num_clusters` is."""
     from scipy.cluster import hierarchy
 

@@ -2,156 +2,24 @@
 
 Every linkage here is reducible: the union of two clusters is never closer to a third than the nearer of the two was.
 So every pair of clusters that are each other's nearest neighbour is joined in the final tree, and a round joins all
-such pairs. Single linkage is reducible too, but a spanning tree is faster.
+such pairs. Average, complete and Ward's linkage join about a third of the clusters in a round. Single linkage lets
+clusters grow by one token at a time, and takes up to some hundred rounds for thousands of tokens.
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering import _single
-from atc_diffusion.clustering._linkage import UPDATES
-from atc_diffusion.clustering._prepare import prepare
+from atc_diffusion.clustering._clusters import Clusters, make_clusters, prepare, where_first
 from atc_diffusion.clustering.tree import ClusterTree
 
-TILE = 2**20  # distances per tile; 4 MiB in float32 stays in a core's cache
+TILE_DISTANCES = 2**20  # computed together: 4 MiB in float32, which stays in a core's cache
 
 
-class Clusters(Protocol):
-    """The active clusters, `[B, M]`, and the distances between them."""
-
-    sizes: Tensor
-
-    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        """Distances `[B, Q, M - start]`, or a monotone function of them, from `rows` `[B, Q]` to slots >= `start`."""
-
-    def heights(self, merged: Tensor) -> Tensor:
-        """Distances from values that `distances` returned."""
-
-    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        """Keep the slots `keep` `[B, M']`, each joined with its slot in `partners` (or itself) at distance `d`."""
-
-
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+def build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, together: int = 1) -> ClusterTree:
     """Cluster `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), every `together` items down to `num_clusters`."""
-    tokens = prepare(tokens, metric)
-    if linkage == "single":
-        return _single.build_tree(pairwise_distances(tokens, metric))
-    return _ReciprocalMerging(_clusters(tokens, linkage, metric), num_clusters, together).run()
-
-
-def _clusters(tokens: Tensor, linkage: str, metric: str) -> Clusters:
-    if (linkage, metric) == ("average", "cosine"):
-        return _CosineMeans(tokens)
-    if (linkage, metric) == ("ward", "euclidean"):
-        return _WardMeans(tokens)
-    return _Matrix(pairwise_distances(tokens, metric), linkage)
-
-
-def pairwise_distances(tokens: Tensor, metric: str) -> Tensor:
-    """Distances `[B, N, N]` of prepared tokens."""
-    if metric == "precomputed":
-        return tokens
-    return cosine_distances(tokens, tokens) if metric == "cosine" else torch.cdist(tokens, tokens)
-
-
-def cosine_distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.baddbmm(a.new_ones(1), a, b.mT, alpha=-1)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `[B, Q, ...]` of `x` `[B, M, ...]` at `index` `[B, Q]`."""
-    offsets = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """Columns `[B, R, Q]` of `x` `[B, R, M]` at `index` `[B, Q]`."""
-    return x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
-
-
-class _Means:
-    """Clusters as the means of their tokens: memory `O(N C)`, no matrix of distances."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.means = tokens
-        self.sizes = tokens.new_ones(tokens.shape[:2])
-
-    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        sizes, added = self.sizes.gather(1, keep), self.sizes.gather(1, partners)
-        added = added.masked_fill(partners == keep, 0)
-        # A step towards the partner, not a sum: the mean of identical tokens stays exactly that token.
-        self.sizes = sizes + added
-        self.means = torch.lerp(_rows(self.means, keep), _rows(self.means, partners), (added / self.sizes)[..., None])
-
-
-class _CosineMeans(_Means):
-    """Average linkage over cosine distance: the mean of all cosines is the product of the mean unit vectors."""
-
-    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        return torch.bmm(_rows(self.means, rows).neg_(), self.means[:, start:].mT)
-
-    def heights(self, merged: Tensor) -> Tensor:
-        return (1 + merged).clamp_(min=0)
-
-
-class _WardMeans(_Means):
-    """Ward's linkage, squared and halved: n_i n_j / (n_i + n_j) times the squared distance of the means."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__(tokens)
-        self.norms = self.means.square().sum(dim=2)
-
-    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        super().merge(keep, partners, d)
-        self.norms = self.means.square().sum(dim=2)
-
-    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        means, norms, sizes = (x[:, start:] for x in (self.means, self.norms, self.sizes))
-        squared = torch.baddbmm(norms[:, None, :], _rows(self.means, rows), means.mT, alpha=-2)
-        squared.add_(self.norms.gather(1, rows)[:, :, None])
-        return squared.div_(1 / self.sizes.gather(1, rows)[:, :, None] + 1 / sizes[:, None, :])
-
-    def heights(self, merged: Tensor) -> Tensor:
-        return (2 * merged).clamp_(min=0).sqrt_()
-
-
-class _Matrix:
-    """Any linkage, on the matrix `[B, M, M]` of distances."""
-
-    def __init__(self, matrix: Tensor, linkage: str) -> None:
-        self.matrix = matrix
-        self.sizes = matrix.new_ones(matrix.shape[:2])
-        self._join = UPDATES[linkage]
-
-    def distances(self, rows: Tensor, start: int = 0) -> Tensor:
-        return _rows(self.matrix, rows)[:, :, start:]
-
-    def heights(self, merged: Tensor) -> Tensor:
-        return merged
-
-    def merge(self, keep: Tensor, partners: Tensor, d: Tensor) -> None:
-        pairs = _where_first(partners != keep)
-        d, first, second = (x.gather(1, pairs) for x in (d, keep, partners))
-        n_first, n_second = self.sizes.gather(1, first), self.sizes.gather(1, second)
-        alone = first == second
-
-        rows = _rows(self.matrix, first), _rows(self.matrix, second)
-        joined = self._join(*rows, d[:, :, None], n_first[:, :, None], n_second[:, :, None], self.sizes[:, None, :])
-        joined = torch.where(alone[:, :, None], rows[0], joined)
-        self.sizes = self.sizes.gather(1, keep).scatter_add_(1, pairs, n_second.masked_fill(alone, 0))
-
-        columns = _columns(joined, first), _columns(joined, second)
-        n_pairs = self.sizes.gather(1, pairs)[:, :, None]
-        both = self._join(*columns, d[:, None, :], n_first[:, None, :], n_second[:, None, :], n_pairs)
-        both = torch.where(alone[:, None, :], columns[0], both)
-
-        joined = _columns(joined, keep).scatter_(2, pairs[:, None, :].expand_as(both), both)
-        self.matrix = _columns(_rows(self.matrix, keep), keep)
-        self.matrix.scatter_(1, pairs[:, :, None].expand_as(joined), joined)
-        self.matrix.scatter_(2, pairs[:, None, :].expand_as(joined.mT), joined.mT)
+    return _ReciprocalMerging(make_clusters(prepare(tokens, metric), linkage, metric), num_clusters, together).run()
 
 
 class _ReciprocalMerging:
@@ -161,14 +29,14 @@ class _ReciprocalMerging:
     bound on the new one.
     """
 
-    def __init__(self, clusters: Clusters, num_clusters: int, together: int = 1) -> None:
+    def __init__(self, clusters: Clusters, num_clusters: int, together: int) -> None:
         batch, num_tokens = clusters.sizes.shape
         device = clusters.sizes.device
         self.clusters = clusters
         self.num_tokens = num_tokens
         self.num_clusters = num_clusters
         self.together = together
-        self.num_merges = together * num_tokens - num_clusters  # of so many items
+        self.num_merges = together * num_tokens - num_clusters  # of `together` items, which share them out by height
         self.ids = torch.arange(num_tokens, device=device).repeat(batch, 1)  # first tokens; num_tokens: empty
         self.neighbours = torch.zeros_like(self.ids)  # first tokens
         self.bounds = torch.zeros_like(clusters.sizes)  # least possible distance to any other cluster
@@ -202,7 +70,7 @@ class _ReciprocalMerging:
         self.bounds[:, : self.num_stale] = math.inf
         start = 0
         while start < self.num_stale:
-            stop = min(start + max(1, TILE // (batch * (num_slots - start))), self.num_stale)
+            stop = min(start + max(1, TILE_DISTANCES // (batch * (num_slots - start))), self.num_stale)
             distances = self._distances(self.slots[:, start:stop], start)
             self._keep_nearer(slice(start, stop), start, distances, dim=2)
             if stop < self.num_stale:
@@ -261,7 +129,7 @@ class _ReciprocalMerging:
 
         XOR is symmetric, so equal tokens form pairs instead of all choosing the same one.
         """
-        for rows in _where_first(tied).split(max(1, TILE // self.ids.numel()), dim=1):
+        for rows in where_first(tied).split(max(1, TILE_DISTANCES // self.ids.numel()), dim=1):
             distances, row_ids = self._distances(rows), self.ids.gather(1, rows)
             nearest = distances.amin(dim=2)
             apart = row_ids[:, :, None] ^ self.ids[:, None, :]
@@ -284,7 +152,7 @@ class _ReciprocalMerging:
         self.rounds.scatter_(1, ids, number)
 
     def _compact(self, keep: Tensor, stale: Tensor, partners: Tensor, heights: Tensor) -> None:
-        kept = _where_first(keep.byte() + stale)
+        kept = where_first(keep.byte() + stale)
         self.num_stale = int(stale.sum(dim=1).max())
         self.clusters.merge(kept, partners.gather(1, kept), heights.gather(1, kept))
         self.ids = self.ids.masked_fill(~keep, self.num_tokens).gather(1, kept)
@@ -292,9 +160,3 @@ class _ReciprocalMerging:
         self.bounds = self.bounds.gather(1, kept).masked_fill(empty, math.inf)
         self.formed = self.formed.gather(1, kept)
         self.neighbours = self.neighbours.gather(1, kept)
-
-
-def _where_first(mask: Tensor) -> Tensor:
-    """Slots `[B, Q]` where `mask` `[B, M]` is nonzero, largest first; shorter items are padded with others."""
-    longest = int(mask.count_nonzero(dim=1).max())
-    return mask.sort(dim=1, descending=True, stable=True).indices[:, :longest]

@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atc_diffusion.clustering._prepare import prepare
-from atc_diffusion.clustering._torch import pairwise_distances
-from atc_diffusion.clustering.placement import MATRIX_FREE
+from atc_diffusion.clustering._clusters import MATRIX_FREE, pairwise_distances, prepare
 from atc_diffusion.clustering.tree import ClusterTree
 
 # Pictures of 4096 tokens take 7-11 rounds with average and complete linkage, the last of them with some dozens of
@@ -67,7 +65,7 @@ LAST_KEY = tl.constexpr(2**63 - 1)
 LAST_TOKEN = tl.constexpr(2**31 - 1)
 
 
-def build_tree(tokens: Tensor, linkage: str, metric: str, num_clusters: int, together: int = 1) -> ClusterTree:
+def build_tree(tokens: Tensor, num_clusters: int, linkage: str, metric: str, together: int = 1) -> ClusterTree:
     """Cluster float32 `tokens` `[B, N, C]` (`[B, N, N]` if precomputed), every `together` items to `num_clusters`.
 
     Nothing is read back from the device and no shape depends on data, so a CUDA graph can capture it all.
@@ -113,7 +111,7 @@ def _run(
         "FORM": form,
         "TILE": tile,
         "BLOCK": min(BLOCK, max(16, triton.next_power_of_2(num_tokens))),
-        "PRECISION": _precision(data.device),
+        "PRECISION": precision(data.device),
         "enable_fp_fusion": True,
     }
     programs = min(PROGRAMS, triton.cdiv(num_tokens, tile))
@@ -121,21 +119,21 @@ def _run(
     merge_grid = (batch, triton.cdiv(num_tokens, 2 * MERGE_ROWS.value), 1) if means else search_grid
     with torch.cuda.device_of(data):
         for _ in range(min(ROUNDS, num_merges) if num_tokens > ALONE else 0):
-            _kernel[search_grid](*arguments, STEP="search", **options, num_warps=8)
-            _kernel[batch, 1, 1](*arguments, STEP="pair", **options, num_warps=16)
-            _kernel[merge_grid](*arguments, STEP="merge", **options, num_warps=8)
+            kernel[search_grid](*arguments, STEP="search", **options, num_warps=8)
+            kernel[batch, 1, 1](*arguments, STEP="pair", **options, num_warps=16)
+            kernel[merge_grid](*arguments, STEP="merge", **options, num_warps=8)
         if num_merges:
-            _kernel[batch, 1, 1](*arguments, STEP="all", **options, num_warps=8)
+            kernel[batch, 1, 1](*arguments, STEP="all", **options, num_warps=8)
 
 
-def _precision(device: torch.device) -> str:
+def precision(device: torch.device) -> str:
     """Three TF32 products stand for one in float32 where tensor cores multiply such, which is much faster."""
     has_tf32 = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     return "tf32x3" if has_tf32 else "ieee"
 
 
 @triton.jit(do_not_specialize=["num_merges", "together"])
-def _kernel(
+def kernel(
     data,
     links,
     numbers,
@@ -511,7 +509,7 @@ def _joined_distances(data, numbers, n, a, b, c, d, is_new, inside, FORM: tl.con
 
 @triton.jit
 def _join(d_ki, d_kj, d_ij, n_i, n_j, n_k, LINKAGE: tl.constexpr):
-    """How far a cluster k is from the union of i and j, as in `_linkage.py`."""
+    """How far a cluster k is from the union of i and j, as in `_clusters.py`."""
     if LINKAGE == "single":
         distance = tl.minimum(d_ki, d_kj)
     elif LINKAGE == "complete":

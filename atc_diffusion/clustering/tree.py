@@ -1,13 +1,14 @@
 """The result of clustering: a tree that can be cut anywhere without clustering again."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from atc_diffusion.clustering._installed import numba_works
+from atc_diffusion.clustering._available import numba_works
 
 
 class Cuttable(Protocol):
@@ -73,29 +74,45 @@ class ClusterTree:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether `x` may have no data, as what torch.compile and FakeTensorMode compute with."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    """Whether the values of `x` cannot be had: torch.compile, FakeTensorMode, meta tensors, `torch.func`'s wrappers."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
+    """Raise ValueError for what is no number of clusters that `num_tokens` tokens can have."""
+    if not isinstance(num_clusters, Integral | torch.SymInt):
+        raise ValueError(f"num_clusters must be a whole number, got {num_clusters!r}")
     if not 1 <= num_clusters <= num_tokens:
         raise ValueError(f"num_clusters must be between 1 and the {num_tokens} tokens there are, got {num_clusters}")
 
 
+def number_clusters(names: Tensor) -> Tensor:
+    """Labels `[B, N]`, numbered by first token; tokens with equal `names` `[B, N]`, in `0..N - 1`, share a cluster."""
+    tokens = torch.arange(names.shape[1], device=names.device).expand_as(names)
+    first = torch.full_like(names, names.shape[1]).scatter_reduce(1, names, tokens, "amin").gather(1, names)
+    return _number(first)
+
+
+def _number(first: Tensor) -> Tensor:
+    """Labels `[B, N]`, numbered by first token, from the first token of each token's cluster."""
+    tokens = torch.arange(first.shape[1], device=first.device)
+    return ((first == tokens).cumsum(dim=1) - 1).gather(1, first)
+
+
 def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
     """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
-    if not is_traced(parents) and parents.device.type == "cpu" and numba_works():
-        from atc_diffusion.clustering._numba.labels import number_clusters
+    if parents.device.type == "cpu" and not is_traced(parents) and numba_works():
+        from atc_diffusion.clustering import _numba
 
-        return number_clusters(parents.contiguous(), absorbed.contiguous())
-    return number_clusters_by_pointer_jumping(parents, absorbed)
+        return _numba.number_clusters(parents.contiguous(), absorbed.contiguous())
+    return _number(_first_tokens(parents, absorbed))
 
 
-def number_clusters_by_pointer_jumping(parents: Tensor, absorbed: Tensor) -> Tensor:
-    """As `_labels`, of plain tensor operations on any device."""
-    tokens = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
-    roots = torch.where(absorbed, parents, tokens)
+def _first_tokens(parents: Tensor, absorbed: Tensor) -> Tensor:
+    """The root `[B, N]` of each token's chain of parents, by pointer jumping: chains halve every time."""
+    first = torch.where(absorbed, parents, torch.arange(parents.shape[1], device=parents.device))
     for _ in range(parents.shape[1].bit_length()):
-        roots = roots.gather(1, roots)
-    numbers = (~absorbed).cumsum(dim=1) - 1
-    return numbers.gather(1, roots)
+        first = first.gather(1, first)
+    return first

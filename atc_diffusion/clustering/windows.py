@@ -14,11 +14,11 @@ from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_tr
 
 def cluster_windows(
     tokens: Tensor,
+    num_clusters: int,
     grid: tuple[int, int],
     window: int,
     linkage: str = "average",
     backend: str | None = None,
-    num_clusters: int = 1,
 ) -> ClusterTree:
     """Cluster tokens as `cluster_tree` does, as if those of different windows were infinitely far apart.
 
@@ -27,11 +27,11 @@ def cluster_windows(
 
     Args:
         tokens: `[B, N, C]`, the rows of the grid one after the other.
+        num_clusters: the least number of clusters that the tree will be asked for; more are cheaper.
         grid: height and width; their product is `N`.
         window: longest side of a window; the grid is divided as evenly as possible.
         linkage: as in `agglomerate`, over its default metric.
         backend: as in `agglomerate`.
-        num_clusters: the least number of clusters that the tree will be asked for; more are cheaper.
 
     Returns:
         A tree that can be cut down to `num_clusters`, but not below one cluster per window (`num_windows`).
@@ -42,9 +42,10 @@ def cluster_windows(
     tokens, origin = tokens.detach(), tokens.device
     if not is_traced(tokens):  # all windows travel together
         largest = tokens[:, : _longest_side(grid[0], window) * _longest_side(grid[1], window)]
-        tokens = tokens.to(place(largest, linkage, metric, backend).device)
+        backend, device = place(largest, linkage, metric, backend)
+        tokens = tokens.to(device)
     find = partial(find_merges, linkage=linkage, metric=metric, backend=backend)
-    return replace(_tree(tokens, _windows(*grid, window, tokens.device), num_clusters, find), device=origin)
+    return replace(_tree(tokens, num_clusters, _windows(*grid, window, tokens.device), find), device=origin)
 
 
 def num_windows(height: int, width: int, window: int) -> int:
@@ -66,8 +67,8 @@ def _windows(height: int, width: int, window: int, device: torch.device) -> list
     return [torch.stack(tiles) for tiles in by_shape.values()]
 
 
-def _tree(tokens: Tensor, windows: list[Tensor], num_clusters: int, find: Callable[..., Merges]) -> ClusterTree:
-    """The trees of all windows as one; windows of one shape need at most all the merges of the picture."""
+def _tree(tokens: Tensor, num_clusters: int, windows: list[Tensor], find: Callable[..., Merges]) -> ClusterTree:
+    """The trees of all windows as one; windows of one shape need at most all the merges of the image."""
     num_merges = tokens.shape[1] - num_clusters
     parents = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     ranks = torch.zeros_like(parents)

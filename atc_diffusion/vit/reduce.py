@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atc_diffusion.clustering import agglomerate
-from atc_diffusion.clustering.bipartite import bipartite_labels, number_clusters
-from atc_diffusion.clustering.dpc_knn import dpc_knn_labels
-from atc_diffusion.clustering.kmedoids import kmedoids_labels
+from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels, match
+from atc_diffusion.clustering.tree import number_clusters
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.vit.config import ViTConfig
 
@@ -80,7 +79,7 @@ def _labels(attention: Attention, config: ViTConfig, num_clusters: int) -> Tenso
     if config.method == "tome":
         # Tokens at odd places of the whole sequence, as in ToMe's code for vision transformers.
         destinations = torch.arange((1 - prefix) % 2, features.shape[1], 2, device=features.device)
-        return bipartite_labels(features, destinations, num_clusters)
+        return match(features, destinations).cut(num_clusters)
     if config.method == "kmedoids":
         return kmedoids_labels(features, num_clusters, weights=attention.received(slice(None)))
     if config.method == "dpc_knn":

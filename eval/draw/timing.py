@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from atc_diffusion.clustering.compilation import on_compilation
+from atc_diffusion.clustering import on_compilation
 from draw.configuration import Configuration
 from draw.pictures import Picture
 from draw.sampler import Sampler

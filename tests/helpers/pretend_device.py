@@ -40,13 +40,15 @@ OPERATIONS = {
     "log",
     "masked_fill",
     "max",
+    "nan_to_num",
     "new_ones",
     "norm",
     "ones",
     "remainder",
     "repeat",
+    "scatter",
     "scatter_",
-    "scatter_reduce_",
+    "scatter_reduce",
     "searchsorted",
     "slice",
     "sort",
@@ -56,7 +58,7 @@ OPERATIONS = {
     "unsqueeze",
 }
 
-# In C++, where there is none.
+# These ask a tensor for its device in C++, past the property of `PretendedTensor`, so they run on the CPU tensor.
 ASK_FOR_THE_DEVICE = (
     Tensor.__getitem__,
     Tensor.__setitem__,

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-FAR = 3e38  # beyond every distance, finite in float32
+UNREACHABLE = 3e38  # beyond every distance, and finite in float32, so that a distance can be added to it
 LANES = 64  # independent comparisons, which LLVM turns into vector instructions
 
 # NumPy's rule for division by zero: Python's raises, and the test for it keeps loops from becoming vector instructions.
@@ -17,14 +18,30 @@ inner = njit(nogil=True, error_model="numpy")
 
 
 def entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `function` at its first call, and cache it on disk if a cache directory is writable.
+    """Compile `function` at its first call, and cache it on disk where that is possible.
 
     Numba recompiles it when its own file changes, but not when the files of functions that it calls change.
     """
     dispatcher = inner(function)
-    with suppress(RuntimeError):
-        dispatcher.enable_caching()
+    with suppress(RuntimeError, OSError):  # no directory is writable
+        dispatcher._cache = _Cache(function)
     return dispatcher
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]  # Numba is not annotated
+    """A cache that cannot end a call: what it cannot read is compiled, and what it cannot write is not kept."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever damaged files make Numba and pickle raise
+            with suppress(OSError):
+                self.flush()  # or saving would read the damaged index again
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk, an exceeded quota, a directory that became read-only
+            super().save_overload(sig, data)
 
 
 @inner
@@ -35,7 +52,7 @@ def nearest(distances: Array, gone: Array, i: int, least: Array, apart: Array) -
 
     Args:
         distances: `[N]`, from `i` to all clusters.
-        gone: `[N]`, 0 or `FAR`.
+        gone: `[N]`, 0 or `UNREACHABLE`.
         i: the cluster whose neighbour is searched.
         least: scratch space for `LANES` distances.
         apart: scratch space for `LANES` int32.

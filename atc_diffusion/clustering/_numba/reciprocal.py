@@ -1,13 +1,13 @@
-"""Average, complete and Ward linkage; a round joins every pair of clusters that are each other's nearest."""
+"""All linkages; a round joins every pair of clusters that are each other's nearest."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from atc_diffusion.clustering._numba.compiled import FAR, LANES, Array, entry, inner, nearest
+from atc_diffusion.clustering._numba.compiled import LANES, UNREACHABLE, Array, entry, inner, nearest
 
-LINKAGES = {"average": 0, "complete": 1, "ward": 2}
-AVERAGE, COMPLETE = LINKAGES["average"], LINKAGES["complete"]
+CODES = {"average": 0, "complete": 1, "single": 2, "ward": 3}  # Numba would compile a loop for every string
+AVERAGE, COMPLETE, SINGLE = CODES["average"], CODES["complete"], CODES["single"]
 RESCANS = 8  # stale clusters per merge above which the search is thrifty
 
 
@@ -20,7 +20,7 @@ class _Clusters(NamedTuple):
     neighbours: Array  # the nearest cluster
     stale: Array  # whether that neighbour may be out of date
     grown: Array  # the last round in which it absorbed another
-    gone: Array  # FAR for clusters that were absorbed or will not merge again, otherwise 0
+    gone: Array  # UNREACHABLE for clusters that were absorbed or will not merge again, otherwise 0
     least: Array  # scratch space for `nearest`
     apart: Array
 
@@ -47,7 +47,7 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
     n, dtype = len(matrix), matrix.dtype
     clusters = _Clusters(
         np.ones(n, dtype),
-        np.full(n, -FAR, dtype),
+        np.full(n, -UNREACHABLE, dtype),
         np.zeros(n, dtype),
         np.arange(n),
         np.ones(n, np.bool_),
@@ -66,9 +66,11 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
         if merged >= num_merges:
             active = _drop(clusters, active, _smallest(heights, num_merges - 1))
         else:
-            active = _drop(clusters, active, FAR)
+            active = _drop(clusters, active, UNREACHABLE)
         _join(linkage, matrix, clusters, active, pairs)
-        thrifty = _mark_stale(clusters, active, number) > RESCANS * len(pairs.first)
+        if linkage == SINGLE:
+            _follow(clusters, active, parents)
+        thrifty = _mark_stale(clusters, active, number, linkage) > RESCANS * len(pairs.first)
         number += 1
 
 
@@ -84,7 +86,7 @@ def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) ->
             limit = min(limit, clusters.bounds[i])
     for i in active:
         if clusters.stale[i] and clusters.bounds[i] <= limit:
-            clusters.gone[i] = FAR
+            clusters.gone[i] = UNREACHABLE
             clusters.neighbours[i] = nearest(matrix[i], clusters.gone, i, clusters.least, clusters.apart)
             clusters.gone[i] = 0
             clusters.bounds[i] = matrix[i, clusters.neighbours[i]]
@@ -119,7 +121,7 @@ def _record(clusters: _Clusters, pairs: _Pairs, number: int, parents: Array, hei
         parents[absorbed], heights[absorbed], rounds[absorbed] = into, height, number
         clusters.formed[into] = clusters.bounds[into] = height
         clusters.grown[into] = number
-        clusters.stale[into], clusters.gone[absorbed] = True, FAR
+        clusters.stale[into], clusters.gone[absorbed] = True, UNREACHABLE
 
 
 @inner
@@ -146,7 +148,7 @@ def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
     count = 0
     for i in active:
         if clusters.bounds[i] >= last:
-            clusters.gone[i] = FAR
+            clusters.gone[i] = UNREACHABLE
         if clusters.gone[i] == 0:
             active[count] = i
             count += 1
@@ -154,12 +156,22 @@ def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
 
 
 @inner
-def _mark_stale(clusters: _Clusters, active: Array, number: int) -> int:
+def _follow(clusters: _Clusters, active: Array, parents: Array) -> None:
+    """A union is as near as the nearer of its parts: with single linkage the nearest neighbour stays it when it grows.
+
+    So its clusters, which grow by one token at a time, do not make all those near them search anew.
+    """
+    for i in active:
+        clusters.neighbours[i] = parents[clusters.neighbours[i]]
+
+
+@inner
+def _mark_stale(clusters: _Clusters, active: Array, number: int, linkage: int) -> int:
     """Mark clusters whose neighbour is gone or has grown, and count the stale ones."""
     count = 0
     for i in active:
         neighbour = clusters.neighbours[i]
-        if clusters.gone[neighbour] > 0 or clusters.grown[neighbour] == number:
+        if clusters.gone[neighbour] > 0 or (linkage != SINGLE and clusters.grown[neighbour] == number):
             clusters.stale[i] = True
         count += clusters.stale[i]
     return count
@@ -188,6 +200,9 @@ def _join_rows(linkage: int, row: Array, other: Array, d_ij: float, n_i: float, 
     elif linkage == COMPLETE:
         for k in range(len(row)):
             row[k] = max(row[k], other[k])
+    elif linkage == SINGLE:
+        for k in range(len(row)):
+            row[k] = min(row[k], other[k])
     else:
         for k in range(len(row)):
             row[k] = _ward(row[k], other[k], d_ij, n_i, n_j, sizes[k])
@@ -201,6 +216,8 @@ def _join_columns(linkage: int, row: Array, pairs: _Pairs, sizes: Array, n_k: fl
             row[i] += (row[j] - row[i]) * (sizes[j] / sizes[i])
         elif linkage == COMPLETE:
             row[i] = max(row[i], row[j])
+        elif linkage == SINGLE:
+            row[i] = min(row[i], row[j])
         else:
             row[i] = _ward(row[i], row[j], pairs.distances[pair], sizes[i] - sizes[j], sizes[j], n_k)
 
