@@ -1,6 +1,7 @@
 """The baselines' clusterings, against plain references."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from atc_diffusion import bipartite_labels
 from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels
 from atc_diffusion.vit.reduce import prune_labels
+from tests.helpers.labels import assert_valid
 
 SIZES = (st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
 
@@ -77,11 +80,65 @@ def test_dpc_knn_equals_its_definition(seed, num_tokens, share, neighbors):
         assert labels[i].tolist() == reference_dpc_knn(tokens[i].double(), num_clusters, neighbors)
 
 
-@pytest.mark.parametrize("cluster", [kmedoids_labels, dpc_knn_labels])
+def bipartite(tokens: Tensor, num_clusters: int, **options: Any) -> Tensor:
+    return bipartite_labels(tokens, num_clusters, **{"destinations": torch.tensor([5])} | options)
+
+
+CLUSTERINGS = [bipartite, kmedoids_labels, dpc_knn_labels]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERINGS)
 @pytest.mark.parametrize("num_clusters", [1, 3, 8])
-def test_equal_tokens_still_give_every_cluster(cluster, num_clusters):
-    labels = cluster(torch.ones(2, 8, 3), num_clusters)
-    assert [row.unique().tolist() for row in labels] == [list(range(num_clusters))] * 2
+@pytest.mark.parametrize("value", [1.0, 0.0, 3e38, math.nan, math.inf, -math.inf])
+def test_degenerate_tokens_still_give_every_cluster(cluster, num_clusters, value):
+    tokens = torch.full((2, 8, 3), value)
+    tokens[1, ::2] = torch.randn(4, 3)
+    assert_valid(cluster(tokens, num_clusters), num_clusters)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 3e38, math.nan, math.inf])
+def test_degenerate_weights_still_give_every_cluster(value):
+    weights = torch.tensor([[value], [1.0]]).repeat(1, 8)
+    assert_valid(kmedoids_labels(torch.randn(2, 8, 3), 3, weights), 3)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERINGS)
+@pytest.mark.parametrize(
+    ("tokens", "num_clusters", "message"),
+    [
+        (torch.zeros(1, 8, 3), 0, "between 1 and the 8 tokens there are, got 0"),
+        (torch.zeros(1, 8, 3), 9, "between 1 and the 8 tokens there are, got 9"),
+        (torch.zeros(1, 8, 3), 2.5, "whole number, got 2.5"),
+        (torch.zeros(8, 3), 2, r"\[B, N, C\], got torch.float32 \[8, 3\]"),
+        (torch.zeros(8), 2, r"\[B, N, C\], got torch.float32 \[8\]"),
+        (torch.zeros(1, 8, 3, dtype=torch.int64), 2, "got torch.int64"),
+        ([[[0.0]]], 1, "got list"),
+    ],
+)
+def test_bad_input_is_named(cluster, tokens, num_clusters, message):
+    with pytest.raises(ValueError, match=message):
+        cluster(tokens, num_clusters)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [
+        (bipartite, {"destinations": torch.arange(3)}, "each of 3 destinations is a cluster, got num_clusters=2; ask"),
+        (bipartite, {"destinations": torch.tensor([0, 0])}, r"distinct tokens from 0 to 7, got \[0, 0\]"),
+        (bipartite, {"destinations": torch.tensor([8])}, r"distinct tokens from 0 to 7, got \[8\]"),
+        (bipartite, {"destinations": torch.tensor([-1])}, r"distinct tokens from 0 to 7, got \[-1\]"),
+        (bipartite, {"destinations": torch.tensor([], dtype=torch.int64)}, "at least one token, got none"),
+        (bipartite, {"destinations": torch.zeros(2)}, r"int64 tensor \[D\], got torch.float32 \[2\]"),
+        (bipartite, {"destinations": torch.zeros(1, 1, dtype=torch.int64)}, r"got torch.int64 \[1, 1\]"),
+        (bipartite, {"destinations": [0, 1]}, r"int64 tensor \[D\], got \[0, 1\]"),
+        (kmedoids_labels, {"iterations": -1}, "iterations must be a number from 0 up, got -1"),
+        (kmedoids_labels, {"weights": torch.ones(8)}, r"weights must be a tensor \[1, 8\], got \[8\]"),
+        (dpc_knn_labels, {"neighbors": 0}, "neighbors must be a whole number from 1 up, got 0"),
+    ],
+)
+def test_bad_options_are_named(cluster, options, message):
+    with pytest.raises(ValueError, match=message):
+        cluster(torch.zeros(1, 8, 3), 2, **options)
 
 
 @pytest.mark.parametrize("num_kept", [1, 4, 6])

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from atc_diffusion.clustering import check_tokens
 from atc_diffusion.clustering._clusters import finite
 from atc_diffusion.clustering.tree import check_num_clusters, is_traced, number_clusters
+from atc_diffusion.validation import check_count, check_not_negative
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +153,7 @@ def kmedoids_labels(tokens: Tensor, num_clusters: int, weights: Tensor | None = 
     """
     check_tokens(tokens)
     check_num_clusters(num_clusters, tokens.shape[1])
-    if iterations < 0:
-        raise ValueError(f"iterations must be a whole number from 0 up, got {iterations}")
+    check_not_negative("iterations", iterations)
     if weights is not None and weights.shape != tokens.shape[:2]:
         raise ValueError(f"weights must be a tensor {list(tokens.shape[:2])}, got {list(weights.shape)}")
     distances = _distances(tokens)
@@ -201,8 +201,7 @@ def dpc_knn_labels(tokens: Tensor, num_clusters: int, neighbors: int = 5) -> Ten
     """
     check_tokens(tokens)
     check_num_clusters(num_clusters, tokens.shape[1])
-    if neighbors < 1:
-        raise ValueError(f"neighbors must be a whole number from 1 up, got {neighbors}")
+    check_count("neighbors", neighbors, "a whole number from 1 up")
     distances = _distances(tokens) / max(tokens.shape[2], 1) ** 0.5
     density = _density(distances, min(neighbors, tokens.shape[1]))
     scores = density * _separation(distances, density)
