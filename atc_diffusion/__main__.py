@@ -1,31 +1,67 @@
 """Commands: `python -m atc_diffusion` checks merging on this machine, `... tune MODEL` finds a setting for a model."""
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
+import torch
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m atc_diffusion", description="Token merging for diffusers.")
+from atc_diffusion.devices import devices_found
+from atc_diffusion.loading import load_pipeline, quiet
+from atc_diffusion.tuning import Tuning, tune
+
+NAME = "python -m atc_diffusion"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=NAME, description="Token merging for diffusers.")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("check", help="check merging on every device of this machine (the default); under a minute")
-    _add_options(commands.add_parser("tune", help="find the fastest setting that keeps a model's pictures"))
-    options = vars(parser.parse_args(arguments))
+    _add_options(commands.add_parser("tune", help="find the fastest setting that keeps a model's images"))
+    options = parser.parse_args(arguments)
     try:
-        return _tune(**options) if options.pop("command") == "tune" else _check()
-    except ValueError as error:
-        sys.exit(f"python -m atc_diffusion: {error}")
+        return _tune(options) if options.command == "tune" else _check()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{NAME}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{NAME}: stopped")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="hub id or folder of a text-to-image pipeline")
-    parser.add_argument("--prompt", nargs="+", required=True, help="a few prompts that are typical of yours")
+    parser.description = (
+        "Draws your prompts without a patch, then with merging, forecast steps, fewer steps and combinations of these,"
+        " and prints the fastest setting whose images are near enough, as code."
+    )
+    parser.add_argument("model", help="folder or hub id of a pipeline")
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="a few that are typical of yours")
+    parser.add_argument("--min-psnr", type=float, default=40.0, help="lowest PSNR, in dB (default: %(default)g)")
+    parser.add_argument("--max-seconds", type=float, default=inf, help="begin no image after that (default: no limit)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the pipeline's own)")
     parser.add_argument("--size", type=int, help="height and width in pixels (default: the model's own)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float16, CPU: float32)")
-    parser.add_argument("--min-psnr", type=float, default=40.0, help="least PSNR in dB (default: 40)")
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no picture after that")
+    parser.add_argument("--image", type=Path, help="image to start from, for image-to-image (default: noise)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images per prompt (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt (default: %(default)s)")
+    parser.add_argument("--lora", help="folder or hub id of a LoRA for the model (default: none)")
+    parser.add_argument("--scheduler", help="name of a scheduler class of diffusers (default: the model's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float16; float32 on the CPU)")
+    parser.add_argument("--device", help="such as cpu, cuda or mps (default: the fastest)")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the measurements to a JSON file, too")
+    parser.add_argument("--html", type=_file, metavar="FILE", help="write a page with the images, too")
+
+
+def _file(text: str) -> Path:
+    """Checked before hours are spent on what is to be written."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; give a file in a folder that exists")
+    return path
 
 
 def _check() -> int:
@@ -34,20 +70,98 @@ def _check() -> int:
     return run_check()
 
 
-def _tune(model: str, prompt: list[str], dtype: str | None, min_psnr: float, max_seconds: float, **given: Any) -> int:
-    import torch
+def _tune(options: argparse.Namespace) -> int:
+    from atc_diffusion.checks import describe_machine
 
-    from atc_diffusion.devices import devices_found
-    from atc_diffusion.loading import load_pipeline
-    from atc_diffusion.tuning import tune
-
-    device = devices_found()[-1]
-    dtype = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = load_pipeline(model, getattr(torch, dtype)).to(device)
+    make_page = _page_maker() if options.html else None
+    device = _device(options.device)
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size"}
-    call = {name: given[option] for name, option in names.items() if given[option] is not None}
-    print(tune(pipe, prompt, min_psnr=min_psnr, max_seconds=max_seconds, on_progress=_say, **call))
+    call = {name: value for name, option in names.items() if (value := getattr(options, option)) is not None}
+    with quiet():
+        pipe, call = _pipeline(options, device, call | {"num_images_per_prompt": options.batch_size})
+        limits = {"min_psnr": options.min_psnr, "max_seconds": options.max_seconds, "seed": options.seed}
+        tuning = tune(pipe, options.prompts, on_progress=_say, **limits, **call)
+    print(tuning)
+    command, machine = " ".join(sys.argv), ", ".join(describe_machine([device]))
+    about = {"command": command, "machine": machine, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    if options.json:
+        found = about | {"min_psnr": tuning.min_psnr, "note": tuning.note, "results": _results(tuning)}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if make_page:
+        options.html.write_text(make_page(tuning, about), encoding="utf-8")
     return 0
+
+
+def _page_maker() -> Callable[[Tuning, dict[str, str]], str]:
+    try:
+        from atc_diffusion.tuning_page import make_page
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--html needs {error.name}; run: pip install jinja2 matplotlib") from error
+    return make_page
+
+
+def _device(name: str | None) -> torch.device:
+    found = devices_found()
+    if name and name.partition(":")[0] not in {device.type for device in found}:
+        raise ValueError(f"there is no device {name!r} here, only {' and '.join(map(str, found))}")
+    return torch.device(name) if name else found[-1]
+
+
+def _pipeline(options: argparse.Namespace, device: torch.device, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline on its device, and the arguments of its call."""
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "float16")
+    pipe = load_pipeline(options.model, getattr(torch, dtype))
+    if options.lora:
+        _load_lora(pipe, options.lora)
+    if options.scheduler:
+        pipe.scheduler = _scheduler(options.scheduler, pipe.scheduler)
+    if options.image:
+        pipe, call = _from_image(pipe, options.image, call)
+    return pipe.to(device), call
+
+
+def _load_lora(pipe: Any, lora: str) -> None:
+    try:
+        pipe.load_lora_weights(lora)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load --lora {lora}: give a folder with a LoRA, or a hub id (owner/name)") from error
+
+
+def _scheduler(name: str, present: Any) -> Any:
+    """The scheduler of that name for a model that comes with the present one."""
+    fitting = {each.__name__: each for each in (*present.compatibles, type(present))}
+    if name not in fitting:
+        raise ValueError(f"--scheduler {name} does not fit this model; these do: {', '.join(sorted(fitting))}")
+    return fitting[name].from_config(present.config)
+
+
+def _from_image(pipe: Any, path: Path, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The image-to-image pipeline made of `pipe`, and arguments of its call that start from the image at `path`."""
+    from diffusers import AutoPipelineForImage2Image
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    others = {name: value for name, value in call.items() if name not in ("height", "width")}
+    if "height" in call:
+        image = image.resize((call["width"], call["height"]))
+    others["image"] = [image] * call["num_images_per_prompt"]
+    return AutoPipelineForImage2Image.from_pipe(pipe), others
+
+
+def _results(tuning: Tuning) -> list[dict[str, Any]]:
+    return [
+        {
+            "setting": str(row.setting),
+            "config": row.setting.config and asdict(row.setting.config),
+            "num_inference_steps": row.setting.num_inference_steps,
+            "seconds": row.seconds,
+            "ratio": row.ratio,
+            "psnr": row.psnr if isfinite(row.psnr) else None,
+            "prompts": row.num_prompts,
+        }
+        for row in tuning.rows
+    ]
 
 
 def _say(label: str, done: int, total: int) -> None:

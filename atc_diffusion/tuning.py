@@ -3,18 +3,93 @@
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from atc_diffusion.config import MergeConfig
+from atc_diffusion.fidelity import psnr
 from atc_diffusion.methods import ATCConfig
-from atc_diffusion.patch import patched, remove_patch
-from atc_diffusion.trials import Bench, OnProgress, Row, Way
-from atc_diffusion.validation import check_count
+from atc_diffusion.patch import patched, remove_patch, summary
+from atc_diffusion.validation import check_count, check_not_negative
 
-FASTER = 0.97  # of the unmerged time; anything nearer to 1 may be noise
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+FASTER = 0.97  # of the unpatched time; anything nearer to 1 may be noise
+DOUBT = 5.0  # dB that one image may be from the mean of several
+FEWER_STEPS = (0.8, 0.5)  # fractions of the steps: what merging and forecasting compete with
+OWN_ARGUMENTS = {"prompt": "give prompts", "generator": "give a seed", "output_type": "it compares PIL images"}
+
+OnProgress = Callable[[str, int, int], None]
+Case = tuple[str, int]  # a prompt and a seed
+Draw = Callable[[Case, "Setting"], "Drawn"]
+
+
+class Drawn(NamedTuple):
+    """One call of the pipeline."""
+
+    pixels: NDArray[np.uint8]  # [B, H, W, C]
+    seconds: float
+    computed: str  # why every step was computed, if some should have been forecast
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to draw images.
+
+    Attributes:
+        config: the patch; None: no patch.
+        num_inference_steps: the number of steps that the pipeline is called with.
+    """
+
+    config: MergeConfig | None
+    num_inference_steps: int
+
+    def __str__(self) -> str:
+        parts = []
+        if self.config and (self.config.r, self.config.r_keys) not in ((1, None), (1, 1)):
+            parts.append(f"r={self.config.r}, r_keys={self.config.r_keys}")
+        if self.forecasts:
+            parts.append("forecasting")
+        return " + ".join([*parts, f"{self.num_inference_steps} step{'s' * (self.num_inference_steps != 1)}"])
+
+    @property
+    def forecasts(self) -> bool:
+        return self.config is not None and self.config.forecast_tolerance > 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of a setting.
+
+    Attributes:
+        setting: the setting.
+        seconds: median time of a call of the pipeline.
+        ratio: median ratio of that time to the unpatched pipeline's for the same prompt.
+        psnr: mean PSNR in dB against the unpatched pipeline's images; infinite if they are equal.
+        num_prompts: number of prompts that were drawn.
+        image: the image of the first prompt.
+    """
+
+    setting: Setting
+    seconds: float
+    ratio: float
+    psnr: float
+    num_prompts: int
+    image: "Image | None" = None
+
+    def __str__(self) -> str:
+        return f"{self.setting!s:48} {self.seconds:8.2f} s  x {self.ratio:.2f}  {self.psnr:5.1f} dB"
 
 
 @dataclass(frozen=True)
@@ -22,54 +97,68 @@ class Tuning:
     """The result of `tune`; prints as a table with advice.
 
     Attributes:
-        rows: one for each way that was tried, the fastest first.
+        rows: one for each setting that was tried, the fastest first.
         min_psnr: the lowest PSNR that was acceptable.
+        note: why no step can be forecast, if none was.
     """
 
     rows: tuple[Row, ...]
     min_psnr: float
+    note: str = ""
+
+    @property
+    def unpatched(self) -> Row:
+        """The pipeline without a patch, at the number of steps that was asked for."""
+        unpatched = (row for row in self.rows if row.setting.config is None)
+        return max(unpatched, key=lambda row: row.setting.num_inference_steps)
 
     @property
     def best(self) -> Row:
-        """The fastest way that is close enough, or the unpatched pipeline if none is faster."""
-        good = [row for row in self.rows if row.psnr >= self.min_psnr and row.ratio < FASTER]
-        return good[0] if good else next(row for row in self.rows if row.way.config is None and math.isinf(row.psnr))
+        """The fastest setting that is close enough, or the unpatched pipeline if none is faster."""
+        good = (row for row in self.rows if row.psnr >= self.min_psnr and row.ratio < FASTER)
+        return next(good, self.unpatched)
+
+    @property
+    def pays(self) -> bool:
+        """Whether a setting is faster than the unpatched pipeline and close enough."""
+        return self.best is not self.unpatched
 
     @property
     def config(self) -> MergeConfig:
         """For `apply_patch`; where no patch pays, one that changes nothing."""
-        return self.best.way.config or ATCConfig(r=1.0)
+        return self.best.setting.config or ATCConfig(r=1.0)
 
     @property
     def num_inference_steps(self) -> int:
         """The number of steps to use together with `config`."""
-        return self.best.way.num_inference_steps
+        return self.best.setting.num_inference_steps
 
     @property
     def advice(self) -> str:
         """In words, then as code."""
-        if self.best.ratio < FASTER:
-            words = f"Fastest at {self.min_psnr:g} dB or more: {self.best.way}, {self.best.ratio:.2f} of the time."
-            code = f"apply_patch(pipe, {self.config})\npipe(..., num_inference_steps={self.num_inference_steps})"
-            return f"{words}\n{code}"
-        faster = [row for row in self.rows if row.ratio < FASTER]
-        if not faster:
-            return "Nothing is faster than the unpatched pipeline here."
+        if self.pays:
+            words = f"Fastest at {self.min_psnr:g} dB or more: {self.best.setting}, {self.best.ratio:.2f} of the time."
+            patch = f"apply_patch(pipe, {self.config})\n" if self.best.setting.config else ""
+            return f"{words}\n{patch}pipe(..., num_inference_steps={self.num_inference_steps})"
+        if not (faster := [row for row in self.rows if row.ratio < FASTER]):
+            return "Nothing pays here: no setting is faster than the unpatched pipeline."
         closest = max(faster, key=lambda row: row.psnr)
-        return f"Nothing is faster at {self.min_psnr:g} dB or more. The closest: {closest.way}, {closest.psnr:.1f} dB."
+        words = f"Nothing pays here: no setting is faster at {self.min_psnr:g} dB or more."
+        return f"{words} The closest of the faster ones: {closest.setting}, {closest.psnr:.1f} dB."
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.rows), self.advice])
+        return "\n".join(filter(None, [*map(str, self.rows), self.note, self.advice]))
 
 
 def tune(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: str | Sequence[str],
     *,
     min_psnr: float = 40.0,
     max_seconds: float = math.inf,
     seed: int = 0,
-    on_progress: OnProgress | None = None,
+    num_inference_steps: int | None = None,
+    on_progress: OnProgress = lambda label, done, total: None,
     **arguments: Any,
 ) -> Tuning:
     """Compare merging, forecast steps, fewer steps and combinations of these on images of your own prompts.
@@ -84,59 +173,125 @@ def tune(
         max_seconds: time after which no image is begun; the unpatched image of the first prompt and one other are
             always drawn.
         seed: for the noise of the first prompt; each further prompt adds 1.
+        num_inference_steps: steps of the unpatched pipeline; None: its default.
         on_progress: called before each image with its setting, the number of images done, and the total.
-        arguments: passed to the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, or `image`.
+        arguments: passed to the pipeline, such as `guidance_scale`, `height`, or `image`.
 
     Returns:
         a `Tuning`. Call `apply_patch(pipe, tuning.config)` and draw with
         `num_inference_steps=tuning.num_inference_steps`.
 
     Raises:
-        ValueError: if there is no prompt or no step, or the pipeline cannot be patched.
+        ValueError: if there is no prompt or no step, an argument does not fit, or the pipeline cannot be patched.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts must be a prompt or several, got none")
-    steps = arguments.pop("num_inference_steps", None)
-    steps = _default_steps(pipe) if steps is None else steps
-    check_count("num_inference_steps", steps, "a number of steps from 1 up")
-    bench = Bench(pipe, arguments, seed, time.perf_counter() + max_seconds, on_progress or _ignore)
+    steps = _default_steps(pipe) if num_inference_steps is None else num_inference_steps
+    _check(prompts, steps, min_psnr, max_seconds, arguments)
+    end, draw = time.perf_counter() + max_seconds, partial(_draw, pipe, arguments)
+    cases = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
     with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving
-        bench.warm_up(prompts[0])
+        on_progress("warming up", 0, 0)  # compiles everything
+        draw(cases[0], Setting(ATCConfig.faster(), 2))
         remove_patch(pipe)
-        ways = [way for way in _ways(steps) if _fits(pipe, way)]
-        return Tuning(bench.compare(prompts, ways, min_psnr).rows(), min_psnr)
+        draw(cases[0], Setting(None, 2))
+        settings = [setting for setting in _settings(steps) if _fits(pipe, setting)]
+        return _compare(draw, settings, cases, min_psnr, end, on_progress)
 
 
-def _ways(steps: int) -> Iterator[Way]:
+def _settings(steps: int) -> Iterator[Setting]:
     """The unpatched pipeline, then everything else that is tried, the most promising first."""
-    fast, faster = ATCConfig.fast(), ATCConfig.faster()
-    fewer = [max(1, round(share * steps)) for share in (0.8, 0.5)]
-    yield Way(None, steps)
-    for config in (
-        faster,
-        fast,
-        ATCConfig(r=1.0, forecast_tolerance=faster.forecast_tolerance),
-        replace(faster, r=0.5),
-    ):
-        yield Way(config, steps)
-    yield Way(ATCConfig.fast(0.25), steps)
-    for count in dict.fromkeys(fewer):
-        if count < steps:
-            yield from (Way(config, count) for config in (None, fast))
+    yield Setting(None, steps)
+    fast, faster = ATCConfig.fast, ATCConfig.faster
+    for config in (faster(), fast(), ATCConfig.forecast(), faster(r=0.5), fast(0.25)):
+        yield Setting(config, steps)
+    for fewer in dict.fromkeys(max(1, round(fraction * steps)) for fraction in FEWER_STEPS):
+        if fewer < steps:
+            yield from (Setting(config, fewer) for config in (None, fast()))
 
 
-def _fits(pipe: Any, way: Way) -> bool:
-    """Whether the pipeline's models support this way; models with rotary embeddings must keep all queries."""
+def _compare(
+    draw: Draw, settings: Sequence[Setting], cases: Sequence[Case], min_psnr: float, end: float, on_progress: OnProgress
+) -> Tuning:
+    """Draw with every setting, of which the first is the unpatched pipeline, as long as it may turn out best."""
+    (unpatched, *others), note, done = settings, "", 0
+    draws: dict[Setting, list[Drawn]] = {}
+    for number, case in enumerate(cases):
+        total = done + (1 + len(others)) * (len(cases) - number)
+        for setting in (unpatched, *others):
+            if len(draws) > 1 and time.perf_counter() > end:
+                return Tuning(_rows(draws), min_psnr, note)
+            on_progress(str(setting), done, total)
+            done += 1
+            if note and setting.forecasts:
+                continue
+            drawn = draw(case, setting) if setting == unpatched else _attempt(draw, case, setting)
+            if number == 0 and drawn and drawn.computed:
+                note = f"Forecasting: {drawn.computed}."
+            elif drawn:
+                draws.setdefault(setting, []).append(drawn)
+        promising = {row.setting for row in _rows(draws) if row.ratio < 1 and row.psnr >= min_psnr - DOUBT}
+        others = [setting for setting in others if setting in promising]
+    return Tuning(_rows(draws), min_psnr, note)
+
+
+def _rows(draws: dict[Setting, list[Drawn]]) -> tuple[Row, ...]:
+    """The fastest first. The first setting is the unpatched pipeline; every one was drawn for the first prompts."""
+    unpatched = next(iter(draws.values()))
+    rows = [_row(setting, list(zip(drawn, unpatched, strict=False))) for setting, drawn in draws.items()]
+    return tuple(sorted(rows, key=lambda row: row.ratio))
+
+
+def _row(setting: Setting, pairs: list[tuple[Drawn, Drawn]]) -> Row:
+    from PIL import Image
+
+    seconds = median(drawn.seconds for drawn, _ in pairs)
+    ratio = median(drawn.seconds / unpatched.seconds for drawn, unpatched in pairs)
+    nearness = fmean(psnr(drawn.pixels, unpatched.pixels) for drawn, unpatched in pairs)
+    return Row(setting, seconds, ratio, nearness, len(pairs), Image.fromarray(pairs[0][0].pixels[0]))
+
+
+def _attempt(draw: Draw, case: Case, setting: Setting) -> Drawn | None:
+    """None, with a warning, if this setting fails on this model or device."""
     try:
-        with patched(pipe, way.config) if way.config else nullcontext():
+        return draw(case, setting)
+    except Exception as error:  # whatever a driver, a model or a missing operation raises
+        warnings.warn(f"left out {setting}, which fails here: {error}", stacklevel=4)
+        return None
+
+
+def _draw(pipe: Any, arguments: dict[str, Any], case: Case, setting: Setting) -> Drawn:
+    (prompt, seed), steps = case, setting.num_inference_steps
+    generator = torch.Generator().manual_seed(seed)
+    with patched(pipe, setting.config) if setting.config else nullcontext():
+        start = time.perf_counter()
+        images = pipe(prompt=prompt, generator=generator, num_inference_steps=steps, **arguments).images
+        seconds = time.perf_counter() - start
+        forecasts = summary(pipe).forecasts if setting.forecasts else None
+    computed = str(forecasts) if forecasts and not forecasts.forecast else ""
+    return Drawn(np.stack([np.asarray(image) for image in images]), seconds, computed)
+
+
+def _fits(pipe: Any, setting: Setting) -> bool:
+    """Whether the pipeline's models support this setting; models with rotary embeddings must keep all queries."""
+    try:
+        with patched(pipe, setting.config) if setting.config else nullcontext():
             return True
     except ValueError:
         return False
 
 
-def _default_steps(pipe: Any) -> int:
-    return int(inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default)
+def _default_steps(pipe: object) -> Any:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "num_inference_steps" not in parameters:
+        raise ValueError(f"tune needs a diffusers pipeline that takes num_inference_steps, got {type(pipe).__name__}")
+    return parameters["num_inference_steps"].default
 
 
-def _ignore(label: str, done: int, total: int) -> None: ...
+def _check(prompts: Sequence[str], steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
+    if not prompts:
+        raise ValueError("prompts must be a prompt or several, got none")
+    check_count("num_inference_steps", steps, "a number of steps from 1 up")
+    check_not_negative("min_psnr", min_psnr)
+    check_not_negative("max_seconds", max_seconds)
+    for name in OWN_ARGUMENTS.keys() & arguments.keys():
+        raise ValueError(f"tune sets {name} itself; {OWN_ARGUMENTS[name]}")

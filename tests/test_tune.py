@@ -1,18 +1,23 @@
 """Finding a setting for a pipeline."""
 
+import json
+import re
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 
 from atc_diffusion import ATCConfig, Tuning, apply_patch, patched, summary, tune
 from atc_diffusion.__main__ import main
-from atc_diffusion.trials import Row, Way
-from tests.helpers.tiny_pipelines import sd15
+from atc_diffusion.tuning import Row, Setting
+from tests.helpers.tiny_pipelines import flux, sd15
 
 SIZE: dict[str, Any] = {"height": 64, "width": 64}
-UNPATCHED = Row(Way(None, 20), 10.0, 1.0, float("inf"), 2)
+UNPATCHED = Row(Setting(None, 20), 10.0, 1.0, float("inf"), 2)
 
 
 @pytest.fixture
@@ -22,24 +27,79 @@ def pipe() -> Any:
     return pipe
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    sd15().save_pretrained(folder)
+    return str(folder)
+
+
 def row(ratio: float, decibels: float, config: ATCConfig | None, steps: int = 20) -> Row:
-    return Row(Way(config, steps), 10 * ratio, ratio, decibels, 2)
+    return Row(Setting(config, steps), 10 * ratio, ratio, decibels, 2)
 
 
-def test_it_compares_ways_and_leaves_the_pipeline_alone(pipe):
+def settings(tuning: Tuning) -> set[str]:
+    return {str(row.setting) for row in tuning.rows}
+
+
+def test_it_compares_settings_and_leaves_the_pipeline_alone(pipe):
     attributes, said = set(vars(pipe.unet)), []
-    tuning = tune(
-        pipe, ["ant", "bee"], min_psnr=0, num_inference_steps=10, on_progress=lambda *now: said.append(now), **SIZE
-    )
+    tuning = tune(pipe, "ant", num_inference_steps=20, on_progress=lambda *now: said.append(now), **SIZE)
     assert set(vars(pipe.unet)) == attributes
-    ways = [str(row.way) for row in tuning.rows]
-    for part in ("10 steps", "forecasting + 10 steps", "r=1.0, r_keys=0.125 + forecasting + 10 steps", "5 steps"):
-        assert part in ways
+    merging, fewer = "r=1.0, r_keys=0.125", ("16 steps", "10 steps")
+    expected = {"20 steps", "forecasting + 20 steps", f"{merging} + 20 steps", f"{merging} + forecasting + 20 steps"}
+    expected |= {"r=0.5, r_keys=0.125 + forecasting + 20 steps", "r=1.0, r_keys=0.25 + 20 steps"}
+    assert settings(tuning) == expected | set(fewer) | {f"{merging} + {steps}" for steps in fewer}
+    assert tuning.note == ""
     assert [row.ratio for row in tuning.rows] == sorted(row.ratio for row in tuning.rows)
     assert said[0] == ("warming up", 0, 0)
-    assert all(done < total for _, done, total in said[1:])
+    assert [done for _, done, _ in said[1:]] == list(range(len(said) - 1))
+    assert {total for _, _, total in said[1:]} == {len(said) - 1}
     with patched(pipe, tuning.config):
         pipe("ant", num_inference_steps=tuning.num_inference_steps, output_type="pt", **SIZE)
+
+
+def test_where_no_step_can_be_forecast_it_says_so_and_tries_no_duplicates(pipe):
+    tuning = tune(pipe, "ant", num_inference_steps=2, **SIZE)
+    merging = {f"r=1.0, r_keys={share} + 2 steps" for share in (0.125, 0.25)}
+    assert settings(tuning) == {"2 steps", "1 step", "r=1.0, r_keys=0.125 + 1 step"} | merging
+    assert re.fullmatch(r"Forecasting: none of 2 steps forecast: .+\.", tuning.note)
+    assert tuning.note in str(tuning)
+
+
+def test_further_prompts_are_drawn_with_what_may_turn_out_best(pipe):
+    said: list[str] = []
+    tuning = tune(pipe, ["ant", "bee"], min_psnr=1000, num_inference_steps=2, on_progress=lambda *x: said.append(x[0]))
+    drawn = {str(row.setting): row.num_prompts for row in tuning.rows}
+    assert drawn.pop("2 steps") == 2
+    assert set(drawn.values()) == {1}
+    assert said.count("2 steps") == 2
+
+
+def test_a_setting_that_fails_is_left_out_with_a_warning(pipe):
+    class NeedsTwoSteps(StableDiffusionPipeline):
+        def __call__(self, *args: Any, num_inference_steps: int = 2, **options: Any) -> Any:
+            if num_inference_steps < 2:
+                raise RuntimeError("too few steps")
+            return super().__call__(*args, num_inference_steps=num_inference_steps, **options)
+
+    pipe = NeedsTwoSteps(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="left out 1 step, which fails here: too few steps"):
+        tuning = tune(pipe, "ant", **SIZE)
+    assert "1 step" not in settings(tuning)
+    assert tuning.unpatched.setting == Setting(None, 2)
+
+
+def test_what_a_model_cannot_merge_is_not_tried():
+    pipe = flux()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", pytest.fail)
+        tuning = tune(pipe, "a", num_inference_steps=2, **SIZE)
+    assert "r=1.0, r_keys=0.125 + 2 steps" in settings(tuning)
+    assert not any("r=0.5" in setting for setting in settings(tuning))
 
 
 def test_the_patch_that_was_there_comes_back(pipe):
@@ -51,7 +111,7 @@ def test_the_patch_that_was_there_comes_back(pipe):
 
 def test_it_stops_when_the_time_is_over(pipe):
     tuning = tune(pipe, ["ant", "bee"], max_seconds=0, num_inference_steps=2, **SIZE)
-    assert [row.pictures for row in tuning.rows] == [1, 1]
+    assert [row.num_prompts for row in tuning.rows] == [1, 1]
 
 
 def test_it_takes_the_arguments_of_the_pipeline(pipe):
@@ -62,23 +122,33 @@ def test_it_takes_the_arguments_of_the_pipeline(pipe):
     assert len(tuning.rows) == 2
 
 
-def test_no_prompt_is_refused(pipe):
-    with pytest.raises(ValueError, match="prompts must be a prompt or several, got none"):
-        tune(pipe, [])
-
-
-def test_no_step_is_refused(pipe):
-    with pytest.raises(ValueError, match="num_inference_steps must be a number of steps from 1 up, got 0"):
-        tune(pipe, "ant", num_inference_steps=0)
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"prompts": []}, "prompts must be a prompt or several, got none"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a number of steps from 1 up, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a number of steps from 1 up, got 2.5"),
+        ({"min_psnr": "high"}, "min_psnr must be a number from 0 up, got 'high'"),
+        ({"max_seconds": float("nan")}, "max_seconds must be a number from 0 up, got nan"),
+        ({"generator": torch.Generator()}, "tune sets generator itself; give a seed"),
+        ({"output_type": "latent"}, "tune sets output_type itself; it compares PIL images"),
+        ({"pipe": torch.nn.Linear(1, 1)}, "tune needs a diffusers pipeline that takes num_inference_steps, got Linear"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(pipe, wrong, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        tune(**{"pipe": pipe, "prompts": "ant", "on_progress": pytest.fail} | wrong)
 
 
 def test_the_fastest_that_is_near_enough_is_the_best():
     fast, faster = ATCConfig.fast(), ATCConfig.faster()
     rows = (row(0.2, 30, None, 5), row(0.35, 47, faster), row(0.55, 50, fast), UNPATCHED)
     assert Tuning(rows, 45).config == faster
+    assert Tuning(rows, 45).pays
     assert Tuning(rows, 49).config == fast
     assert Tuning(rows, 25).config == ATCConfig(r=1.0)
     assert Tuning(rows, 25).num_inference_steps == 5
+    assert Tuning(rows, 25).advice.splitlines()[1:] == ["pipe(..., num_inference_steps=5)"]
     assert "Fastest at 45 dB or more: r=1.0, r_keys=0.125 + forecasting + 20 steps, 0.35 of the time." in str(
         Tuning(rows, 45)
     )
@@ -86,31 +156,80 @@ def test_the_fastest_that_is_near_enough_is_the_best():
 
 def test_where_nothing_pays_the_pipeline_stays_as_it_is():
     tuning = Tuning((UNPATCHED, row(1.1, 50, ATCConfig.fast())), 40)
+    assert not tuning.pays
     assert (tuning.config, tuning.num_inference_steps) == (ATCConfig(r=1.0), 20)
+    assert tuning.advice == "Nothing pays here: no setting is faster than the unpatched pipeline."
 
 
 def test_it_names_the_closest_where_nothing_is_near_enough():
     rows = (row(0.2, 30, None, 5), row(0.55, 38.9, ATCConfig.fast()), UNPATCHED)
-    expected = "Nothing is faster at 40 dB or more. The closest: r=1.0, r_keys=0.125 + 20 steps, 38.9 dB."
-    assert Tuning(rows, 40).advice == expected
-    assert Tuning((UNPATCHED,), 40).advice == "Nothing is faster than the unpatched pipeline here."
+    assert Tuning(rows, 40).advice == (
+        "Nothing pays here: no setting is faster at 40 dB or more. The closest of the faster ones: r=1.0, r_keys=0.125"
+        " + 20 steps, 38.9 dB."
+    )
 
 
-def test_the_command_prints_what_it_finds(tmp_path, capsys):
-    sd15().save_pretrained(tmp_path / "model")
-    assert main(f"tune {tmp_path / 'model'} --prompt ant --steps 2 --size 64 --max-seconds 0".split()) == 0
+def command(model: str, more: str = "") -> list[str]:
+    return f"tune {model} --prompts ant --steps 2 --device cpu --max-seconds 0 {more}".split()
+
+
+def test_the_command_prints_what_it_finds_and_writes_both_files(model, tmp_path, capsys):
+    files = f"--json {tmp_path / 't.json'} --html {tmp_path / 't.html'}"
+    assert main(command(model, f"--size 64 --min-psnr 10 {files}")) == 0
     said = capsys.readouterr()
-    assert "2 steps" in said.out
+    assert "r=1.0, r_keys=0.125 + 2 steps" in said.out
     assert "warming up" in said.err
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["min_psnr"] == 10
+    assert "devices: cpu" in found["machine"]
+    assert [each["ratio"] for each in found["results"] if each["psnr"] is None] == [1.0]
+    assert {each["num_inference_steps"] for each in found["results"]} == {2}
+    assert sorted(each["config"] is None for each in found["results"]) == [False, True]
+    page = (tmp_path / "t.html").read_text()
+    assert page.count("<img ") == 2
+    assert "<svg" in page
 
 
-@pytest.mark.parametrize("model", ["/nonexistent", "no/such/model"])
-def test_the_command_says_in_one_sentence_what_it_cannot_load(model):
-    with pytest.raises(SystemExit, match=f"^python -m atc_diffusion: there is no folder {model}; give a folder with a"):
-        main(["tune", model, "--prompt", "ant"])
+def test_the_command_tunes_image_to_image_with_another_scheduler(model, tmp_path, capsys):
+    Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(tmp_path / "sketch.png")
+    options = "--size 32 --batch-size 2 --scheduler EulerDiscreteScheduler"
+    assert main(command(model, f"--image {tmp_path / 'sketch.png'} {options}")) == 0
+    assert "2 steps" in capsys.readouterr().out
 
 
-def test_the_command_says_in_one_sentence_what_the_pipeline_refuses(tmp_path):
-    sd15().save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match=r"^python -m atc_diffusion: `height` and `width` have to be divisible by 8"):
-        main(f"tune {tmp_path / 'model'} --prompt ant --size 63".split())
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--size 63", "`height` and `width` have to be divisible by 8"),
+        ("--scheduler Euler", "--scheduler Euler does not fit this model; these do: .*DDIMScheduler, "),
+        ("--device moon", "there is no device 'moon' here, only cpu"),
+        ("--lora nowhere", "cannot load --lora nowhere: give a folder with a LoRA, or a hub id"),
+        ("--image nowhere.png", "No such file or directory: 'nowhere.png'"),
+        ("--min-psnr -1", "min_psnr must be a number from 0 up, got -1.0"),
+    ],
+)
+def test_the_command_says_in_one_sentence_what_does_not_fit(model, more, sentence):
+    with pytest.raises(SystemExit, match=f"^python -m atc_diffusion: .*{sentence}"):
+        main(command(model, more))
+
+
+@pytest.mark.parametrize("name", ["/nonexistent", "no/such/model"])
+def test_the_command_says_in_one_sentence_what_it_cannot_load(name):
+    with pytest.raises(SystemExit, match=f"^python -m atc_diffusion: there is no folder {name}; give a folder with a"):
+        main(command(name))
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("file", ["", "missing/t.txt"])
+def test_a_file_that_cannot_be_written_is_refused_first(model, tmp_path, capsys, option, file):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command(model), option, str(tmp_path / file)])
+    assert "cannot be written; give a file in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_page_without_its_packages_is_refused_first(model, tmp_path, monkeypatch, package):
+    monkeypatch.delitem(sys.modules, "atc_diffusion.tuning_page", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"--html needs {package}; run: pip install jinja2 matplotlib$"):
+        main([*command(model), "--html", str(tmp_path / "t.html")])
