@@ -8,8 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image
-from diffusers.utils import load_image
 
 from arguments import checks
 from arguments.options import option
@@ -109,16 +107,6 @@ def _load_lora(pipe: Any, lora: str) -> None:
             f"cannot load --lora {lora}: it is no folder with its weights, and the hub gave none; give a folder, or "
             f"connect once and run: hf download {lora}"
         ) from error
-
-
-def from_picture(pipe: Any, path: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The image-to-image pipeline made of `pipe`, and `arguments` for it that start from the picture at `path`."""
-    others = {name: value for name, value in arguments.items() if name not in ("height", "width")}
-    picture = load_image(str(path))
-    if "height" in arguments:
-        picture = picture.resize((arguments["width"], arguments["height"]))
-    others["image"] = [picture] * arguments["num_images_per_prompt"]
-    return AutoPipelineForImage2Image.from_pipe(pipe), others
 
 
 def make_scheduler(name: str, own: Any) -> Any:

@@ -10,7 +10,6 @@ import pytest
 
 import fid
 import speed
-import tune
 from arguments.options import parse
 from draw.picture_set import claim_folder
 from draw.pictures import Prompts
@@ -76,21 +75,6 @@ def test_fid_draws_nothing(experiment: str, refused: Refused, wrong: str, text: 
     assert not list(Path().glob("out/**/*.png"))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        ("--model /nonexistent", "there is no folder /nonexistent"),
-        ("--model no/model", "cannot load 'no/model'"),
-        ("--json empty", "empty is a folder; give a file, such as empty/result.json"),
-        ("--json results", "results must end in .json"),
-        ("--html file/page.html", "file/page.html cannot be made, because .*file is a file"),
-    ],
-)
-@pytest.mark.usefixtures("experiment")
-def test_tune_draws_nothing(refused: Refused, wrong: str, text: str) -> None:
-    assert re.search(text, refused(tune.main, ["--device", "cpu", *wrong.split()]))
-
-
 @pytest.mark.usefixtures("experiment")
 def test_speed_measures_nothing(refused: Refused) -> None:
     assert "empty is a folder; give a file, such as empty/result.md" in refused(speed.main, ["--out", "empty"])
@@ -114,8 +98,7 @@ def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Pa
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("eval/tune.py", "pandas", "tune"),
-        ("eval/tune.py", "jinja2", "tune"),
+        ("eval/fid.py", "pandas", "eval"),
         ("eval/fid.py", "torch_fidelity", "eval"),
         ("eval/speed.py", "fastcluster", "eval"),
         ("eval/classify.py", "timm", "eval,vision"),

@@ -1,6 +1,5 @@
 """The commands on every model family: Stable Diffusion XL, 3, PixArt and Flux at tiny size."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import generate
 from fid import main as fid
 from tests.helpers import tiny_pipelines
-from tune import main as tune
 
 FAMILIES = ("sdxl", "sd3", "pixart", "flux")
 
@@ -46,16 +44,6 @@ def test_rivals_that_need_a_unet_are_refused_before_anything_is_drawn(experiment
     with pytest.raises(SystemExit, match=r"deepcache needs a UNet, and \w+Pipeline has none; leave it out"):
         fid([*experiment, "--rival", "deepcache:2"])
     assert not list((tmp_path / "out").rglob("*.png"))
-
-
-def test_tune_finds_a_setting(
-    model: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
-    tune(f"--model {model} --prompt ant --steps 2 --size 64 --device cpu --min-psnr 0".split())
-    said = capsys.readouterr().out
-    assert "r=1.0, r_keys=0.125 + 2 steps" in said
-    assert re.search(r"^1 step ", said, re.MULTILINE)
-    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
 
 
 def test_generate_draws_beside_the_unmerged_picture(
