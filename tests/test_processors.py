@@ -34,7 +34,7 @@ from torch import Tensor
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.adapters.perturbed import MergedPerturbedAttnProcessor
 from atc_diffusion.testing import UNET
-from tests.helpers.attentions import recorded_calls, recorded_results
+from tests.helpers.attentions import recorded_calls, recorded_results, softmax_attention
 from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
 from tests.helpers.unet import attend, run
 
@@ -205,16 +205,6 @@ def test_merging_with_perturbed_attention_equals_merging_each_part(unet, process
     exact = attend(unet, equal)[-2:]
     apply_patch(unet, r=0.25)
     assert torch.allclose(attend(unet, equal)[-2:], exact, atol=1e-6)
-
-
-def softmax_attention(attn: Any, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """Attention written out, from `queries` `[B, Q, C]` to `keys` `[B, K, C]` with a mask `[B, 1, K]`."""
-    q, k, v = (
-        project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        for project, x in ((attn.to_q, queries), (attn.to_k, keys), (attn.to_v, keys))
-    )
-    weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask[:, None]).softmax(dim=-1)
-    return attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize(("processor", "parts"), PERTURBED)
