@@ -56,12 +56,10 @@ class Setting:
     num_inference_steps: int
 
     def __str__(self) -> str:
-        parts = []
-        if self.config and (self.config.r, self.config.r_keys) not in ((1, None), (1, 1)):
-            parts.append(f"r={self.config.r}, r_keys={self.config.r_keys}")
-        if self.forecasts:
-            parts.append("forecasting")
-        return " + ".join([*parts, f"{self.num_inference_steps} step{'s' * (self.num_inference_steps != 1)}"])
+        fractions = {name: getattr(self.config, name, None) for name in ("r", "r_keys")}
+        merging = ", ".join(f"{name}={value}" for name, value in fractions.items() if value not in (1, None))
+        steps = f"{self.num_inference_steps} step{'s' * (self.num_inference_steps != 1)}"
+        return " + ".join(filter(None, [merging, "forecasting" * self.forecasts, steps]))
 
     @property
     def forecasts(self) -> bool:

@@ -21,7 +21,7 @@ TEMPLATE = """\
 <style>
   body { margin: 0 auto; padding: 2rem 1.25rem; max-width: 60rem; color: #1c2330;
          font: 16px/1.55 system-ui, sans-serif; }
-  pre { background: #f6f7f9; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
+  pre { background: #f6f7f9; padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap; }
   table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
   th, td { text-align: right; border-bottom: 1px solid #e3e6eb; padding: .35rem .9rem .35rem 0; }
   th:first-child, td:first-child { text-align: left; }
@@ -30,7 +30,7 @@ TEMPLATE = """\
   figure { margin: 0; }
   figure img { width: 100%; border-radius: 6px; }
   figcaption, dl, p { font-size: .88rem; color: #5d6675; }
-  svg { width: 100%; height: auto; }
+  svg { width: 100%; height: auto; margin-top: 1.5rem; }
 </style>
 <h1>Which setting?</h1>
 <dl>{% for name, value in conditions.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>

@@ -14,6 +14,7 @@ from atc_diffusion.__main__ import main
 from atc_diffusion.adapters.weights import attend
 from atc_diffusion.checks import Finding, check_attention, check_clusterings, check_networks, check_processors, find
 from atc_diffusion.clustering import _numba
+from atc_diffusion.testing import TINY_NETWORKS
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def test_a_processor_that_raises_is_named(monkeypatch):
 
 def test_a_network_of_which_fewer_attentions_are_merged_is_named(monkeypatch):
     monkeypatch.setattr(checks, "FAMILIES", {"sd15": "Stable Diffusion 1"})
-    monkeypatch.setitem(checks.TINY_NETWORKS, "sd15", replace(checks.TINY_NETWORKS["sd15"], layers=4))
+    monkeypatch.setitem(TINY_NETWORKS, "sd15", replace(TINY_NETWORKS["sd15"], layers=4))
     expected = "RuntimeError: 3 of 4 self-attentions are merged"
     assert set(problems(check_networks(CPU)).values()) == {expected}
 

@@ -1,5 +1,6 @@
 """What is imported, and when, in a fresh interpreter."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,12 @@ def test_patching_imports_the_adapter_of_the_models_family_alone():
     adapters = imported_by(f"{TINY_UNET}\nimport atc_diffusion; atc_diffusion.apply_patch(unet)")
     assert "atc_diffusion.adapters.unet" in adapters
     assert "atc_diffusion.adapters.sd3" not in adapters
+
+
+def test_no_test_file_imports_from_another():
+    files = list(Path(__file__).parent.rglob("test_*.py"))
+    assert files
+    for file in files:
+        froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {part for node in froms for name in node.names for part in [*(node.module or "").split("."), name.name]}
+        assert not [name for name in names if f"{name}.py" in {other.name for other in files}], file

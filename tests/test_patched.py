@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, ViTConfig, apply_patch, patched, remove_patch, summary
-from tests.conftest import UNET
+from atc_diffusion.testing import UNET
 from tests.helpers.unet import run
 
 CONDITION: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8)}

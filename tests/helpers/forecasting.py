@@ -27,7 +27,9 @@ def draw(pipe: Any, seed: int = 0, steps: int = STEPS, batch: int = 1, **options
 
 
 def forecast_steps(pipe: Any) -> tuple[int, ...]:
-    return summary(pipe).forecasts.forecast
+    forecasts = summary(pipe).forecasts
+    assert forecasts is not None
+    return forecasts.forecast
 
 
 @torch.no_grad()
