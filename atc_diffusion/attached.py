@@ -80,7 +80,7 @@ def leave(block: Block) -> None:
     with _lock:
         position = _blocks.index(block)
         del _blocks[position]
-        given_back = {}
+        given_back: dict[nn.Module, Patch | None] = {}
         for network, patch in block.before.items():
             later = next((each for each in _blocks[position:] if network in each.before), None)
             (later.before if later else given_back)[network] = patch
@@ -104,7 +104,7 @@ def _conflict(block: Block, networks: Collection[nn.Module]) -> str:
 
 
 def _config(patch: Patch | None) -> Configuration | None:
-    return patch and patch.config
+    return None if patch is None else patch.config
 
 
 def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:

@@ -160,6 +160,7 @@ def test_the_recipe_draws_a_merged_image(run, heading):
 def test_the_recipe_for_flux_forecasts_alone(run):
     found = summary(run("Flux, Qwen-Image and Z-Image")["pipe"])
     assert found.work_saved == 0
+    assert found.forecasts is not None
     assert found.forecasts.steps
 
 

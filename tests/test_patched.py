@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_other_networks_and_copies_are_free(unet):
     with patched(unet, r=0.5):
         clone = copy.deepcopy(unet)
         for network in (other, clone):
-            in_thread(lambda network=network: apply_patch(network, r=0.25))
+            in_thread(partial(apply_patch, network, r=0.25))
             assert config_of(network) == ATCConfig(r=0.25)
     assert config_of(clone) == ATCConfig(r=0.25)
 

@@ -135,14 +135,14 @@ class ViTPatch:
     def summaries(self) -> list[LayerSummary]:
         """What each self-attention sees of an image of the model's own size, where nothing depends on the run."""
         patches: int = self._model.patch_embed.num_patches
-        kept = (patches, *self.config.kept(patches, len(self._model.blocks)))
-        return [self._summary(index, *kept[index : index + 2], patches) for index in range(len(kept) - 1)]
-
-    def _summary(self, index: int, before: int, after: int, patches: int) -> LayerSummary:
-        tokens = before + (self.config.method in PRUNING and before < patches)  # and the one of the pruned
-        level, clusterings = self._model.patch_embed.patch_size[0], int(after < before)
-        name = f"blocks.{index}.attn"
-        return LayerSummary(self.name, name, level, self._model.embed_dim, patches, (tokens,), (tokens,), clusterings)
+        level, channels = self._model.patch_embed.patch_size[0], self._model.embed_dim
+        layers, before = [], patches
+        for index, after in enumerate(self.config.kept(patches, len(self._model.blocks))):
+            seen = (before + (self.config.method in PRUNING and before < patches),)  # the pruned make one token
+            name, clusterings = f"blocks.{index}.attn", int(after < before)
+            layers.append(LayerSummary(self.name, name, level, channels, patches, seen, seen, clusterings))
+            before = after
+        return layers
 
     def forecasts(self) -> None:
         """A vision transformer has no steps."""
