@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from atc_diffusion.clustering import check_choices, cluster_tree
+from atc_diffusion.clustering import Backend, Linkage, check_choices, cluster_tree
 from atc_diffusion.clustering.baselines import dpc_knn_labels, draw_destinations, kmedoids_labels, match
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.clustering.windows import cluster_windows
@@ -33,9 +33,9 @@ class OtherOptions(TypedDict, total=False):
     recluster_threshold: float
     forecast_tolerance: float
     record: bool
-    linkage: str
+    linkage: Linkage
     window_size: int | None
-    backend: str | None
+    backend: Backend | None
 
 
 class ATCOptions(OtherOptions, total=False):
@@ -63,9 +63,9 @@ class ATCConfig(MergeConfig):
 
     share_across_guidance: bool = True
     recluster_threshold: float = 0.15  # clusters 4 times in 4 steps, 7 in 8, 8 in 20, 9 in 50
-    linkage: str = "average"
+    linkage: Linkage = "average"
     window_size: int | None = 16
-    backend: str | None = None
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -125,7 +125,10 @@ def _patches_of(model: object) -> list[Patch]:
 def _patches(model: object, config: Any, options: ATCOptions) -> dict[nn.Module, Patch | None]:
     """For every network of `model` a patch that is not attached yet, or None where `config` selects nothing."""
     if config is not None and options:
-        raise ValueError(f"give either config or options, got both: {config} and {options!r}")
+        both = f"{config} and {options!r}"
+        raise ValueError(
+            f"give either config or options, got both: {both}; presets such as ATCConfig.fast take options"
+        )
     networks = find_networks(model)
     patches = make_patches(ATCConfig(**options) if config is None else config, networks)
     return {network: patches.get(name) for name, network in networks.items()}
@@ -139,14 +142,12 @@ def _log(patches: Mapping[nn.Module, Patch | None]) -> None:
 def find_networks(model: object) -> Networks:
     """The networks of a model by the names that reports use: the denoiser first, then ControlNets."""
     if isinstance(model, nn.Module):
-        return dict(_unwrapped("", model))
+        return _unwrapped("", model)
     named = {name: getattr(model, name, None) for name in (*DENOISERS, "controlnet")}
-    networks = {
-        path: network
-        for name, part in named.items()
-        if isinstance(part, nn.Module)
-        for path, network in _unwrapped(name, part)
-    }
+    networks: Networks = {}
+    for name, part in named.items():
+        if isinstance(part, nn.Module):
+            networks |= _unwrapped(name, part)
     if not networks.keys() & set(DENOISERS):
         raise ValueError(
             f"{type(model).__name__} has no {' or '.join(DENOISERS)}; pass a pipeline that has one, or the network"
@@ -154,14 +155,16 @@ def find_networks(model: object) -> Networks:
     return networks
 
 
-def _unwrapped(name: str, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The networks within wrappers and MultiControlNets, however nested."""
+def _unwrapped(name: str, network: nn.Module) -> Networks:
+    """The networks within wrappers and MultiControlNets, however nested; each by its first name."""
     network = unwrapped(network)
-    if isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
-        for i, net in enumerate(nets):
-            yield from _unwrapped(f"{name}.nets.{i}".lstrip("."), net)
-    else:
-        yield name, network
+    if not isinstance(nets := getattr(network, "nets", None), nn.ModuleList):
+        return {name: network}
+    found: dict[nn.Module, str] = {}
+    for i, net in enumerate(nets):
+        for path, inner in _unwrapped(f"{name}.nets.{i}".lstrip("."), net).items():
+            found.setdefault(inner, path)
+    return {path: inner for inner, path in found.items()}
 
 
 @singledispatch

@@ -172,6 +172,9 @@ def test_several_controlnets_alone(unet):
     nets = [ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)).eval() for _ in range(2)]
     multi = MultiControlNetModel(nets)
     assert {layer.network for layer in summary(apply_patch(multi)).layers} == {"nets.0", "nets.1"}
+    twice = apply_patch(MultiControlNetModel([nets[0], nets[0]]))
+    assert {layer.network for layer in summary(twice).layers} == {"nets.0"}
+    assert not any(module._forward_hooks for module in remove_patch(twice).modules())
     remove_patch(multi)
     with pytest.raises(ValueError, match="is not patched"):
         summary(multi)

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from atc_diffusion.clustering.placement import place
 from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
 from atc_diffusion.devices import without_autocast
 
-__all__ = ["BACKENDS", "LINKAGES", "METRICS", "agglomerate", "cluster_tree", "on_compilation"]
+__all__ = ["BACKENDS", "LINKAGES", "METRICS", "Backend", "Linkage", "agglomerate", "cluster_tree", "on_compilation"]
 
-LINKAGES = ("average", "complete", "single", "ward")
+Linkage = Literal["average", "complete", "single", "ward"]
+Backend = Literal["torch", "numba", "scipy", "triton"]
+
+LINKAGES: tuple[Linkage, ...] = get_args(Linkage)
 METRICS = ("cosine", "euclidean", "precomputed")
-BACKENDS = ("torch", "numba", "scipy", "triton")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 Merges = tuple[Tensor, Tensor, Tensor]
 

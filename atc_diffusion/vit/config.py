@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from atc_diffusion.clustering import LINKAGES, check_member
+from atc_diffusion.clustering import LINKAGES, Linkage, check_member
 from atc_diffusion.config import Configuration
 from atc_diffusion.validation import as_counts, check_count, check_fraction
 
@@ -43,7 +43,7 @@ class ViTConfig(Configuration):
     blocks: Sequence[int] = (4, 7, 10)
     t: int | None = None
     schedule: Schedule = "constant"
-    linkage: str = "average"
+    linkage: Linkage = "average"
     proportional_attention: bool = True
 
     def __post_init__(self) -> None:
