@@ -206,11 +206,12 @@ def _suited(network: Any, x: Any) -> Any:
 
 
 def _attention_error(device: torch.device, widen: bool) -> float:
-    heads, keys, logs = _call(device)
-    logits = torch.einsum("bqhd,bkhd->bhqk", heads.float(), keys.float()) / heads.shape[-1] ** 0.5
-    weights = (logits + logs[:, None, None]).softmax(dim=3)
-    expected = torch.einsum("bhqk,bkhd->bqhd", weights, keys.float())
-    return _relative_error(attend(heads, keys, keys, logs, widen), expected.cpu())
+    there = _call(device)
+    heads, keys, logs = (x.float().cpu() for x in there)
+    logits = torch.einsum("bqhd,bkhd->bhqk", heads, keys) / heads.shape[-1] ** 0.5 + logs[:, None, None]
+    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(dim=3), keys)
+    heads, keys, logs = there
+    return _relative_error(attend(heads, keys, keys, logs, widen), expected)
 
 
 def _relative_error(output: Tensor, expected: Tensor) -> float:

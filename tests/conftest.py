@@ -11,18 +11,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hypothesis import settings
 
 from atc_diffusion.testing import UNET
+from tests.helpers.drawing import VAE
 
 Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
-VAE: dict[str, Any] = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "sample_size": 16,
-}
-
-
 collect_ignore = [] if find_spec("gradio") else ["test_app.py", "test_clusters.py"]  # the extra `test` is without it
 
 

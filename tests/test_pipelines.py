@@ -38,8 +38,7 @@ from torch import Tensor
 
 from atc_diffusion import apply_patch, remove_patch, summary
 from atc_diffusion.testing import SDXL, UNET
-from tests.conftest import VAE
-from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
+from tests.helpers.drawing import MASK, PARTS, PICTURE, VAE, draw, text
 from tests.helpers.families import CONDITION, FAMILIES, SD3_CONTROLNET
 
 PIPELINES = [

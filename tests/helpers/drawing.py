@@ -1,4 +1,4 @@
-"""Whole runs of pipelines whose text is given as an embedding."""
+"""Runs of pipelines made of tiny parts, whose text is given as an embedding."""
 
 from typing import Any
 
@@ -6,6 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
 PICTURE, MASK = torch.rand(1, 3, 16, 24), torch.ones(1, 1, 16, 24)
 PARTS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
