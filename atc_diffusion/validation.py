@@ -2,17 +2,20 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import TypeGuard
 
 LEVELS = (1, 2, 4, 8)  # the downsampling factors that tomesd's `max_downsample` counts up to
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a real number, of Python or NumPy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Whether this is a whole number from 1 up."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def as_counts(value: object) -> tuple[int, ...] | None:

@@ -17,9 +17,9 @@ from tests.helpers.labels import assert_valid
 SIZES = (st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 1))
 
 
-def draw(seed: int, num_tokens: int, share: float) -> tuple[Tensor, int]:
+def draw(seed: int, num_tokens: int, fraction: float) -> tuple[Tensor, int]:
     tokens = torch.randn(2, num_tokens, 6, generator=torch.Generator().manual_seed(seed))
-    return tokens, 1 + round(share * (num_tokens - 1))
+    return tokens, 1 + round(fraction * (num_tokens - 1))
 
 
 def canonical(names: list[int]) -> list[int]:
@@ -63,8 +63,8 @@ def reference_dpc_knn(tokens: Tensor, num_clusters: int, neighbors: int) -> list
 
 
 @given(*SIZES, st.booleans(), st.integers(0, 4))
-def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, iterations):
-    tokens, num_clusters = draw(seed, num_tokens, share)
+def test_kmedoids_equals_its_definition(seed, num_tokens, fraction, weighted, iterations):
+    tokens, num_clusters = draw(seed, num_tokens, fraction)
     weights = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(seed)) + 0.1 if weighted else None
     labels = kmedoids_labels(tokens, num_clusters, weights, iterations)
     for i in range(2):
@@ -73,8 +73,8 @@ def test_kmedoids_equals_its_definition(seed, num_tokens, share, weighted, itera
 
 
 @given(*SIZES, st.integers(1, 6))
-def test_dpc_knn_equals_its_definition(seed, num_tokens, share, neighbors):
-    tokens, num_clusters = draw(seed, num_tokens, share)
+def test_dpc_knn_equals_its_definition(seed, num_tokens, fraction, neighbors):
+    tokens, num_clusters = draw(seed, num_tokens, fraction)
     labels = dpc_knn_labels(tokens, num_clusters, neighbors)
     for i in range(2):
         assert labels[i].tolist() == reference_dpc_knn(tokens[i].double(), num_clusters, neighbors)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -216,6 +217,26 @@ def test_unknown_options_are_translated(options, sentence, unet):
 def test_a_fraction_without_its_name_is_understood(kind, value, meant):
     with pytest.raises(ValueError, match=rf"such as r=0.6, got {value}; did you mean {meant}\?"):
         kind(value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options: Any = {
+        "r": np.float32(0.5),
+        "r_keys": np.float64(0.25),
+        "levels": [np.int64(1)],
+        "window_size": np.int32(8),
+    }
+    config = ATCConfig(**options)
+    assert config.num_kept(4096, 1, None) == (2048, 1024)
+
+
+def test_type_checkers_know_the_options(unet):
+    with pytest.raises(ValueError, match="no option 'colour'"):
+        apply_patch(unet, colour="red")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        ATCConfig.fast(levels=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 'wards'"):
+        ATCConfig.faster(linkage="wards")  # type: ignore[arg-type]
 
 
 def test_the_typed_options_are_the_fields():

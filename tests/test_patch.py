@@ -61,17 +61,17 @@ def test_keeping_all_is_the_identity_to_the_bit(unet, config_class):
     assert torch.equal(run(unet), before)
 
 
-SHARES = [{"r": 0.25}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
+FRACTIONS = [{"r": 0.25}, {"r": 1, "r_keys": 0.25}, {"r": 0.5, "r_keys": 0.25}]
 
 
-@pytest.mark.parametrize("shares", SHARES)
-def test_merging_equal_tokens_with_their_weight_is_exact(unet, shares):
+@pytest.mark.parametrize("fractions", FRACTIONS)
+def test_merging_equal_tokens_with_their_weight_is_exact(unet, fractions):
     """Proportional attention over duplicates equals attention over all of them (Bolya et al. 2023, Eq. 1)."""
     tokens = torch.randn(1, 4, 16).repeat_interleave(torch.tensor([1, 2, 5, 8]), dim=1)
     expected = attend(unet, tokens)
-    apply_patch(unet, **shares)
+    apply_patch(unet, **fractions)
     assert torch.allclose(attend(unet, tokens), expected, atol=1e-6)
-    apply_patch(unet, **shares, proportional_attention=False)
+    apply_patch(unet, **fractions, proportional_attention=False)
     assert not torch.allclose(attend(unet, tokens), expected, atol=1e-3)
 
 

@@ -22,13 +22,13 @@ def tomesd_partition(tokens: Tensor, height: int, width: int, stride: int, num_c
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(2, 9), st.integers(2, 3), st.floats(0, 1))
-def test_partitions_equal_tomesds_for_equal_destinations(seed, height, width, stride, share):
+def test_partitions_equal_tomesds_for_equal_destinations(seed, height, width, stride, fraction):
     if stride > min(height, width):
         return
     tokens = torch.randn(2, height * width, 4, generator=torch.Generator().manual_seed(seed))
     corners = (torch.arange(height // stride) * stride)[:, None] * width + torch.arange(width // stride) * stride
     destinations = corners.flatten()
-    num_clusters = len(destinations) + round(share * (height * width - len(destinations)))
+    num_clusters = len(destinations) + round(fraction * (height * width - len(destinations)))
     labels = bipartite_labels(tokens, num_clusters, destinations)
     assert (labels.amax(dim=1) == num_clusters - 1).all()
     expected = tomesd_partition(tokens, height, width, stride, num_clusters)

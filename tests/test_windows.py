@@ -72,8 +72,8 @@ def draw_uneven(height: int, width: int) -> torch.Tensor:
 def test_what_is_built_down_to_a_number_is_cut_as_the_whole_tree(height, width, window, linkage, backend):
     tokens = draw_uneven(height, width)
     whole = cluster_windows(tokens, 1, (height, width), window, linkage, backend)
-    for share in (0.1, 0.5, 0.9, 1.0):
-        num_clusters = max(whole.num_clusters, round(share * height * width))
+    for fraction in (0.1, 0.5, 0.9, 1.0):
+        num_clusters = max(whole.num_clusters, round(fraction * height * width))
         tree = cluster_windows(tokens, num_clusters, (height, width), window, linkage, backend)
         assert tree.num_clusters == num_clusters
         assert torch.equal(tree.cut(num_clusters), whole.cut(num_clusters))

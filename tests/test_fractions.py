@@ -1,4 +1,4 @@
-"""Shares that change during denoising."""
+"""Fractions that change during denoising."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.helpers.loops import LAYERS, MOVES, drift, embedding, labels, sample,
 
 
 @pytest.mark.parametrize("config", [{"r": 1.0, "r_keys": lambda p: 0.25 + 0.5 * p}, {"r": lambda p: 0.75 - 0.5 * p}])
-def test_the_share_asked_for_at_a_step_is_the_share_kept(unet, config):
+def test_the_fraction_asked_for_at_a_step_is_the_fraction_kept(unet, config):
     """Between clusterings too: the tree is cut again at every step."""
     apply_patch(unet, recluster_threshold=0.09, **config)
     drift(unet, MOVES[:5], timesteps(900, 700, 500, 300, 100), sample(), embedding())
@@ -37,7 +37,7 @@ def test_progress_without_a_schedule_is_by_the_timestep(unet):
         assert {(layer.level, layer.kept[-1]) for layer in summary(unet).layers} == {(1, kept), (2, 8)}
 
 
-def test_a_share_of_one_merges_nothing_at_that_moment(unet):
+def test_a_fraction_of_one_merges_nothing_at_that_moment(unet):
     apply_patch(unet, r=lambda progress: 1.0 if progress < 0.5 else 0.5)
     early, merged = (unet(sample(), t, embedding()).sample for t in (900, 400))
     remove_patch(unet)
