@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _tune(options) if options.command == "tune" else _check()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"{NAME}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{NAME}: stopped")
@@ -42,11 +42,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="a few that are typical of yours")
     parser.add_argument("--min-psnr", type=float, default=40.0, help="lowest PSNR, in dB (default: %(default)g)")
     parser.add_argument("--max-seconds", type=float, default=inf, help="begin no image after that (default: no limit)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own)")
+    parser.add_argument("--steps", type=_count, help="denoising steps (default: the pipeline's own)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the pipeline's own)")
-    parser.add_argument("--size", type=int, help="height and width in pixels (default: the model's own)")
+    parser.add_argument("--size", type=_count, help="height and width in pixels (default: the model's own)")
     parser.add_argument("--image", type=Path, help="image to start from, for image-to-image (default: noise)")
-    parser.add_argument("--batch-size", type=int, default=1, help="images per prompt (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_count, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt (default: %(default)s)")
     parser.add_argument("--lora", help="folder or hub id of a LoRA for the model (default: none)")
     parser.add_argument("--scheduler", help="name of a scheduler class of diffusers (default: the model's own)")
@@ -54,6 +54,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: the fastest)")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the measurements to a JSON file, too")
     parser.add_argument("--html", type=_file, metavar="FILE", help="write a page with the images, too")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
 
 
 def _file(text: str) -> Path:
@@ -124,7 +130,8 @@ def _load_lora(pipe: Any, lora: str) -> None:
     try:
         pipe.load_lora_weights(lora)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load --lora {lora}: give a folder with a LoRA, or a hub id (owner/name)") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot load --lora {lora} ({reason}); give a folder or a hub id (owner/name)") from error
 
 
 def _scheduler(name: str, present: Any) -> Any:

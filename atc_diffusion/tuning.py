@@ -220,7 +220,7 @@ def _compare(
                 return Tuning(_rows(draws), min_psnr, note)
             on_progress(str(setting), done, total)
             done += 1
-            if note and setting.forecasts:
+            if note and setting.forecasts:  # what keeps one setting from forecasting keeps all
                 continue
             drawn = draw(case, setting) if setting == unpatched else _attempt(draw, case, setting)
             if number == 0 and drawn and drawn.computed:

@@ -200,7 +200,7 @@ def test_the_command_tunes_image_to_image_with_another_scheduler(model, tmp_path
         ("--size 63", "`height` and `width` have to be divisible by 8"),
         ("--scheduler Euler", "--scheduler Euler does not fit this model; these do: .*DDIMScheduler, "),
         ("--device moon", "there is no device 'moon' here, only cpu"),
-        ("--lora nowhere", "cannot load --lora nowhere: give a folder with a LoRA, or a hub id"),
+        ("--lora nowhere", "cannot load --lora nowhere .*; give a folder or a hub id"),
         ("--image nowhere.png", "No such file or directory: 'nowhere.png'"),
         ("--min-psnr -1", "min_psnr must be a number from 0 up, got -1.0"),
     ],
@@ -214,6 +214,14 @@ def test_the_command_says_in_one_sentence_what_does_not_fit(model, more, sentenc
 def test_the_command_says_in_one_sentence_what_it_cannot_load(name):
     with pytest.raises(SystemExit, match=f"^python -m atc_diffusion: there is no folder {name}; give a folder with a"):
         main(command(name))
+
+
+@pytest.mark.parametrize("option", ["--steps", "--size", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
+def test_numbers_that_count_are_whole(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command("model"), f"{option}={value}"])
+    assert f"argument {option}: expected a whole number from 1 up, got '{value}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])
