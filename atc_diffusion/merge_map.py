@@ -1,5 +1,7 @@
 """A merge as a value: which cluster each token belongs to."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,7 +12,8 @@ from atc_diffusion.devices import sums_segments, without_autocast
 class MergeMap:
     """Merge tokens `[B, N, C]` into cluster means `[B, K, C]` and copy them back.
 
-    Both directions keep dtype and device, are differentiable, and give the same bits every time, on CUDA too.
+    Both directions keep dtype and device, and give the same bits every time, on CUDA too. They have derivatives of any
+    order, backward and forward, and work under `torch.func`.
 
     Args:
         labels: `[B, N]` int64 in `0..num_clusters - 1`, the cluster of every token.
@@ -61,9 +64,14 @@ class MergeMap:
     def merge(self, x: Tensor) -> Tensor:
         """Means `[B, K, C]` of the tokens `x` `[B, N, C]` of every cluster."""
         self._check(x, self.labels.shape[1])
-        return self._sum_segments(x) if sums_segments(x.device) else self._multiply(x)
+        if not sums_segments(x.device):
+            return self._multiply(x)
+        if torch.compiler.is_compiling():
+            return self.sum_segments(x)
+        # `torch.func` has no rules for the sum, and the labels may be mapped over as well.
+        return self._multiply(x) if torch._C._are_functorch_transforms_active() else _SegmentMeans.apply(x, self)
 
-    def _sum_segments(self, x: Tensor) -> Tensor:
+    def sum_segments(self, x: Tensor) -> Tensor:
         starts = self._starts + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
         means = F.embedding_bag(self._tokens.flatten(), x.flatten(0, 1), starts.flatten(), mode="mean")
         return means.unflatten(0, (len(x), self.num_clusters))
@@ -79,9 +87,27 @@ class MergeMap:
     def unmerge(self, x: Tensor) -> Tensor:
         """A copy `[B, N, C]` of its cluster's row of `x` `[B, K, C]` for every token."""
         self._check(x, self.num_clusters)
-        return F.embedding(self._clusters, x.flatten(0, 1))
+        return F.embedding(self._clusters, x.reshape(-1, x.shape[2]))
 
     def _check(self, x: Tensor, rows: int) -> None:
         expected = (len(self.labels), rows)
         if x.ndim != 3 or tuple(x.shape[:2]) != expected:
             raise ValueError(f"expected a tensor [{expected[0]}, {expected[1]}, C], got {list(x.shape)}")
+
+
+class _SegmentMeans(torch.autograd.Function):
+    """`MergeMap.merge` by sums of segments, which PyTorch alone differentiates only once and only backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, merge_map: MergeMap) -> Tensor:
+        ctx.merge_map = merge_map
+        return merge_map.sum_segments(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        sizes = ctx.merge_map.sizes[:, :, None].clamp(min=1)
+        return ctx.merge_map.unmerge(grads[0] / sizes), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return ctx.merge_map.merge(tangents[0])

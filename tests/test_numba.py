@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -35,7 +36,7 @@ def cached_files(directory: Path) -> list[Path]:
 
 def test_compiled_code_is_kept(directory: Path) -> None:
     assert entry(double)(2.0) == 4
-    again = entry(double)
+    again: Any = entry(double)
     assert again(2.0) == 4
     assert sum(again.stats.cache_hits.values()) == 1
 
@@ -47,7 +48,7 @@ def test_a_damaged_cache_is_replaced(directory: Path, suffix: str, content: Call
     (damaged,) = (path for path in cached_files(directory) if path.suffix == suffix)
     damaged.write_bytes(content(damaged.read_bytes()))
     assert entry(double)(2.0) == 4
-    again = entry(double)
+    again: Any = entry(double)
     assert again(2.0) == 4
     assert sum(again.stats.cache_hits.values()) == 1
 

@@ -62,8 +62,7 @@ class ClusterTree:
         if num_clusters < self.num_clusters:
             raise ValueError(f"this tree was not built down to {num_clusters} clusters; build it with fewer")
         absorbed = torch.zeros_like(self.parents, dtype=torch.bool)
-        absorbed.scatter_(1, self.order[:, : num_tokens - num_clusters], True)
-        return self._labels(absorbed)
+        return self._labels(absorbed.scatter(1, self.order[:, : num_tokens - num_clusters], True))
 
     def cut_at(self, distance: float) -> Tensor:
         """Labels `[B, N]` after every merge of at most `distance`; the number of clusters may differ by item."""

@@ -69,16 +69,14 @@ def _windows(height: int, width: int, window: int, device: torch.device) -> list
 
 def _tree(tokens: Tensor, num_clusters: int, windows: list[Tensor], find: Callable[..., Merges]) -> ClusterTree:
     """The trees of all windows as one; windows of one shape need at most all the merges of the image."""
-    num_merges = tokens.shape[1] - num_clusters
-    parents = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    ranks = torch.zeros_like(parents)
-    heights = torch.zeros_like(parents, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    batch, num_merges = len(tokens), tokens.shape[1] - num_clusters
+    parts = []
     for tiles in windows:
         left = max(len(tiles), tiles.numel() - num_merges)
-        merges = find(tokens[:, tiles].flatten(0, 1), left, together=len(tiles))
-        of_all = tiles.repeat(len(tokens), 1)
-        index = tiles.flatten()
-        parents[:, index] = of_all.gather(1, merges[0]).reshape(len(tokens), -1)
-        heights[:, index] = merges[1].reshape(len(tokens), -1)
-        ranks[:, index] = merges[2].argsort(dim=1).reshape(len(tokens), -1)
+        parents, heights, order = find(tokens[:, tiles].flatten(0, 1), left, together=len(tiles))
+        parts.append((tiles.repeat(batch, 1).gather(1, parents), heights, order.argsort(dim=1)))
+    places = torch.cat([tiles.flatten() for tiles in windows]).argsort()
+    parents, heights, ranks = (
+        torch.cat([x.reshape(batch, -1) for x in each], dim=1)[:, places] for each in zip(*parts, strict=True)
+    )
     return ClusterTree.from_merges(parents, heights, ranks, max(num_clusters, sum(map(len, windows))))
