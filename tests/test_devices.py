@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
-from atc_diffusion.adapters import MergedCall
+from atc_diffusion.adapters import Family, MergedCall
+from atc_diffusion.adapters.lookup import family_of
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
 from atc_diffusion.clustering.windows import cluster_windows
@@ -185,47 +186,66 @@ def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
 # families only the attentions go there.
 
 
-def merged_call(family: TinyNetwork) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]:
-    """An attention whose keys merge, its arguments, and what it returns."""
-    network = apply_patch(family.make(), ATCConfig.fast(0.25))
+@dataclass
+class Attending:
+    """A call of an attention whose keys merge."""
+
+    family: Family
+    attention: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    merge: MergedCall
+    output: Any
+
+    def again(self, attention: nn.Module, merge: MergedCall | None, move: Callable[[Tensor], Tensor]) -> Any:
+        """The output of a copy of the attention where `move` takes tensors."""
+        args, kwargs = tree_map(lambda x: move(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        if merge is not None and merge.keys is not None:
+            merge = replace(merge, keys=MergeMap(move(merge.keys.labels), merge.keys.num_clusters))
+            args, kwargs = self.family.merge(attention, args, kwargs, merge)
+        return attention(*args, **kwargs)
+
+
+def attending(tiny: TinyNetwork, monkeypatch: pytest.MonkeyPatch) -> Attending:
+    network = apply_patch(tiny.make(), ATCConfig.fast(0.25))
+    family = family_of(network)
+    assert family is not None
+    merges: dict[nn.Module, MergedCall] = {}
+    merge = family.merge
+
+    def record(attention: nn.Module, args: Any, kwargs: Any, merged: MergedCall) -> Any:
+        merges[attention] = merged
+        return merge(attention, args, kwargs, merged)
+
+    monkeypatch.setattr(family, "merge", record)
     calls, results = recorded_calls(network), recorded_results(network)
-    family.run(network)
-    attention = next(module for module, (_, kwargs) in calls.items() if kwargs.get("merge"))
+    tiny.run(network)
+    attention = next(attention for attention, merged in merges.items() if merged.keys is not None)
     attention._forward_pre_hooks.clear()
     attention._forward_hooks.clear()
-    return attention, *calls[attention], results[attention]
-
-
-def moved(arguments: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    def move_leaf(x: Any) -> Any:
-        if isinstance(x, MergedCall):
-            return replace(x, keys=x.keys and MergeMap(move(x.keys.labels), x.keys.num_clusters))
-        return move(x) if isinstance(x, Tensor) else x
-
-    return tree_map(move_leaf, arguments)
+    return Attending(family, attention, *calls[attention], merges[attention], results[attention])
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_an_attention_on_mps_whose_keys_merge_after_the_rotation(name):
-    attention, args, kwargs, expected = merged_call(FAMILIES[name])
+def test_an_attention_on_mps_whose_keys_merge_after_the_rotation(name, monkeypatch):
+    call = attending(FAMILIES[name], monkeypatch)
     used = []
-    for given in (kwargs, kwargs | {"merge": None}):
-        there = copy.deepcopy(attention)
+    for merge in (call.merge, None):
+        there = copy.deepcopy(call.attention)
         with PretendDevice() as device, torch.no_grad():
             pretend_device.put(there)
-            output = there(*moved(args, lambda x: x.to(DEVICE)), **moved(given, lambda x: x.to(DEVICE)))
+            output = call.again(there, merge, lambda x: x.to(DEVICE))
         used.append((device.used, output))
     assert used[0][0] - used[1][0] <= OPERATIONS
-    for actual, wanted in zip(tree_flatten(used[0][1])[0], tree_flatten(expected)[0], strict=True):
+    for actual, wanted in zip(tree_flatten(used[0][1])[0], tree_flatten(call.output)[0], strict=True):
         assert torch.allclose(on_cpu(actual), wanted, atol=1e-5)
 
 
 @needs_fake_cuda
 @pytest.mark.parametrize("name", ROTARY)
-def test_every_tensor_of_an_attention_whose_keys_merge_is_on_its_device(name):
-    attention, args, kwargs, _ = merged_call(FAMILIES[name])
+def test_every_tensor_of_an_attention_whose_keys_merge_is_on_its_device(name, monkeypatch):
+    call = attending(FAMILIES[name], monkeypatch)
     with FakeTensorMode(), torch.no_grad():
-        pretend_device.put(attention, on_cuda)
-        args, kwargs = moved((args, kwargs), on_cuda)
-        outputs = attention(*args, **kwargs)
+        pretend_device.put(call.attention, on_cuda)
+        outputs = call.again(call.attention, call.merge, on_cuda)
     assert {x.device for x in tree_flatten(outputs)[0]} == {CUDA}

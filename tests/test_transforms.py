@@ -1,5 +1,6 @@
 """Second derivatives and `torch.func` through merging and clustering, against averaging with a matrix."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from atc_diffusion import MergeMap, agglomerate, bipartite_labels
 from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels
 from atc_diffusion.clustering.windows import cluster_windows
 from tests.helpers.labels import assert_valid
+
+Function = Callable[[Tensor], Tensor]
 
 LABELS = torch.tensor([[0, 1, 0, 3, 1, 0], [3, 0, 1, 3, 3, 0]])  # and a cluster without tokens
 NUM_CLUSTERS = 4
@@ -61,17 +64,21 @@ def test_a_gradient_penalty(function):
     torch.testing.assert_close(*gradients)
 
 
-TRANSFORMS: dict[str, Any] = {
-    "grad": lambda f, x: grad(lambda x: f(x).square().sum())(x),
-    "grad of grad": lambda f, x: grad(lambda x: grad(lambda x: f(x).square().sum())(x).square().sum())(x),
+def energy(f: Function) -> Function:
+    return lambda x: f(x).square().sum()
+
+
+TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
+    "grad": lambda f, x: grad(energy(f))(x),
+    "grad of grad": lambda f, x: grad(energy(grad(energy(f))))(x),
     "jvp": lambda f, x: jvp(f, (x,), (x.cos(),)),
-    "grad of jvp": lambda f, x: grad(lambda x: jvp(f, (x,), (x.cos(),))[1].square().sum())(x),
-    "jvp of grad": lambda f, x: jvp(grad(lambda y: f(y).square().sum()), (x,), (x.cos(),)),
+    "grad of jvp": lambda f, x: grad(energy(lambda y: jvp(f, (y,), (y.cos(),))[1]))(x),
+    "jvp of grad": lambda f, x: jvp(grad(energy(f)), (x,), (x.cos(),)),
     "vjp": lambda f, x: vjp(f, x)[1](x.cos()),
     "jacrev": lambda f, x: jacrev(f)(x),
     "vmap": lambda f, x: vmap(f)(torch.stack([x, x.cos()])),
     "vmap of columns": lambda f, x: vmap(f, in_dims=2, out_dims=1)(torch.stack([x, x.cos()], dim=2)),
-    "vmap of grad": lambda f, x: vmap(grad(lambda x: f(x).square().sum()))(torch.stack([x, x.cos()])),
+    "vmap of grad": lambda f, x: vmap(grad(energy(f)))(torch.stack([x, x.cos()])),
     "vmap of vmap": lambda f, x: vmap(vmap(f))(torch.stack([x, x.cos()]).expand(2, 2, 2, 6, 2)),
 }
 
