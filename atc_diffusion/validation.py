@@ -57,38 +57,38 @@ def check_options(kind: str, known: Iterable[str], given: dict[str, object]) -> 
 
 
 def _instead(name: str, value: object, known: tuple[str, ...]) -> str:
-    """What to write instead of an option of tomesd, of an earlier version of this package, or with a typing error."""
-    if sentence := _translated(name, value):
+    """What to write instead of an option of tomesd, of an earlier version of this package, or with a typo."""
+    present_name, sentence = _translated(name, value)
+    if present_name in known:
         return sentence
     if close := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {close[0]!r}?"
     return f"it has {', '.join(known)}"
 
 
-def _translated(name: str, value: object) -> str:
+def _translated(name: str, value: object) -> tuple[str, str]:
+    """The option that does now what `name` did, and a sentence about it; empty for other names."""
     match name:
         case "ratio":
-            example = value if is_number(value) and 0 <= value < 1 else 0.4
-            return f"tomesd's ratio is the fraction of tokens removed, r the fraction kept: ratio={example:g} is" + (
-                f" r={1 - example:g}"
-            )
+            removed = value if is_number(value) and 0 <= value < 1 else 0.4
+            example = f"ratio={removed:g} is r={1 - removed:g}"
+            return "r", f"tomesd's ratio is the fraction of tokens removed, r the fraction kept: {example}"
         case "max_downsample":
             levels = tuple(level for level in LEVELS if is_count(value) and level <= value)
-            return f"max_downsample={value!r} is levels={levels or ('costly' if value == 'auto' else 'finest')!r}"
+            return "levels", f"{name}={value!r} is levels={levels or ('costly' if value == 'auto' else 'finest')!r}"
         case "sx" | "sy" | "use_rand":
-            return f"{name} is an option of tomesd; use ToMeConfig with stride and seed"
+            return "r", f"{name} is an option of tomesd; use ToMeConfig with stride and seed"
         case "merge_attn" | "merge_crossattn" | "merge_mlp" | "modules":
-            return "only self-attention is merged"
+            return "features", "only self-attention is merged"
         case "merge":
-            return "merge='keys_values' is r=1 with r_keys, the fraction of keys and values kept"
+            return "r_keys", "merge='keys_values' is r=1 with r_keys, the fraction of keys and values kept"
         case "refresh_every":
-            return (
-                "tokens are clustered again once the latents have changed by recluster_threshold; 0 is refresh_every=1"
-            )
+            now = "tokens are clustered again once the latents have changed by recluster_threshold"
+            return "recluster_threshold", f"{now}; 0 is refresh_every=1"
         case "window":
-            return f"window={value!r} is window_size={value!r}"
+            return "window_size", f"window={value!r} is window_size={value!r}"
         case "share_guidance":
-            return f"share_guidance={value!r} is share_across_guidance={value!r}"
+            return "share_across_guidance", f"{name}={value!r} is share_across_guidance={value!r}"
         case "share_layers":
-            return "every layer has clusters of its own"
-    return ""
+            return "r", "every layer has clusters of its own"
+    return "", ""

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import pydoc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
@@ -210,6 +211,15 @@ def test_unknown_options_are_translated(options, sentence, unet):
     for make in (ATCConfig, ATCConfig.fast, lambda **options: apply_patch(unet, **options)):
         with pytest.raises(ValueError, match=message):
             make(**options)
+
+
+@pytest.mark.parametrize("kind", [ToMeConfig, KMedoidsConfig, ViTConfig])
+@pytest.mark.parametrize("name", ["window", "max_downsample", "refresh_every", "linkge"])
+def test_advice_names_options_that_are_there(kind, name):
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no option '{name}'") as error:
+        kind(**{name: 1})
+    advised = set(re.findall(r"\b(window_size|levels|recluster_threshold|linkage)\b", str(error.value)))
+    assert advised <= {each.name for each in fields(kind)}
 
 
 @pytest.mark.parametrize(("value", "meant"), [(0.6, "r=0.6"), (60, "r=0.6"), (1, "r=1")])
