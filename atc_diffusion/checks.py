@@ -168,9 +168,9 @@ def _problems(linkage: str, dtype: torch.dtype) -> list[tuple[Callable[..., Tens
     odd, call = draw(*ODD), draw(1, SIDE**2, CHANNELS).to(dtype)
     few, whole = (partial(agglomerate, linkage=linkage, num_clusters=count) for count in (ODD_CLUSTERS, KEYS))
     windows = partial(_cluster_windows, linkage=linkage)
-    # SciPy takes seconds for a call; where sizes are odd, the torch form is compared with it.
     reference = "scipy" if importlib.util.find_spec("scipy") else "torch"
-    calls = [(cluster, call, cluster(call.double(), backend="torch")) for cluster in (whole, windows)]
+    of_calls = "torch" if linkage == "ward" else reference  # for Ward's linkage, SciPy would take several seconds
+    calls = [(cluster, call, cluster(call.double(), backend=of_calls)) for cluster in (whole, windows)]
     return [(few, odd, few(odd, backend=reference)), *calls]
 
 
