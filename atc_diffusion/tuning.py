@@ -176,8 +176,7 @@ def tune(
         arguments: passed to the pipeline, such as `guidance_scale`, `height`, or `image`.
 
     Returns:
-        a `Tuning`. Call `apply_patch(pipe, tuning.config)` and draw with
-        `num_inference_steps=tuning.num_inference_steps`.
+        A `Tuning`, whose `config` is for `apply_patch` and whose `num_inference_steps` is for the pipeline.
 
     Raises:
         ValueError: if there is no prompt or no step, an argument does not fit, or the pipeline cannot be patched.
@@ -233,19 +232,17 @@ def _compare(
 
 
 def _rows(draws: dict[Setting, list[Drawn]]) -> tuple[Row, ...]:
-    """The fastest first. The first setting is the unpatched pipeline; every one was drawn for the first prompts."""
-    unpatched = next(iter(draws.values()))
-    rows = [_row(setting, list(zip(drawn, unpatched, strict=False))) for setting, drawn in draws.items()]
-    return tuple(sorted(rows, key=lambda row: row.ratio))
-
-
-def _row(setting: Setting, pairs: list[tuple[Drawn, Drawn]]) -> Row:
+    """The fastest first. The first setting is the unpatched pipeline; each was drawn for the first prompts, or all."""
     from PIL import Image
 
-    seconds = median(drawn.seconds for drawn, _ in pairs)
-    ratio = median(drawn.seconds / unpatched.seconds for drawn, unpatched in pairs)
-    nearness = fmean(psnr(drawn.pixels, unpatched.pixels) for drawn, unpatched in pairs)
-    return Row(setting, seconds, ratio, nearness, len(pairs), Image.fromarray(pairs[0][0].pixels[0]))
+    rows, unpatched = [], next(iter(draws.values()))
+    for setting, drawn in draws.items():
+        pairs = list(zip(drawn, unpatched, strict=False))
+        ratio = median(one.seconds / other.seconds for one, other in pairs)
+        nearness = fmean(psnr(one.pixels, other.pixels) for one, other in pairs)
+        image, seconds = Image.fromarray(drawn[0].pixels[0]), median(one.seconds for one in drawn)
+        rows.append(Row(setting, seconds, ratio, nearness, len(drawn), image))
+    return tuple(sorted(rows, key=lambda row: row.ratio))
 
 
 def _attempt(draw: Draw, case: Case, setting: Setting) -> Drawn | None:
