@@ -1,66 +1,197 @@
 """FID of Stable Diffusion with merged tokens, as in Table 2 of Agglomerative Token Clustering (ECCV 2024).
 
-Draws the same pictures (prompts and seeds are fixed) with the unmerged model and with every configuration asked for,
-scores each set against reference pictures and against the unmerged set, and writes a report. Rerun the command to
-resume an interrupted run. `accelerate launch eval/fid.py ...` divides the pictures between GPUs. Further commands add
-configurations to the same --out; the report covers all complete ones.
+Draws the same images (prompts and seeds are fixed) with the unmerged model and with every method asked for, scores each
+set against reference images and against the unmerged set, and writes a report. Without options it is the paper's
+experiment: ToMe and ATC by three linkages, at six fractions of the tokens, 2000 images each.
+
+    python eval/fid.py --reference reference --list       # what would be drawn
+    python eval/fid.py --reference reference
+    python eval/fid.py --demo                             # a small experiment on the bundled model, without a GPU
+
+Rerun a command to resume it. Further commands add methods to the same --out; the report covers all complete ones.
+
+Several GPUs:
+
+    accelerate launch eval/fid.py --reference reference
+
+Several machines that share the folder --out, here two; on each, with its own RANK from 0, and the first one's address:
+
+    accelerate launch --num_machines 2 --machine_rank $RANK --num_processes 16 --main_process_ip $FIRST \\
+        --main_process_port 29500 eval/fid.py --reference reference --out /shared/fid
+
+An array of jobs that do not talk to each other, and then one that scores:
+
+    python eval/fid.py --part $SLURM_ARRAY_TASK_ID/8 --out /shared/fid
+    python eval/fid.py --reference reference --out /shared/fid
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from arguments.door import door
-from arguments.options import parse, switch
+from atc_diffusion.commands import one_sentence
 
-with door("fid.py", extra="eval"):
-    from draw.grid import Ways
-    from draw.pictures import Prompts
-    from draw.pipeline import EMOJI_DIFFUSION, Sampling
-    from draw.rivals import Rival
-    from report.experiment import Output, run
-    from score.options import Scoring
+with one_sentence("fid.py", extra="eval"):
+    from accelerate import PartialState
+    from tqdm import tqdm
+    from transformers.hf_argparser import HfArg
 
+    from atc_eval.checks import check_new_folder, check_number
+    from atc_eval.command_line import parse
+    from atc_eval.draw.image_set import check_folder_settings, claim_folder
+    from atc_eval.draw.images import PlannedImage, Prompts
+    from atc_eval.draw.sampler import Part, Sampler, read_records
+    from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
+    from atc_eval.draw.sets import DRAWN, Sets, complete_sets, make_sets, note_command
+    from atc_eval.draw.times import Times
+    from atc_eval.environment import in_words
+    from atc_eval.method import Method
+    from atc_eval.methods import Comparison
+    from atc_eval.report.results import Result, Study
+    from atc_eval.report.sections import write_report
+    from atc_eval.score.scorer import Scorer
+    from atc_eval.score.scoring import Scoring
+
+Plan = dict[Method, list[PlannedImage]]
 DEMO = {  # a small experiment, on the model of this repository
     "model": str(EMOJI_DIFFUSION),
-    "class_names": str(EMOJI_DIFFUSION / "things.txt"),
+    "class_names": EMOJI_DIFFUSION / "things.txt",
     "prompt": "{}",
-    "reference": str(EMOJI_DIFFUSION / "pictures"),
+    "reference": EMOJI_DIFFUSION / "pictures",
     "steps": 20,
     "guidance": 3.0,
     "batch_size": 4,
     "classes": "12",
     "images_per_class": 1,
-    "keep": ((0.5, None), (1.0, 0.125)),
-    "method": ("paper", "atc"),
-    "rival": (Rival("steps", 0.7),),
+    "keep": ["50", "100/12.5"],
+    "method": ["paper", "atc"],
+    "rival": ["steps:0.7"],
     "time": 1,
     "features": "efficientnet-lite0",
     "out": Path("out/demo"),
 }
+MOST_ON_A_CPU = 100  # images of a full-size model, which takes minutes for one
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The options of the command line."""
+class Output:
+    """What is done, and where results go."""
 
-    ways: Ways
-    output: Output
-    prompts: Prompts
-    sampling: Sampling
-    scoring: Scoring
-    demo: bool = switch("a small experiment on the emoji model of this repository: offline, no GPU")
-    list: bool = switch("print seed, file and prompt of every picture, and stop")
+    _argument_group_name = "output"
+    out: Path = HfArg(default=Path("out/fid"), help="folder for images and features")
+    report: Path | None = HfArg(default=None, help="folder for the report (default: the same)")
+    time: int = HfArg(default=0, help="batches to time with each method, in turn")
+    part: str | None = HfArg(default=None, help="draw only one part of the images, such as 3/8, and score nothing")
+    demo: bool = HfArg(default=False, help="a small experiment on the bundled emoji model: offline, no GPU")
+    dry_run: bool = HfArg(
+        default=False, aliases=["--list"], help="print seed, file and prompt of every image, and what is to be drawn"
+    )
+
+    def __post_init__(self) -> None:
+        check_new_folder("--out", self.out)
+        check_new_folder("--report", self.report)
+        check_number("--time", self.time, least=0)
+        Part.parse(self.part)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    experiment = parse(Experiment, __doc__, arguments, demo=DEMO)
-    if experiment.list:
-        experiment.prompts.print_list()
+    kinds, given = (Comparison, Output, Prompts, Sampling, Scoring), sys.argv[1:] if arguments is None else arguments
+    options = parse(kinds, __doc__, given, **DEMO if "--demo" in given else {})
+    with one_sentence("fid.py", extra="eval", stopped="rerun the command to resume"):
+        run(*options)
+
+
+def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Sampling, scoring: Scoring) -> None:
+    """Draw the missing images, time, score and report; everything is checked before the first image is drawn."""
+    state = PartialState(cpu=sampling.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
+    images, settings, out, part = prompts.plan(), sampling.json(state.device), output.out, Part.parse(output.part)
+    check_folder_settings(out, settings, DRAWN)
+    sets = make_sets(out, comparison.methods(), images, settings)
+    missing = {method: each.missing() for method, each in sets.items()}
+    own = {method: part.of(images, missing[method]) for method in sets}
+    if state.is_main_process:
+        if output.dry_run:
+            prompts.print_list()
+        print(outline(missing, own, len(images), sampling.steps), flush=True)
+    if output.dry_run:
         return
-    with door("fid.py", extra="eval"):
-        configurations = experiment.ways.configurations()
-        run(configurations, experiment.prompts, experiment.sampling, experiment.scoring, experiment.output)
+    count = sum(map(len, own.values()))
+    refuse_months(sampling, state, count)
+    is_scoring = state.is_main_process and output.part is None
+    prepared = scoring.prepare(out / "features", state.device) if is_scoring else None
+    sampler = Sampler(sampling, state, part)
+    if count:
+        sampler.check(list(sets))
+        if state.is_main_process:
+            claim_folder(out, settings, DRAWN)
+        sampler.draw_missing(sets, own)
+    if prepared:
+        sets = complete_sets(out, images, settings)
+        times = Times(out / "times.json")
+        times.measure(sampler, sets, images, output.time)
+        report(sets, prepared(sets[Method()]), times, (prompts, sampling, scoring, output))
+    elif state.is_main_process:
+        print(f"part {output.part} is drawn; when all parts are, run the command without --part to score them")
+
+
+def outline(missing: Plan, own: Plan, num_images: int, steps: int) -> str:
+    """What there is to draw, in words; `own` is what this part draws of the `missing` images."""
+    total, left, here = len(missing) * num_images, *(sum(map(len, each.values())) for each in (missing, own))
+    plan = f"{len(missing)} sets of {num_images} images, {steps} steps each: {total} images, of which "
+    part = f" This part draws {here} of the others." if here < left else ""
+    estimate = " The first batch tells how long the others will take." if here else ""
+    return f"{plan}{total - left} are drawn already.{part}{estimate}"
+
+
+def refuse_months(sampling: Sampling, state: PartialState, count: int) -> None:
+    if state.device.type == "cpu" and sampling.device == "auto" and sampling.is_full_size and count > MOST_ON_A_CPU:
+        raise ValueError(
+            f"PyTorch finds no GPU here, and a CPU takes minutes for each of these {count} images; run this on a "
+            "machine with a GPU, draw fewer (--classes 10), try --demo, or give --device cpu to draw them here"
+        )
+
+
+def report(sets: Sets, scorer: Scorer, times: Times, options: tuple[Prompts, Sampling, Scoring, Output]) -> None:
+    prompts, sampling, scoring, output = options
+    timing = times.medians(sets).to_dict("index")
+    results = [
+        Result(each, images, scorer(images), read_records(images.folder), timing.get(images.folder.name, {}))
+        for each, images in tqdm(sets.items(), desc="scoring", unit="set")
+    ]
+    study = Study(
+        results,
+        features=scorer.features.name,
+        conditions=conditions(results[0], prompts, sampling, scoring, len(scorer.reference)),
+        commands=note_command(output.out),
+        draws=scorer.draws,
+        shown=prompts.shown(),
+        is_papers_model=sampling.model == STABLE_DIFFUSION,
+    )
+    folder = output.report or output.out
+    write_report(study, folder)
+    print(f"wrote {folder / 'report.html'}")
+
+
+def conditions(
+    unmerged: Result, prompts: Prompts, sampling: Sampling, scoring: Scoring, references: int
+) -> dict[str, str]:
+    """The conditions that the figures hold under, in words."""
+    images, record = unmerged.images.images, unmerged.record
+    width, height = unmerged.images.load(images[0]).size
+    scheduler = f", {sampling.scheduler}" if sampling.scheduler else ""
+    return {
+        "model": sampling.name,
+        "images": f"n = {len(images)}, {prompts.images_per_class} of each class, prompt `{prompts.prompt}`",
+        "reference": f"{references} images",
+        "sampling": f"{sampling.steps} steps{scheduler}, guidance {sampling.guidance:g}, {width} x {height}, "
+        f"base seed {prompts.seed}",
+        "device": f"{', '.join(record['devices'])}; {sampling.dtype or 'default dtype'}, "
+        f"batch size {sampling.batch_size}",
+        "versions": in_words(record["versions"]),
+        "intervals": f"95 %, {scoring.bootstrap} bootstrap draws",
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A page that draws a picture unmerged and merged, and shows what merging saves and what it costs.
+"""A page that draws an image unmerged and merged, and shows what merging saves and what it costs.
 
     python examples/app.py
     python examples/app.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 7.5
@@ -12,32 +12,32 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from door import door
+from atc_diffusion.commands import one_sentence
 from pipeline import EMOJI, load
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-with door("app.py", extra="app"):
+with one_sentence("app.py", extra="app"):
     import gradio as gr
 
     from comparison import Comparison, Settings, Studio
     from display import SIDE, TABLE, clusters, past, select, show
-    from form import check, configure, fields
+    from form import FIRST, PRESETS, check, configure, fields
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
 INTRODUCTION = """
 # Token merging, before and after
 
-Stable Diffusion's self-attention compares every token of a picture with every other. Token merging clusters similar
-tokens, computes with one per cluster and copies the result back to its members: less work, and nearly the same picture.
-It saves time where attention is a large part of a step, as in large pictures. Draw one, then drag the handle.
+Stable Diffusion's self-attention compares every token of an image with every other. Token merging clusters similar
+tokens, computes with one per cluster and copies the result back to its members: less work, and nearly the same image.
+It saves time where attention is a large part of a step, as in large images. Drag the handle, then draw your own.
 """
 EXPLANATION = """
 One run of each, after an untimed step; other work on this machine changes the seconds. The arithmetic saved is that of
-the self-attentions that merge, clustering not counted. PSNR and SSIM say how near the merged picture is to the unmerged
-one: higher is nearer.
+the self-attentions that merge, clustering not counted. PSNR and SSIM measure how close the merged image is to the
+unmerged one: higher is closer.
 """
-PROMPTS = ["red apple", "fox", "penguin", "sunflower", "wrapped gift", "lady beetle"]
+PROMPTS = ["rainbow", "butterfly", "wrapped gift", "penguin", "sunflower", "red apple"]
 
 THEME = gr.themes.Default(
     primary_hue="indigo",
@@ -48,7 +48,7 @@ THEME = gr.themes.Default(
 
 
 class CancelledError(Exception):
-    """The visitor does not want the picture any more."""
+    """The visitor does not want the image any more."""
 
 
 class Runs:
@@ -72,7 +72,7 @@ class Runs:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio reads it from the signature
     ) -> list[Comparison]:
         """The visitor's runs with the new one first; unchanged if it was cancelled."""
-        settings = Settings(prompt.strip(), seed, steps, size, configure(preset, r, r_keys))
+        settings = Settings(prompt.strip(), seed, steps, size, *configure(preset, r, r_keys))
         cancelled = self._cancelled[request.session_hash] = threading.Event()
         try:
             comparison = self.studio.compare(settings, partial(_report, progress, cancelled, steps))
@@ -90,38 +90,41 @@ class Runs:
 def _report(progress: gr.Progress, cancelled: threading.Event, steps: int, name: str, done: int) -> None:
     if cancelled.is_set():
         raise CancelledError
-    progress((done, steps), desc=f"{name} picture", unit="steps")
+    progress((done, steps), desc=f"{name} image", unit="steps")
 
 
-def build(runs: Runs, prompts: list[str], steps: int, size: int) -> gr.Blocks:
-    """The page; a visitor's runs are kept for as long as the tab is open."""
+def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
+    """The page, with an example on it; a visitor's runs are kept for as long as the tab is open."""
+    steps = example.settings.steps
     with gr.Blocks(title="Token merging", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        history, index = gr.State([]), gr.State(0)
+        history, index = gr.State([example]), gr.State(0)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                inputs = fields(prompts[0], steps, size)
+                inputs = fields(prompts[0], steps, example.settings.size)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
                     stop = gr.Button("Cancel", min_width=100, elem_id="cancel")
                 gr.Examples(prompts, inputs[0], label="Prompts to try")
             with gr.Column(scale=3, min_width=300):
-                pictures = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="pictures")
+                images = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="images")
                 with gr.Column(visible=False) as summary:
                     figures = gr.HTML(padding=False)
                     gr.Markdown(EXPLANATION, elem_classes="subdued")
-                    code = gr.Code(language="python", lines=1, label="Line of code", buttons=["copy"], elem_id="code")
+                    code = gr.Code(
+                        language="python", lines=3, wrap_lines=True, label="Code", buttons=["copy"], elem_id="code"
+                    )
         with gr.Column(visible=False) as details:
             with gr.Row():
                 with gr.Column(min_width=300):
                     strength = gr.Markdown()
-                    difference = picture("difference")
+                    difference = image("difference")
                 with gr.Column(min_width=300):
                     heading = gr.Markdown(elem_id="heading")
-                    overlay = picture("clusters")
+                    overlay = image("clusters")
                     layer = gr.Dropdown([], label="Layer", elem_id="layer")
                     step = gr.Slider(0, max(1, steps - 1), step=1, label="Step", elem_id="step")
-            gr.Markdown("### Your runs\nClick a picture to see it again.")
+            gr.Markdown("### Your runs\nClick an image to see it again.")
             gallery = gr.Gallery(
                 label="Your runs",
                 show_label=False,
@@ -134,9 +137,9 @@ def build(runs: Runs, prompts: list[str], steps: int, size: int) -> gr.Blocks:
             )
             table = gr.Dataframe(headers=TABLE, interactive=False, buttons=["copy"])
 
-        shown = [pictures, figures, code, strength, difference, layer, step, heading, overlay, index, summary, details]
+        shown = [images, figures, code, strength, difference, layer, step, heading, overlay, index, summary, details]
         drawing = start.click(
-            runs.draw, [*inputs, history], history, validator=check, concurrency_limit=1, show_progress_on=pictures
+            runs.draw, [*inputs, history], history, validator=check, concurrency_limit=1, show_progress_on=images
         )
         drawing.success(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
         gallery.select(select, history, shown, show_progress="hidden")
@@ -144,10 +147,11 @@ def build(runs: Runs, prompts: list[str], steps: int, size: int) -> gr.Blocks:
             chooser.input(clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
         stop.click(runs.cancel, cancels=drawing, queue=False)
         page.unload(runs.cancel)
+        page.load(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
     return page
 
 
-def picture(name: str) -> gr.Image:
+def image(name: str) -> gr.Image:
     return gr.Image(label=name, show_label=False, format="png", buttons=["download", "fullscreen"], elem_id=name)
 
 
@@ -166,7 +170,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     studio = Studio(load(args.model), guidance_scale=args.guidance)
-    page = build(Runs(studio), args.prompts, args.steps, args.size or studio.size)
+    given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, *configure(FIRST, *PRESETS[FIRST][2]))
+    print("Drawing an example ...", flush=True)
+    page = build(Runs(studio), args.prompts, studio.compare(given, lambda name, done: None))
     page.launch(
         server_name=args.host,
         server_port=args.port,
@@ -183,5 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with door("app.py", extra="app"):
+    with one_sentence("app.py", extra="app"):
         main()

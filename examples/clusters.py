@@ -1,35 +1,34 @@
-"""Show which tokens were merged: clusters over the drawn picture, by method and by share of tokens kept.
+"""Show which tokens were merged: the image, its ten largest clusters, and how large all of them are.
 
     python examples/clusters.py
-    python examples/clusters.py --prompt "penguin" --keep 25 5 --at 0 10 19 --layers down_blocks.0 up_blocks.2
+    python examples/clusters.py --prompt penguin --method atc-ward tome --r 0.25 --at 0 10 19 --layers up_blocks.1
 
-Writes a picture for each chosen layer and step, and beside it the histogram of its clusters' sizes. The methods differ
-only in how they cluster: all compare keys over the whole picture, and all weigh a cluster by its size.
+Writes an image for each chosen layer and step, with a row for each method. The methods differ only in how they cluster:
+all compare keys over the whole image, and all weigh a cluster by its size.
 """
 
 import argparse
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
-from door import door
+from atc_diffusion.commands import one_sentence
 from pipeline import EMOJI, load
 
-with door("clusters.py", extra="app"):
+with one_sentence("clusters.py", extra="app"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from overlay import Partition, at_step, paint, partitions, path
+    from atc_diffusion.painting import paint_clusters
+    from partitions import Partition, at_step, partitions, path
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
     **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window_size=None) for linkage in LINKAGES},
@@ -37,59 +36,30 @@ METHODS: dict[str, Callable[..., MergeConfig]] = {
     "kmedoids": KMedoidsConfig,
     "dpc-knn": DPCKNNConfig,
 }
+Run = tuple[Image.Image, list[Partition]]  # an image, and the clusters it was drawn with
 
 
-@dataclass(frozen=True)
-class Run:
-    """A picture and the clusters it was drawn with."""
-
-    picture: Image.Image
-    partitions: list[Partition]
-
-
-Runs = dict[tuple[str, float], Run | str]  # by method and percent kept; a sentence where the method has no such share
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    shown_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=shown_defaults)
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
-    parser.add_argument("--prompt", default="sunflower")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    parser.add_argument("--keep", nargs="+", type=float, default=[25, 10, 3], help="percent of the tokens kept")
-    parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names (default: first and last)")
-    parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0 (default: the middle and the last)")
+    parser.add_argument("--prompt", default="penguin", help="what to draw")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["atc-average"], help="how tokens cluster")
+    parser.add_argument("--r", type=float, default=0.02, help="fraction of the tokens kept, as in ATCConfig")
+    parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names; None: the last")
+    parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0; None: that after a third of them")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
-    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the pictures")
-    args = parser.parse_args()
-    args.at = args.at or [args.steps // 2, args.steps - 1]
+    parser.add_argument("--size", type=int, help="side in pixels; None: the model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the image")
+    parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the images")
+    args = parser.parse_args(arguments)
+    args.at = args.at or [args.steps // 3]
     return args
-
-
-def configurations(args: argparse.Namespace) -> dict[tuple[str, float], MergeConfig | str]:
-    """By method and percent kept; a sentence where the method has no such share, which some method must have."""
-    configs = {(method, keep): configure(method, keep) for method in args.method for keep in args.keep}
-    for keep in args.keep:
-        found = [configs[method, keep] for method in args.method]
-        if not any(isinstance(config, MergeConfig) for config in found):
-            raise ValueError(f"--keep {keep:g}: {found[0]}")
-    return configs
-
-
-def configure(method: str, keep: float) -> MergeConfig | str:
-    try:
-        return METHODS[method](r=keep / 100, record=True)
-    except ValueError as error:
-        return str(error)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse before anything is drawn what would fail later."""
-    for keep in args.keep:
-        if not 0 < keep < 100:
-            raise ValueError(f"--keep is a percentage of tokens above 0 and below 100, got {keep:g}")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
     if args.steps < 1:
@@ -100,10 +70,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
-    """Names of the layers that merge and contain one of the `parts`; without parts, the first and the last."""
+    """Names of the layers that merge and contain one of the `parts`; without parts, the last."""
     with patched(pipe, ATCConfig()):
         names = [path(layer.network, layer.name) for layer in summary(pipe).layers]
-    chosen = [name for name in names if any(part in name for part in parts or [names[0], names[-1]])]
+    chosen = [name for name in names if any(part in name for part in parts or [names[-1]])]
     if not chosen:
         raise ValueError(f"--layers {' '.join(parts or [])} fits none of {', '.join(names)}")
     return chosen
@@ -111,7 +81,7 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
     with patched(pipe, config):
-        picture = pipe(
+        image = pipe(
             args.prompt,
             height=args.size,
             width=args.size,
@@ -119,91 +89,55 @@ def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
             guidance_scale=args.guidance,
             generator=torch.Generator().manual_seed(args.seed),
         ).images[0]
-        return Run(picture, partitions(pipe))
+        return image, partitions(pipe)
 
 
-def overlays(runs: Runs, layer: str, step: int) -> Figure:
-    """The clusters of one layer at one step: a row for each method, a column for each share, a picture before them."""
-    methods, keeps = list(dict.fromkeys(method for method, _ in runs)), list(dict.fromkeys(keep for _, keep in runs))
-    figure = Figure(figsize=(2.5 * len(keeps) + 2.8, 2.5 * len(methods) + 0.6), layout="constrained", dpi=100)
-    figure.suptitle(f"{layer}, step {step}", fontsize="medium")
-    grid = figure.subplots(len(methods), len(keeps) + 1, squeeze=False)
-    for method, row in zip(methods, grid, strict=True):
-        row[0].set_ylabel(method)
-        show_picture(row[0], runs[method, keeps[0]])
-        for axes, keep in zip(row[1:], keeps, strict=True):
-            show_clusters(axes, runs[method, keep], layer, step)
-    for axes, title in zip(
-        grid[0], [f"drawn with {keeps[0]:g} %", *(f"{keep:g} % kept" for keep in keeps)], strict=True
-    ):
-        axes.set_title(title)
+def plot(runs: Mapping[str, Run], layer: str, step: int) -> Figure:
+    """A row for each method: the image, its largest clusters, and a histogram of all clusters' sizes."""
+    figure = Figure(figsize=(8.3, 2.9 * len(runs)), layout="constrained", dpi=150)
+    for row, (method, (image, found)) in zip(figure.subplots(len(runs), 3, squeeze=False), runs.items(), strict=True):
+        clusters = at_step([each for each in found if each.layer == layer], step)
+        show(row[0], image.resize((512, 512), Image.Resampling.BICUBIC), method)
+        show(row[1], paint_clusters(image, clusters.labels), f"the ten largest of {len(clusters.sizes)} clusters")
+        plot_sizes(row[2], clusters)
     return figure
 
 
-def show_picture(axes: Axes, run: Run | str) -> None:
-    show(axes, run if isinstance(run, str) else run.picture)
-
-
-def show_clusters(axes: Axes, run: Run | str, layer: str, step: int) -> None:
-    show(axes, run if isinstance(run, str) else paint(run.picture, clusters(run, layer, step).labels))
-
-
-def show(axes: Axes, content: Image.Image | str) -> None:
+def show(axes: Axes, image: Image.Image, title: str) -> None:
     axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
-    if isinstance(content, str):
-        axes.set_box_aspect(1)
-        reason = textwrap.fill(content.partition(",")[0], 24)
-        axes.text(0.5, 0.5, reason, ha="center", va="center", color="grey", fontsize="small")
-    else:
-        axes.imshow(content, interpolation="antialiased")
+    axes.imshow(image)
 
 
-def histogram(runs: Runs, layer: str, step: int) -> Figure:
-    """How many clusters of which size: a panel for each share, bins that double, a colour for each method."""
-    keeps = list(dict.fromkeys(keep for _, keep in runs))
-    figure = Figure(figsize=(3.4 * len(keeps) + 0.6, 3.4), layout="constrained", dpi=100)
-    figure.suptitle(f"Cluster sizes: {layer}, step {step}", fontsize="medium")
-    for axes, keep in zip(figure.subplots(1, len(keeps), squeeze=False)[0], keeps, strict=True):
-        drawn = {method: run for (method, share), run in runs.items() if share == keep and isinstance(run, Run)}
-        plot_sizes(axes, {method: clusters(run, layer, step).sizes for method, run in drawn.items()})
-        axes.set(title=f"{keep:g} % kept", xlabel="tokens in the cluster", ylabel="clusters")
-        axes.legend(fontsize="x-small")
-    return figure
+def plot_sizes(axes: Axes, clusters: Partition) -> None:
+    """Tokens by the size of their cluster, in bins that grow fourfold."""
+    sizes = clusters.sizes
+    edges = 4 ** np.arange(int(sizes.max()).bit_length() // 2 + 2)
+    counts, _ = np.histogram(sizes, edges, weights=sizes)
+    axes.bar(np.arange(len(counts)), counts, color="#c2255c")
+    labels = [f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    axes.set_xticks(np.arange(len(counts)), labels, rotation=30, fontsize=8)
+    axes.set_title(f"{clusters.labels.size} tokens by size of their cluster", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_box_aspect(1)
 
 
-def plot_sizes(axes: Axes, sizes: dict[str, NDArray[np.int64]]) -> None:
-    largest = max(int(of_method.max()) for of_method in sizes.values())
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.hist(list(sizes.values()), [2.0**power for power in range(largest.bit_length() + 1)], label=list(sizes))
-    axes.set_ylim(bottom=0.7)  # a single cluster shows as a bar
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-
-
-def clusters(run: Run, layer: str, step: int) -> Partition:
-    return at_step([each for each in run.partitions if each.layer == layer], step)
-
-
-def main() -> None:
-    args = parse_arguments()
-    check(args)
-    configs = configurations(args)
-    pipe = load(args.model)
-    layers = choose_layers(pipe, args.layers)
-    runs: Runs = {
-        each: config if isinstance(config, str) else draw(pipe, args, config) for each, config in configs.items()
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    for layer in layers:
-        for step in args.at:
-            for kind, plot in {"clusters": overlays, "sizes": histogram}.items():
-                path = args.out / f"{layer}_step{step}_{kind}.png"
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with one_sentence("clusters.py", extra="app"):
+        check(args)
+        configs = {method: METHODS[method](r=args.r, record=True) for method in args.method}
+        pipe = load(args.model)
+        layers = choose_layers(pipe, args.layers)
+        runs = {method: draw(pipe, args, config) for method, config in configs.items()}
+        args.out.mkdir(parents=True, exist_ok=True)
+        for layer in layers:
+            for step in args.at:
+                path = args.out / f"{layer}_step{step}.png"
                 plot(runs, layer, step).savefig(path)
                 print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    with door("clusters.py", extra="app"):
-        main()
+    main()

@@ -1,4 +1,4 @@
-"""Draw one picture twice, unmerged and merged, and compare the two."""
+"""Draws one image twice, unmerged and merged, and compares the two."""
 
 import threading
 import time
@@ -10,37 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from skimage.metrics import structural_similarity
 
-from atc_diffusion import MergeConfig, patched, summary
+from atc_diffusion import MergeConfig, patched, psnr, ssim, summary
 from atc_diffusion.clustering import on_compilation
-from atc_diffusion.fidelity import psnr
-from overlay import Partition, partitions
+from partitions import Partition, partitions
 
 OnStep = Callable[[str, int], None]  # called with the drawing's name and the steps done; may raise to end the run
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison draws."""
+    """What a comparison draws; `code` makes `config`."""
 
     prompt: str
     seed: int
     steps: int
     size: int
     config: MergeConfig
-
-    @property
-    def code(self) -> str:
-        """The line of Python that merges like this."""
-        return f"apply_patch(pipe, {self.config})"
+    code: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two pictures and the seconds that each took, what merging saved and what it merged.
+    """The two images and the seconds that each took, what merging saved and what it merged.
 
-    `work_saved` is the share of the patched attentions' arithmetic.
+    `work_saved` is the fraction of the patched attentions' arithmetic.
     """
 
     settings: Settings
@@ -53,18 +47,18 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Time with merging, as a share of the time without."""
+        """Time with merging, as a fraction of the time without."""
         return self.merged_seconds / self.unmerged_seconds
 
     @property
     def psnr(self) -> float:
-        """Peak signal-to-noise ratio in dB of the merged picture to the unmerged one; infinite if they are equal."""
+        """Peak signal-to-noise ratio in dB of the merged image to the unmerged one; infinite if they are equal."""
         return psnr(np.asarray(self.unmerged), np.asarray(self.merged))
 
     @property
     def ssim(self) -> float:
         """Structural similarity of the two, 1 if they are equal."""
-        return float(structural_similarity(np.asarray(self.unmerged), np.asarray(self.merged), channel_axis=2))
+        return ssim(np.asarray(self.unmerged), np.asarray(self.merged))
 
     @property
     def gain(self) -> int:
@@ -96,7 +90,7 @@ class Studio:
 
     @property
     def size(self) -> int:
-        """Side in pixels of the pictures that the model was made for."""
+        """Side in pixels of the images that the model was made for."""
         network = getattr(self.pipe, "unet", None) or self.pipe.transformer
         return int(network.config.sample_size * self.pipe.vae_scale_factor)
 
@@ -123,7 +117,7 @@ class Studio:
 
     def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
         start = time.perf_counter()
-        picture = self.pipe(
+        image = self.pipe(
             settings.prompt,
             height=settings.size,
             width=settings.size,
@@ -132,7 +126,7 @@ class Studio:
             callback_on_step_end=partial(_after_step, on_step),
             **self.options,
         ).images[0]
-        return picture, time.perf_counter() - start
+        return image, time.perf_counter() - start
 
 
 def _after_step(on_step: Callable[[int], None], pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:

@@ -7,10 +7,11 @@ from uuid import uuid4
 import gradio as gr
 from PIL import Image
 
+from atc_diffusion.painting import paint_clusters
 from comparison import Comparison
-from overlay import at_step, paint
+from partitions import at_step
 
-SIDE = 512  # pixels; smaller pictures are enlarged to this
+SIDE = 512  # pixels; smaller images are enlarged to this
 TABLE = ["prompt", "seed", "steps", "size", "unmerged, s", "merged, s", "PSNR, dB", "SSIM", "code"]
 
 
@@ -40,18 +41,18 @@ def select(history: list[Comparison], event: gr.SelectData) -> Any:
 
 
 def clusters(history: list[Comparison], index: int, name: str | None, step: int) -> tuple[str, Image.Image | None]:
-    """A heading and a picture of the clusters of one layer at one step."""
+    """A heading and an image of the clusters of one layer at one step."""
     if name is None:
         return "### Clusters: nothing was merged", None
     run = history[index]
     found = at_step([partition for partition in run.partitions if partition.name == name], step)
-    heading = f"### {len(found.sizes)} clusters of {found.labels.size} tokens; the largest has {found.sizes.max()}"
-    return heading, apart(paint(run.merged, found.labels, SIDE))
+    heading = f"### {len(found.sizes)} clusters of {found.labels.size} tokens; the ten largest in colour"
+    return heading, apart(paint_clusters(run.merged, found.labels, SIDE))
 
 
 def past(history: list[Comparison]) -> tuple[list[tuple[Image.Image, str]], list[list[Any]]]:
     """The gallery of all runs, and the table of their settings and figures."""
-    return [(enlarge(run.merged), f"{run.settings.prompt}, {nearness(run)}") for run in history], [
+    return [(enlarge(run.merged), f"{run.settings.prompt}, {fidelity(run)}") for run in history], [
         [
             run.settings.prompt,
             run.settings.seed,
@@ -74,23 +75,23 @@ def numbers(run: Comparison) -> str:
         "merged": f"{run.merged_seconds:.2f} s",
         "of the time": f"{100 * run.ratio:.0f} %",
         "attention work saved": f"{100 * run.work_saved:.0f} %",
-        "PSNR": nearness(run),
+        "PSNR": fidelity(run),
         "SSIM": f"{run.ssim:.4f}",
     }
     cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items())
     return f'<div class="tiles">{cells}</div>'
 
 
-def nearness(run: Comparison) -> str:
+def fidelity(run: Comparison) -> str:
     return "equal" if run.psnr == inf else f"{run.psnr:.1f} dB"
 
 
-def enlarge(picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    factor = max(1, SIDE // max(picture.size))
-    return apart(picture.resize((picture.width * factor, picture.height * factor), resample))
+def enlarge(image: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    factor = max(1, SIDE // max(image.size))
+    return apart(image.resize((image.width * factor, image.height * factor), resample))
 
 
-def apart(picture: Image.Image) -> Image.Image:
-    """`picture` with metadata of its own: Gradio names files by content, and rewrites one while a browser reads it."""
-    picture.info["id"] = uuid4().hex
-    return picture
+def apart(image: Image.Image) -> Image.Image:
+    """`image` with metadata of its own: Gradio names files by content, and rewrites one while a browser reads it."""
+    image.info["id"] = uuid4().hex
+    return image

@@ -1,9 +1,10 @@
-"""Draw the same pictures unmerged and merged, side by side, and print seconds and fidelity.
+"""Draw the same images unmerged and merged, side by side, and print seconds and fidelity.
 
     python examples/generate.py
-    python examples/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a fox in the snow"
+    python examples/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a fox in the snow" --r 0.5
 
-Without `--model` it draws emoji with the small Stable Diffusion that ships in `examples/emoji_diffusion`.
+Without `--model` it draws emoji with the small Stable Diffusion that ships in `examples/emoji_diffusion`. It compares
+the presets `ATCConfig.fast()` and `ATCConfig.faster()`, or the setting that you give.
 """
 
 import argparse
@@ -19,54 +20,34 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, patched
+from atc_diffusion import ATCConfig, MergeConfig, patched, psnr
 from atc_diffusion.clustering import LINKAGES, on_compilation
-from atc_diffusion.fidelity import psnr
-from door import door
+from atc_diffusion.commands import one_sentence
 from pipeline import EMOJI, load
 
-SIDE, MARGIN = 256, 28  # pixels of a picture and of a line of text
+SIDE, HEAD, FOOT = 256, 44, 84  # pixels: of an image, and of the text above and below a column
 GAIN = 20  # of differences
-Column = tuple[str, list[Image.Image], str]  # name, pictures, figures
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=shown_defaults)
     parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
-    parser.add_argument("--prompt", nargs="+", default=["red apple", "fox", "penguin"])
-    keep = "percent of tokens kept, of queries and of keys: 100/10, or 50 for both (default: the presets)"
-    parser.add_argument("--keep", nargs="+", type=shares, help=keep)
-    parser.add_argument("--method", choices=["atc", "tome"], default="atc")
-    parser.add_argument("--linkage", choices=LINKAGES, help="of ATC (default: average)")
+    parser.add_argument("--prompt", nargs="+", default=["rainbow", "butterfly", "wrapped gift"], help="what to draw")
+    parser.add_argument("--r", type=float, help="fraction of queries kept, as in ATCConfig, instead of the presets")
+    parser.add_argument("--r-keys", type=float, help="fraction of keys and values kept, if it differs from --r")
+    parser.add_argument("--linkage", choices=LINKAGES, default="average", help="for --r and --r-keys")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
-    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("generate.png"), help="the labelled picture")
+    parser.add_argument("--size", type=int, help="side in pixels; None: the model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of every image")
+    parser.add_argument("--out", type=Path, default=Path("generate.png"), help="the labelled image")
     return parser.parse_args(arguments)
 
 
-def shares(text: str) -> tuple[float, float]:
-    """The shares of queries and keys that "50/10", or "50" for both, asks for."""
-    queries, _, keys = text.partition("/")
-    try:
-        percentages = float(queries), float(keys or queries)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected percentages such as 50 or 100/10, got {text!r}") from None
-    for percentage in percentages:
-        if not 1 <= percentage <= 100:
-            hint = f"; did you mean {100 * percentage:g}?" if 0 < percentage < 1 else ""
-            raise argparse.ArgumentTypeError(f"expected percentages from 1 to 100, got {percentage:g}{hint}")
-    return percentages[0] / 100, percentages[1] / 100
-
-
 def check(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the pictures were drawn, or mean something else."""
-    if not args.keep and (args.method == "tome" or args.linkage):
-        raise ValueError("--method and --linkage need --keep, such as --keep 50")
-    if args.method == "tome" and args.linkage:
-        raise ValueError(f"--linkage {args.linkage} is ATC's; leave it out with --method tome")
+    """Refuse what would fail only after the images were drawn."""
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
     if args.out.is_dir() or args.out.suffix.lower() not in FORMATS:
@@ -76,41 +57,35 @@ def check(args: argparse.Namespace) -> None:
 
 
 def configurations(args: argparse.Namespace) -> dict[str, MergeConfig | None]:
-    """A configuration for every row, by its name; None for the unmerged model, which is first."""
-    if not args.keep:
-        return {"unmerged": None, "ATCConfig.fast()": ATCConfig.fast(), "ATCConfig.faster()": ATCConfig.faster()}
-    method = ToMeConfig if args.method == "tome" else ATCConfig
-    options = {"linkage": args.linkage} if args.linkage else {}
-    merged = {describe(*pair): method(r=pair[0], r_keys=pair[1], **options) for pair in args.keep if pair != (1, 1)}
-    return {"unmerged": None, **merged}
-
-
-def describe(queries: float, keys: float) -> str:
-    return f"{queries:.0%} of tokens" if queries == keys else f"{queries:.0%} of queries, {keys:.0%} of keys"
+    """A configuration for every column, by its name; None for the unmerged model, which is first."""
+    if args.r is None and args.r_keys is None:
+        return {"unmerged": None, "fast()": ATCConfig.fast(), "faster()": ATCConfig.faster()}
+    config = ATCConfig(r=1.0 if args.r is None else args.r, r_keys=args.r_keys, linkage=args.linkage)
+    return {"unmerged": None, str(config).removeprefix("ATCConfig"): config}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The pictures of all prompts, and the seconds that each took."""
+    """The images of all prompts, and the seconds that each took."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     seconds: float
 
-    def beside(self, unmerged: "Run") -> str:
-        """The figures in words."""
+    def figures(self, unmerged: "Run") -> tuple[str, str]:
+        """Seconds, and, if it is another run, its ratio and PSNR to the unmerged one."""
         if self is unmerged:
-            return f"{self.seconds:.2f} s/picture"
-        nearness = psnr(stacked(self.pictures), stacked(unmerged.pictures))
-        return f"{self.seconds:.2f} s/picture  x {self.seconds / unmerged.seconds:.2f}  {nearness:.1f} dB"
+            return f"{self.seconds:.2f} s per image", ""
+        fidelity = psnr(stacked(self.images), stacked(unmerged.images))
+        return f"{self.seconds:.2f} s per image", f"{self.seconds / unmerged.seconds:.2f} x, {fidelity:.1f} dB"
 
-    def differences(self, unmerged: "Run") -> list[Image.Image]:
-        """Absolute differences, `GAIN` times as strong."""
-        error = np.abs(stacked(self.pictures).astype(int) - stacked(unmerged.pictures))
-        return [Image.fromarray(each) for each in (GAIN * error).clip(max=255).astype(np.uint8)]
+    def differences(self, unmerged: "Run") -> Image.Image:
+        """Absolute differences of all images, `GAIN` times as strong, in a row."""
+        error = np.abs(stacked(self.images).astype(int) - stacked(unmerged.images))
+        return Image.fromarray(np.hstack((GAIN * error).clip(max=255)).astype(np.uint8))
 
 
-def stacked(pictures: list[Image.Image]) -> Any:
-    return np.stack([np.asarray(each.convert("RGB")) for each in pictures])
+def stacked(images: list[Image.Image]) -> Any:
+    return np.stack([np.asarray(each.convert("RGB")) for each in images])
 
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps: int) -> Run:
@@ -119,7 +94,7 @@ def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps:
     merging: AbstractContextManager[object] = nullcontext() if config is None else patched(pipe, config)
     with merging:
         start = time.perf_counter()
-        pictures = pipe(
+        images = pipe(
             args.prompt,
             height=args.size,
             width=args.size,
@@ -127,7 +102,7 @@ def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps:
             guidance_scale=args.guidance,
             generator=generators,
         ).images
-        return Run(pictures, (time.perf_counter() - start) / len(pictures))
+        return Run(images, (time.perf_counter() - start) / len(images))
 
 
 def warm_up(pipe: Any, args: argparse.Namespace, configs: Mapping[str, MergeConfig | None]) -> None:
@@ -138,41 +113,43 @@ def warm_up(pipe: Any, args: argparse.Namespace, configs: Mapping[str, MergeConf
             draw(pipe, args, config, steps=2)
 
 
-def contact_sheet(columns: Sequence[Column]) -> Image.Image:
-    """Columns of pictures, each under its name and above its figures."""
-    rows = len(columns[0][1])
-    sheet = Image.new("RGB", (SIDE * len(columns), SIDE * rows + 2 * MARGIN), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for x, (name, pictures, figures) in enumerate(columns):
-        for text, middle in ((name, MARGIN / 2), (figures, sheet.height - MARGIN / 2)):
-            pen.text(((x + 0.5) * SIDE, middle), text, "black", font, anchor="mm")
-        for y, picture in enumerate(pictures):
-            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x * SIDE, MARGIN + y * SIDE))
-    return sheet
+def sheet(runs: Mapping[str, Run]) -> Image.Image:
+    """A column of images for each run, under its name and above its figures, and a strip of differences."""
+    unmerged = runs["unmerged"]
+    rows, strip = len(unmerged.images), SIDE // len(unmerged.images)
+    canvas = Image.new("RGB", (SIDE * len(runs), HEAD + SIDE * rows + FOOT + strip), "white")
+    for x, (name, run) in enumerate(runs.items()):
+        for y, image in enumerate(run.images):
+            canvas.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x * SIDE, HEAD + y * SIDE))
+        seconds, factor = run.figures(unmerged)
+        write(canvas, name, (x + 0.5, HEAD / 2), 24)
+        write(canvas, seconds, (x + 0.5, HEAD + SIDE * rows + 24), 26)
+        write(canvas, factor or f"differences x {GAIN}:", (x + 0.5, HEAD + SIDE * rows + 58), 28 if factor else 20)
+        if run is not unmerged:
+            canvas.paste(run.differences(unmerged).resize((SIDE, strip)), (x * SIDE, HEAD + SIDE * rows + FOOT))
+    return canvas
+
+
+def write(canvas: Image.Image, text: str, place: tuple[float, float], size: float) -> None:
+    """Write `text` around `place`, a column and pixels from the top, no larger than fits into the column."""
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=size)
+    font = ImageFont.load_default(size=size * min(1.0, (SIDE - 8) / max(1.0, font.getlength(text))))
+    pen.text((place[0] * SIDE, place[1]), text, "black", font, anchor="mm")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with door("generate.py"):
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    check(args)
-    configs = configurations(args)
-    pipe = load(args.model)
-    warm_up(pipe, args, configs)
-    runs: dict[str, Run] = {}
-    columns: list[Column] = []
-    for kept, config in configs.items():
-        run = runs[kept] = draw(pipe, args, config, args.steps)
-        figures = run.beside(runs["unmerged"])
-        print(f"{kept:32} {figures}", flush=True)
-        columns.append((kept, run.pictures, figures))
-        if config is not None:
-            columns.append((f"difference x {GAIN}", run.differences(runs["unmerged"]), ""))
-    contact_sheet(columns).save(args.out)
-    print(f"wrote {args.out}")
+    with one_sentence("generate.py"):
+        check(args)
+        configs = configurations(args)
+        pipe = load(args.model)
+        warm_up(pipe, args, configs)
+        runs: dict[str, Run] = {}
+        for name, config in configs.items():
+            runs[name] = draw(pipe, args, config, args.steps)
+            print(f"{name:24} {', '.join(filter(None, runs[name].figures(runs['unmerged'])))}", flush=True)
+        sheet(runs).save(args.out)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from atc_diffusion.loading import load_pipeline
+from atc_diffusion import load_pipeline
 
 EMOJI = str(Path(__file__).parent / "emoji_diffusion")
 

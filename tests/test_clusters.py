@@ -1,7 +1,8 @@
-"""Pictures of what was merged, and of the run that merged it."""
+"""Images of what was merged, and of the run that merged it."""
 
-import sys
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from PIL import Image
 
 import clusters
 from atc_diffusion import ATCConfig, ToMeConfig, patched, summary
+from atc_diffusion.painting import paint_clusters
 from comparison import Comparison, Settings, Studio
 from form import PRESETS, configure
-from overlay import Partition, at_step, paint, partitions
+from partitions import Partition, at_step, partitions
 from pipeline import EMOJI, load
 
-SETTINGS = Settings("fox", seed=0, steps=2, size=64, config=ATCConfig(r=0.25))
+SETTINGS = Settings("fox", 0, 2, 64, ATCConfig(r=0.25), "apply_patch(pipe, ATCConfig(r=0.25))")
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +24,19 @@ def studio() -> Studio:
     return Studio(load(EMOJI), guidance_scale=3.0)
 
 
-def test_clusters_are_painted_in_their_mean_colour_with_lines_between_them():
-    picture = Image.new("RGB", (64, 64), (200, 100, 0))
-    picture.paste((100, 200, 0), (0, 0, 16, 64))
-    labels = np.array([[0, 0, 0, 1]] * 4, dtype=np.int32)  # the first cluster holds both colours, 1 : 2
-    pixels = np.asarray(paint(picture, labels, side=64), dtype=int)
+def test_the_largest_clusters_are_coloured_and_all_else_stays_as_it_is():
+    image = Image.new("RGB", (8, 8), (200, 100, 0))
+    labels = np.array([[0, 0, 0, 1], [2, 2, 3, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+    pixels = np.asarray(paint_clusters(image, labels, side=64, most=2), dtype=int)
     assert pixels.shape == (64, 64, 3)
-    assert np.abs(pixels[:, :40] - pixels[0, 0]).max() == 0
-    assert pixels[0, 0] == pytest.approx([167, 133, 0], abs=2)
-    assert pixels[0, -1] == pytest.approx([200, 100, 0], abs=2)
-    assert (pixels[:, 47] != pixels[:, 0]).any()
+    kept = np.abs(pixels - [200, 100, 0]).max(axis=2) == 0
+    assert not kept[:15, :48].any()  # the row of the largest
+    assert not kept[17:31, :31].any()
+    assert kept[:31, 48:].all()  # a single token
+    assert kept[33:].all()
+    colours = {tuple(pixels[y, x]) for y, x in [(4, 4), (4, 40), (20, 4)]}
+    assert len(colours) == 2
+    assert (pixels[15, :48] == 255).all()  # the outline
 
 
 def test_the_partition_of_a_step_is_the_newest_until_then():
@@ -70,9 +75,9 @@ def test_a_comparison_draws_both_and_names_every_step(studio):
     assert {partition.step for partition in comparison.partitions} <= {0, 1}
 
 
-def test_equal_pictures_have_no_difference():
-    picture = Image.new("RGB", (64, 64), "red")
-    comparison = Comparison(SETTINGS, picture, picture, 2.0, 1.0, 0.0, [])
+def test_equal_images_have_no_difference():
+    image = Image.new("RGB", (64, 64), "red")
+    comparison = Comparison(SETTINGS, image, image, 2.0, 1.0, 0.0, [])
     assert (comparison.ratio, comparison.psnr, comparison.ssim) == (0.5, float("inf"), 1)
     assert not np.asarray(comparison.difference).any()
 
@@ -89,40 +94,41 @@ def test_a_run_that_fails_leaves_the_pipeline_as_it_was(studio):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("shares", [(1, 0.25), (0.5, 0.5)])
-def test_the_line_of_code_makes_the_configuration(preset, shares):
-    config = configure(preset, *shares)
-    names = {"apply_patch": lambda pipe, config: config, "pipe": None, "ATCConfig": ATCConfig, "ToMeConfig": ToMeConfig}
-    assert eval(replace(SETTINGS, config=config).code, names) == config
+@pytest.mark.parametrize("fractions", [(1, 0.25), (0.5, 0.5), (1, 0.125)])
+def test_the_code_makes_the_configuration(preset, fractions):
+    if "ToMe" in preset and min(fractions) < 0.25:
+        with pytest.raises(ValueError, match="ToMe with stride 2 keeps at least"):
+            configure(preset, *fractions)
+        return
+    config, code = configure(preset, *fractions)
+    imports, _, call = code.partition("\n\n")
+    names: dict[str, Any] = {"pipe": None}
+    exec(imports, names)
+    made = eval(call, names | {"apply_patch": lambda pipe, config: config})
+    assert made == config
+    assert (config.r, config.r_keys or config.r) == fractions
 
 
-def test_clusters_writes_a_picture_and_a_histogram_for_each_layer_and_step(tmp_path, monkeypatch):
-    options = "--method atc-average tome --keep 25 10 --steps 2 --size 64 --at 1 --layers down_blocks.0.attentions.1"
-    run_clusters(monkeypatch, *options.split(), "--out", str(tmp_path))
-    layer = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1"
-    written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == [f"{layer}_step1_{kind}.png" for kind in ("clusters", "sizes")]
-    assert all(Image.open(tmp_path / name).width > 500 for name in written)
+def test_clusters_writes_an_image_for_each_layer_and_step(tmp_path):
+    options = "--method atc-average tome --r 0.25 --steps 2 --size 64 --at 1 --layers down_blocks.0.attentions.1"
+    clusters.main([*options.split(), "--out", str(tmp_path)])
+    [written] = tmp_path.iterdir()
+    assert written.name == "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1_step1.png"
+    assert Image.open(written).width > 1000
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "0"], "above 0 and below 100, got 0"),
-        (["--keep", "100"], "above 0 and below 100, got 100"),
-        (["--method", "tome", "--keep", "10"], "--keep 10: ToMe with stride 2 keeps at least 0.25 of the tokens"),
+        (["--r", "0"], r"in \(0, 1\], got 0.0"),
+        (["--r", "25"], "did you mean 0.25"),
+        (["--method", "tome", "--r", "0.1"], "ToMe with stride 2 keeps at least 0.25 of the tokens"),
         (["--model", "/nonexistent"], "there is no folder /nonexistent"),
         (["--steps", "4", "--at", "4"], "--at counts the steps from 0 to 3, got 4"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--layers", "mid"], r"--layers mid fits none of unet\.down_blocks\.0"),
     ],
 )
-def test_clusters_says_what_does_not_fit(tmp_path, monkeypatch, options, message):
-    with pytest.raises(ValueError, match=message):
-        run_clusters(monkeypatch, *options, "--out", str(tmp_path))
+def test_clusters_says_what_does_not_fit(tmp_path, refused, options, message):
+    assert re.search(message, refused(clusters.main, [*options, "--out", str(tmp_path)]))
     assert not list(tmp_path.iterdir())
-
-
-def run_clusters(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["clusters.py", *options])
-    clusters.main()

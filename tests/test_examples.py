@@ -30,18 +30,18 @@ def test_the_readmes_files_exist():
     assert all((ROOT / link).exists() for link in links)
 
 
-@pytest.mark.parametrize("method", ["atc", "tome"])
-def test_generate_draws_a_labelled_picture_and_prints_the_fidelity(tmp_path, capsys, method):
+@pytest.mark.parametrize("setting", [[], ["--r", "0.5", "--r-keys", "0.25", "--linkage", "ward"]])
+def test_generate_draws_a_labelled_image_and_prints_the_fidelity(tmp_path, capsys, setting):
     out = tmp_path / "a.png"
-    options = ["--steps", "2", "--size", "128", "--keep", "100/50", "50/25", "--prompt", "fox", "--method", method]
-    generate.main([*options, "--out", str(out)])
+    generate.main(["--steps", "2", "--size", "128", "--prompt", "fox", "--out", str(out), *setting])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("compiling")]
-    assert re.fullmatch(r"unmerged +[\d.]+ s/picture", lines[0])
-    row = r"\d+% of queries, \d+% of keys +[\d.]+ s/picture  x [\d.]+  ([\d.]+) dB"
-    fidelity = [float(match[1]) for line in lines[1:3] if (match := re.fullmatch(row, line))]
-    # An unrelated picture is at about 10 dB.
-    assert 70 > fidelity[0] > fidelity[1] > 15 if method == "atc" else min(fidelity) > 15
-    assert Image.open(out).size == (5 * 256, 28 + 256 + 28)  # two merged, each with its difference
+    assert re.fullmatch(r"unmerged +[\d.]+ s per image", lines[0])
+    names = [r"\(r=0.5, r_keys=0.25, linkage='ward'\)"] if setting else [r"fast\(\)", r"faster\(\)"]
+    for name, line in zip(names, lines[1:-1], strict=True):
+        match = re.fullmatch(rf"{name} +[\d.]+ s per image, [\d.]+ x, ([\d.]+) dB", line)
+        assert match, line
+        assert 15 < float(match[1]) < 70  # an unrelated image is at about 10 dB
+    assert Image.open(out).size == (256 * (1 + len(names)), 44 + 256 + 84 + 256)
 
 
 COUNT_COMPILATIONS = """
@@ -61,7 +61,7 @@ generate.main()
 
 
 def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
-    options = ["--steps", "3", "--size", "64", "--prompt", "fox", "--keep", "100/25", "50/10"]
+    options = ["--steps", "3", "--size", "64", "--prompt", "fox", "--r", "0.5"]
     done = subprocess.run(
         [sys.executable, "-c", COUNT_COMPILATIONS, *options],
         cwd=tmp_path,
@@ -73,19 +73,17 @@ def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compiling (once)") == 1
     counts = [int(count) for count in re.findall(r"compiled in 3 steps: (\d+)", done.stdout)]
-    assert counts == [0, 0, 0]
+    assert counts == [0, 0]
     assert re.search(r"compiled in 2 steps: [1-9]", done.stdout)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "0"], "expected percentages from 1 to 100, got 0"),
-        (["--keep", "100/0.1"], "expected percentages from 1 to 100, got 0.1; did you mean 10"),
-        (["--keep", "160"], "expected percentages from 1 to 100, got 160"),
-        (["--keep", "half"], "expected percentages such as 50 or 100/10, got 'half'"),
-        (["--method", "tome", "--linkage", "single", "--keep", "50"], "--linkage single is ATC's"),
-        (["--linkage", "single"], "--method and --linkage need --keep, such as --keep 50"),
+        (["--r", "0"], r"r is the (share|fraction) of tokens kept, in \(0, 1\], got 0"),
+        (["--r", "50"], "did you mean 0.5"),
+        (["--r-keys", "2"], "r_keys is"),
+        (["--r", "half"], "invalid float value: 'half'"),
         (["--model", "no/such-model"], "cannot load 'no/such-model'"),
         (["--model", "/nonexistent"], "there is no folder /nonexistent"),
         (["--out", "picture"], "--out picture must be a file that ends in .png"),

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion in a folder and pictures to score."""
+"""A tiny Stable Diffusion in a folder and images to score."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +18,14 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def draw_pictures(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of `count` random pictures."""
+def draw_images(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of `count` random images, by its name."""
+    return lambda name, count, size=16: random_images(tmp_path / name, count, size)
 
-    def draw(name: str, count: int, size: int = 16) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for number in range(count):
-            pixels = np.random.default_rng(number).integers(256, size=(size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}.png")
-        return folder
 
-    return draw
+def random_images(folder: Path, count: int, size: int = 16) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(256, size=(size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -1,4 +1,4 @@
-"""The commands refuse wrong values before the first picture is drawn, in one sentence that names the value."""
+"""The commands refuse wrong values before the first image is drawn, in one sentence that names the value."""
 
 import re
 import runpy
@@ -10,19 +10,19 @@ import pytest
 
 import fid
 import speed
-from arguments.options import parse
-from draw.picture_set import claim_folder
-from draw.pictures import Prompts
-from draw.sampler import Sampler
-from draw.timing import Times
+from atc_eval.command_line import parse
+from atc_eval.draw.image_set import check_folder_settings
+from atc_eval.draw.images import Prompts
+from atc_eval.draw.sampler import Sampler
+from atc_eval.draw.times import Times
 
 ROOT = Path(__file__).parents[2]
-OURS = re.compile(r"(draw|score|report|benchmark|classification)(\.|$)|(overlay|comparison|display|form)$")
+OURS = re.compile(r"atc_eval(\.|$)|(overlay|comparison|display|form)$")
 Refused = Callable[..., str]
 
 
 @pytest.fixture
-def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A command of fid.py that would draw, in a folder with files to name in the wrong places; nothing may be drawn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("something was drawn"))
@@ -31,12 +31,12 @@ def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path, 
     Path("latin.txt").write_bytes("ant\nélan\n".encode("latin-1"))
     Path("file").touch()
     Path("empty").mkdir()
-    draw_pictures("few", 3)
-    draw_pictures("damaged", 5)
+    draw_images("few", 3)
+    draw_images("damaged", 5)
     Path("damaged/3.png").write_bytes(Path("damaged/3.png").read_bytes()[:200])
     return (
         f"--model {model} --class-names names.txt --prompt {{}} --steps 2 --features efficientnet-lite0 --device cpu "
-        f"--reference {draw_pictures('reference', 5)}"
+        f"--reference {draw_images('reference', 5)}"
     )
 
 
@@ -50,29 +50,32 @@ def experiment(model: Path, draw_pictures: Callable[..., Path], tmp_path: Path, 
         ("--model no/model", "cannot load 'no/model'"),
         ("--lora no/lora", "cannot load --lora no/lora"),
         ("--reference nowhere", "there is no folder nowhere"),
-        ("--reference few", "few has 3 pictures; at least 4 are needed"),
-        ("--reference damaged", r"unreadable pictures: damaged/3\.png$"),
-        ("--report file", "file is a file; give a folder"),
+        ("--reference few", "few has 3 images; at least 4 are needed"),
+        ("--reference damaged", r"unreadable images: damaged/3\.png$"),
+        ("--report file", "--report file is a file; give a folder"),
         ("--out file", "file is a file; give a folder"),
         ("--out file/out", "file/out cannot be made, because .*file is a file"),
         ("--class-names nowhere.txt", "there is no file nowhere.txt"),
         ("--class-names empty", "empty is a folder; give a file"),
         ("--class-names gap.txt", "line 2 of gap.txt is empty"),
         ("--class-names latin.txt", "latin.txt is not text in UTF-8"),
-        ("--prompt dog", "expected a prompt with {} for the name of the class, got 'dog'"),
+        ("--prompt dog", "--prompt needs {} for the name of the class, got 'dog'"),
         ("--classes 4", "does not name different classes of 0..2"),
-        ("--classes 1 --images-per-class 1", "1 pictures are too few to score; at least 4 are needed"),
-        ("--show 3", "--show 3, but there are no pictures of that class"),
-        ("--batch-size 0", "expected a whole number from 1 up, got '0'"),
-        ("--size many", "expected a whole number from 1 up, got 'many'"),
-        ("--bootstrap 1", "expected a whole number from 2 up, got '1'"),
+        ("--classes 1 --images-per-class 1", "1 images are too few to score; at least 4 are needed"),
+        ("--show 3", "--show 3, but there are no images of that class"),
+        ("--batch-size 0", "--batch-size must be a whole number from 1 up, got 0"),
+        ("--size many", "invalid int value: 'many'"),
+        ("--part 3", "such as 3/8, got '3'"),
+        ("--part 9/8", "such as 3/8, got '9/8'"),
+        ("--bootstrap 1", "--bootstrap must be a whole number from 2 up, got 1"),
         ("--device cuda", "--device cuda, but the device here is cpu"),
         ("--features inception --inception-weights nowhere.pth", "there is no file nowhere.pth"),
     ],
 )
 def test_fid_draws_nothing(experiment: str, refused: Refused, wrong: str, text: str) -> None:
     assert re.search(text, refused(fid.main, f"{experiment} {wrong}".split()))
-    assert not list(Path().glob("out/**/*.png"))
+    assert not list(Path().glob("out/sets"))
+    assert not list(Path().glob("out/settings.json"))
 
 
 @pytest.mark.usefixtures("experiment")
@@ -82,15 +85,17 @@ def test_speed_measures_nothing(refused: Refused) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("ant\nbee\n", encoding="utf-8-sig")
-    prompts = parse(Prompts, None, ["--class-names", str(tmp_path / "names.txt")])
-    assert prompts.class_names == ("ant", "bee")
+    [prompts] = parse([Prompts], None, ["--class-names", str(tmp_path / "names.txt")])
+    assert [each.prompt for each in prompts.plan()[::2]] == [
+        f"A high quality photograph of a {name}." for name in ("ant", "bee")
+    ]
 
 
 def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Path) -> None:
     for name in ("settings.json", "times.json"):
         (tmp_path / name).write_text('{"steps": ')
     with pytest.raises(ValueError, match=r"settings\.json is damaged .*; delete it and rerun the command"):
-        claim_folder(tmp_path, {"steps": 2}, write=True)
+        check_folder_settings(tmp_path, {"steps": 2}, "*")
     with pytest.raises(ValueError, match=r"times\.json is damaged .*; delete it and rerun the command"):
         Times(tmp_path / "times.json")
 
@@ -98,7 +103,6 @@ def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(tmp_path: Pa
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("eval/fid.py", "pandas", "eval"),
         ("eval/fid.py", "torch_fidelity", "eval"),
         ("eval/speed.py", "fastcluster", "eval"),
         ("eval/classify.py", "timm", "eval,vision"),

@@ -1,4 +1,4 @@
-"""The classification experiment, end to end on a few drawn pictures."""
+"""The classification experiment, end to end on a few drawn images."""
 
 import json
 import re
@@ -13,11 +13,13 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 import classify
-from classification import emoji as demo
-from classification.clusters import cluster_labels, paint
-from classification.evaluation import mean_by_subject
-from classification.methods import Reductions, Way
-from score.bootstrap import bootstrap_draws
+from atc_diffusion import ViTConfig
+from atc_eval.classification import emoji as demo
+from atc_eval.classification.cluster_figures import cluster_labels
+from atc_eval.classification.evaluation import mean_by_subject
+from atc_eval.classification.reductions import Reductions, Trial
+from atc_eval.method import Method
+from atc_eval.score.bootstrap import bootstrap_draws
 
 GROUPS = ("Animals & Nature", "Food & Drink")
 
@@ -42,15 +44,15 @@ def emoji(tmp_path: Path) -> Path:
         (folder / vendor / "emoji.json").write_text(json.dumps(listed))
         for n in range(40):
             color = (220, 30, 30, 255) if n % 2 == 0 else (30, 200, 30, 255)
-            picture = Image.new("RGBA", (16, 16))
-            picture.paste(color, (n % 7, n % 5, 12, 14))
-            picture.save(folder / vendor / images / f"{n:x}.{suffix}", lossless=True)
+            image = Image.new("RGBA", (16, 16))
+            image.paste(color, (n % 7, n % 5, 12, 14))
+            image.save(folder / vendor / images / f"{n:x}.{suffix}", lossless=True)
     return folder
 
 
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
-    """Two classes of three pictures, and a model's weights beside them."""
+    """Two classes of three images, and a model's weights beside them."""
     for name in ("n01", "n02"):
         (tmp_path / "val" / name).mkdir(parents=True)
         for i in range(3):
@@ -61,14 +63,14 @@ def imagenet(tmp_path: Path) -> Path:
 
 
 def test_demo_trains_evaluates_fine_tunes_and_reports(emoji, tmp_path):
-    arguments = ["--demo", "--emoji-pictures", str(emoji), "--epochs", "1", "--out", str(tmp_path / "out")]
+    arguments = ["--demo", "--emoji-images", str(emoji), "--epochs", "1", "--out", str(tmp_path / "out")]
     arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50", "--finetune", "50"]
     classify.main(arguments)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "## Trained further with the reduction in place" in report
-    assert "| ATC average over the best merging |" in report
+    assert "| ViTConfig() over the best merging |" in report
     files = [file.name for file in (tmp_path / "out").iterdir()]
-    assert {"accuracy-by-share-kept.svg", "clusters-1.svg", "results.csv", "report.html", "model.pt"} <= set(files)
+    assert {"clusters-1.svg", "results.csv", "report.html", "model.pt"} <= set(files)
 
 
 def test_a_rerun_reads_what_is_there(imagenet):
@@ -76,12 +78,12 @@ def test_a_rerun_reads_what_is_there(imagenet):
     arguments = ["--imagenet-val", str(imagenet / "val"), "--weights", str(imagenet / "weights.pt"), "--out", str(out)]
     arguments += ["--model", "vit_of_this_test", "--method", "topk", "--keep", "25", "--remove", "1", "--device", "cpu"]
     classify.main(arguments)
-    file = out / "ways" / Way("topk", keep=25).file
+    file = out / "methods" / Trial(Method(ViTConfig(method="topk", r=0.25))).file
     record = json.loads(file.read_text())
     assert len(record["correct"]) == 6
     file.write_text(json.dumps(record | {"correct": [1, 1, 1, 0, 0, 0]}))
     classify.main(arguments)
-    assert "| Top-K | 50.0 ±" in (out / "report.md").read_text()
+    assert "| ViTConfig(method='topk') | 50.0 ±" in (out / "report.md").read_text()
     assert "linear, t = 1" in (out / "report.md").read_text()
 
 
@@ -90,7 +92,7 @@ def test_a_rerun_reads_what_is_there(imagenet):
     [
         ([], r"--imagenet-val DIR is needed: .* or use --demo"),
         (
-            ["--demo", "--emoji-pictures", "nowhere"],
+            ["--demo", "--emoji-images", "nowhere"],
             "lacks noto, twemoji, fluent; for noto: npm pack emoji-datasource-g",
         ),
         (["--finetune", "25"], "--finetune is for --demo"),
@@ -105,7 +107,7 @@ def test_what_is_missing_is_said_in_one_sentence(arguments, message, tmp_path, r
     [
         (
             ["--weights", "nowhere.pt"],
-            "argument --weights: there is no file nowhere.pt",
+            "there is no file nowhere.pt",
         ),
         (["--model", "vit_of_nobody"], "--model vit_of_nobody is not one of timm's"),
     ],
@@ -116,20 +118,22 @@ def test_models_that_are_not_there(imagenet, arguments, message, refused):
 
 
 def test_every_method_at_every_reduction_that_it_can_do():
-    chosen = Reductions(("atc", "tome"), ("average", "single"), (25, 50), (8,), ("linear",)).ways()
-    assert [(way.label, way.column) for way in chosen] == [
-        ("no reduction", ""),
-        *(
-            (f"ATC {linkage}", column)
-            for linkage in ("average", "single")
-            for column in ("25 %", "50 %", "linear, t = 8")
-        ),
-        *(("ToMe", column) for column in ("50 %", "linear, t = 8")),
+    given = {"keep": ["25", "50"], "remove": [8], "schedule": ["linear"], "finetune": ["50"]}
+    trials = Reductions(method=["atc", "tome"], linkage=["average", "single"], **given).trials()
+    rows = [(each.method.label, each.method.setting) for each in trials if not each.finetuned]
+    settings = ("25 %", "50 %", "linear, t = 8")
+    assert rows == [
+        ("unmerged", ""),
+        *(("ViTConfig()", each) for each in settings),
+        *(("ViTConfig(linkage='single')", each) for each in settings),
+        *(("ViTConfig(method='tome')", each) for each in settings[1:]),
     ]
-    assert len({way.file for way in chosen}) == len(chosen)
+    further = [each.method.setting for each in trials if each.finetuned]
+    assert further == ["", "50 %", "50 %", "50 %"]
+    assert len({each.file for each in trials}) == len(trials)
 
 
-def test_intervals_count_pictures_of_one_subject_as_one():
+def test_intervals_count_images_of_one_subject_as_one():
     values = np.random.default_rng(0).random(50)
     thrice, subjects = np.repeat(values, 3), np.repeat(np.arange(50), 3)
     draws = bootstrap_draws(50, 300)
@@ -138,11 +142,9 @@ def test_intervals_count_pictures_of_one_subject_as_one():
     assert single.margin == pytest.approx(1.96 * values.std() / 50**0.5, rel=0.15)
 
 
-def test_clusters_are_read_from_the_features_and_painted_in_their_mean_colours():
+def test_clusters_are_read_from_the_features():
     torch.manual_seed(0)
-    labels = cluster_labels(vit_of_this_test().eval(), Way("atc", keep=50), torch.randn(3, 16, 16))
+    labels = cluster_labels(vit_of_this_test().eval(), Method(ViTConfig(r=0.5)), torch.randn(3, 16, 16))
     assert [(each.shape, len(np.unique(each))) for each in labels] == [((4, 4), count) for count in (8, 4, 2)]
     for finer, coarser in pairwise(labels):
         assert all(len(np.unique(coarser[finer == label])) == 1 for label in np.unique(finer))
-    painted = paint(np.random.default_rng(0).random((16, 16, 3)), np.zeros((4, 4), np.int64))
-    assert len(np.unique(painted.reshape(-1, 3), axis=0)) == 1

@@ -12,10 +12,16 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor
 
-from files import list_pictures
-from score import networks
-from score.features import Features
-from score.networks import EfficientNetLite0, InceptionV3, find_inception_weights, resize_clean, resize_tensorflow
+from atc_eval.files import list_images
+from atc_eval.score import feature_networks
+from atc_eval.score.feature_networks import (
+    EfficientNetLite0,
+    InceptionV3,
+    find_inception_weights,
+    resize_clean,
+    resize_tensorflow,
+)
+from atc_eval.score.image_features import Features
 
 CPU = torch.device("cpu")
 Draw = Callable[..., Path]
@@ -34,7 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inception_gives_torch_fidelitys_features(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "find_inception_weights", str)
+    monkeypatch.setattr(feature_networks, "find_inception_weights", str)
     theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
     ours = InceptionV3(weights)
     images = torch.randint(256, (2, 3, 40, 30), dtype=torch.uint8)
@@ -48,7 +54,7 @@ def test_weights_with_another_hash_are_refused(weights: Path) -> None:
 
 
 def test_weights_with_the_right_hash_are_taken(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(feature_networks, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
     assert find_inception_weights(weights) == str(weights)
 
 
@@ -59,7 +65,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(networks, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
+    monkeypatch.setattr(feature_networks, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
     with pytest.raises(ValueError, match=rf"download http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
         find_inception_weights()
 
@@ -92,32 +98,32 @@ def test_the_packaged_network_classifies_by_these_features() -> None:
     torch.testing.assert_close(network.network._fc(pooled), network.network((images - 127) / 128))
 
 
-def test_features_do_not_depend_on_the_batch_that_a_picture_is_in(draw_pictures: Draw, tmp_path: Path) -> None:
-    paths = list_pictures(draw_pictures("pictures", 5))
+def test_features_do_not_depend_on_the_batch_that_an_image_is_in(draw_images: Draw, tmp_path: Path) -> None:
+    paths = list_images(draw_images("images", 5))
     compute = Features("efficientnet-lite0", "clean", tmp_path / "cache", CPU)
     torch.testing.assert_close(compute(paths)[3:], compute(paths[3:]), rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_of_several_sizes_make_one_set(draw_pictures: Draw, tmp_path: Path) -> None:
-    paths = list_pictures(draw_pictures("small", 2)) + list_pictures(draw_pictures("large", 2, size=40))
+def test_images_of_several_sizes_make_one_set(draw_images: Draw, tmp_path: Path) -> None:
+    paths = list_images(draw_images("small", 2)) + list_images(draw_images("large", 2, size=40))
     for resize in ("clean", "tensorflow"):
         assert Features("efficientnet-lite0", resize, tmp_path / "cache", CPU)(paths).shape == (4, 1280)
 
 
 def test_features_are_computed_once_for_the_same_content(
-    draw_pictures: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    draw_images: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = draw_pictures("pictures", 4)
+    folder = draw_images("images", 4)
     compute = Features("efficientnet-lite0", "tensorflow", tmp_path / "cache", CPU)
-    first = compute(list_pictures(folder))
+    first = compute(list_images(folder))
     monkeypatch.setattr(Features, "_compute", lambda *_: pytest.fail("computed again"))
     folder = folder.rename(tmp_path / "moved")
     os.utime(folder / "0.png", (0, 0))
-    assert torch.equal(compute(list_pictures(folder)), first)
+    assert torch.equal(compute(list_images(folder)), first)
 
 
-def test_other_content_resizing_or_order_is_recomputed(draw_pictures: Draw, tmp_path: Path) -> None:
-    paths = list_pictures(draw_pictures("pictures", 4))
+def test_other_content_resizing_or_order_is_recomputed(draw_images: Draw, tmp_path: Path) -> None:
+    paths = list_images(draw_images("images", 4))
     tensorflow, clean = (
         Features("efficientnet-lite0", each, tmp_path / "cache", CPU) for each in ("tensorflow", "clean")
     )

@@ -1,33 +1,29 @@
-"""The rooms of eval/, and that each imports only those below it."""
+"""eval/ and examples/ use the public API of the package alone, and no two of their files have one name."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-EVAL = Path(__file__).parents[2] / "eval"
-BELOW = {  # arguments: options and their checks; draw: pictures; score: their scores; report: tables, plots and pages
-    "arguments": {"files"},
-    "draw": {"arguments", "files", "machine"},
-    "score": {"arguments", "files", "draw"},
-    "report": {"arguments", "files", "machine", "draw", "score"},
-    "classification": {"arguments", "files", "machine", "draw", "score", "report"},
-    "benchmark": {"arguments", "machine", "draw"},
-}
+import atc_diffusion
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("clustering", "commands", "painting")
+PUBLIC = {"atc_diffusion", *(f"atc_diffusion.{name}" for name in MODULES)}
+FILES = [*ROOT.glob("eval/**/*.py"), *ROOT.glob("examples/**/*.py")]
 
 
-def imported(file: Path) -> set[str]:
-    """The names in eval/ that `file` imports from."""
-    froms = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    return {module.partition(".")[0] for module in froms} & {path.stem for path in EVAL.iterdir()}
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_only_what_the_package_makes_public(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "atc_diffusion":
+            assert node.module in PUBLIC, node.module
+            assert not [name.name for name in node.names if name.name.startswith("_")]
+            if node.module == "atc_diffusion":
+                assert {name.name for name in node.names} <= set(atc_diffusion.__all__)
 
 
-@pytest.mark.parametrize("room", BELOW)
-def test_a_room_imports_only_those_below_it(room: str) -> None:
-    files = list((EVAL / room).glob("*.py"))
-    assert files
-    assert set().union(*map(imported, files)) - {room} <= BELOW[room]
-
-
-def test_every_room_has_its_place() -> None:
-    assert {path.parent.name for path in EVAL.glob("*/*.py")} == set(BELOW)
+def test_every_file_has_a_name_of_its_own() -> None:
+    names = Counter(file.name for file in FILES if file.name != "__init__.py")
+    assert [name for name, count in names.items() if count > 1] == []

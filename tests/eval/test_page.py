@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from report.page import Page, Section, Shown
+from atc_eval.report.page import Page, Section, Shown
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def page() -> Page:
     table = pd.DataFrame({"method": ["<ATC> & co", "ToMe"], "ratio": ["0.60", "0.80"]})
     sections = [
         Section("One table", "Some words.", code="apply_patch(pipe)", table=table, figure=Figure()),
-        Section("Two pictures", pictures=[Shown(name, Image.new("RGB", (4, 4))) for name in ("one", "two")]),
+        Section("Two images", images=[Shown(name, Image.new("RGB", (4, 4))) for name in ("one", "two")]),
     ]
     return Page("A report", {"model": "tiny"}, ["python eval/fid.py"], sections)
 
@@ -34,7 +34,7 @@ def test_markdown_shows_files_that_are_there(page: Page, tmp_path: Path) -> None
     page.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| <ATC> & co | 0.60    |" in text
-    for name in ("one-table.svg", "two-pictures.png"):
+    for name in ("one-table.svg", "two-images.png"):
         assert f"]({name})" in text
         assert (tmp_path / name).stat().st_size > 0
     assert (tmp_path / "report.html").read_text() == page.html

@@ -1,4 +1,4 @@
-"""The tables, plots and pictures of a report."""
+"""The tables, plots and images of a report."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,27 +7,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from atc_diffusion import ATCConfig
-from draw.configuration import Configuration
-from draw.grid import grid
-from draw.picture_set import PictureSet
-from draw.pictures import plan
-from draw.rivals import Rival
-from report.plots import on_frontier
-from report.study import Result, Study
-from report.tables import make_page, write_report
-from score.bootstrap import Estimate, bootstrap_draws
-from score.scorer import Fidelity, Scores
+from atc_eval.draw.image_set import ImageSet
+from atc_eval.draw.images import plan
+from atc_eval.method import Method
+from atc_eval.methods import grid
+from atc_eval.report.plots import LINE_HEIGHT, on_frontier, spread
+from atc_eval.report.results import Result, Study
+from atc_eval.report.sections import make_page, write_report
+from atc_eval.rivals import Rival
+from atc_eval.score.bootstrap import Estimate, bootstrap_draws
+from atc_eval.score.scorer import Fidelity, Scores
 
-PICTURES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
+IMAGES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
 RECORD: dict[str, Any] = {"peak_memory_bytes": None, "devices": ["cpu"], "versions": {}}
-PSNR = {"ToMe": 30.0, "ATC average, the paper's": 31.0, "ATC average, the paper's, proportional attention": 40.0}
-ATC = "ATC average, the paper's, proportional attention"
+ATC = "ATCConfig.paper(proportional_attention=True)"
+PSNR = {"ToMeConfig()": 30.0, "ATCConfig.paper()": 31.0, ATC: 40.0}
 
 
-def make_result(configuration: Configuration, psnr: float, ratio: float, fid_margin: float = 0.5) -> Result:
+def make_result(method: Method, psnr: float, ratio: float, fid_margin: float = 0.5) -> Result:
     noise = np.array([-0.2, 0.1, 0.1, 0.0])
     fidelity = Fidelity(
         fid_change=Estimate(1.0, fid_margin),
@@ -37,20 +38,16 @@ def make_result(configuration: Configuration, psnr: float, ratio: float, fid_mar
         feature_distance=Estimate(2.0, 0.1),
         psnr_of_each=psnr + noise,
     )
-    scores = Scores(4, Estimate(33.8, 1.0), 0.001, 0.0005, 0.5, 0.4, None if configuration.is_unmerged else fidelity)
-    return Result(
-        configuration, PictureSet(Path(), PICTURES, {}), scores, RECORD, {"seconds": 2 * ratio, "ratio": ratio}
-    )
+    scores = Scores(4, Estimate(33.8, 1.0), 0.001, 0.0005, 0.5, 0.4, None if method.is_unmerged else fidelity)
+    return Result(method, ImageSet(Path(), IMAGES, {}), scores, RECORD, {"seconds": 2 * ratio, "ratio": ratio})
 
 
 @pytest.fixture
 def study() -> Study:
     tome = grid(["tome"], [(0.5, None), (0.4, None)], {})
     atc = grid(["paper"], [(0.5, None)], {"proportional_attention": [False, True]})[1:]
-    results = [
-        make_result(way, PSNR.get(way.label, 0.0), 1.0 if way.is_unmerged else way.strength[0]) for way in [*tome, *atc]
-    ]
-    results.append(make_result(Configuration(rival=Rival("steps", 0.7)), 42.0, 0.7))
+    results = [make_result(each, PSNR.get(each.label, 0.0), (each.keep or 100) / 100) for each in [*tome, *atc]]
+    results.append(make_result(Method(rival=Rival("steps", 0.7)), 42.0, 0.7))
     return Study(
         results,
         features="some network",
@@ -68,6 +65,12 @@ def table(study: Study, title: str) -> pd.DataFrame:
     return section.table
 
 
+def figure(study: Study, title: str) -> Figure:
+    [section] = [section for section in make_page(study).sections if section.title == title]
+    assert section.figure is not None
+    return section.figure
+
+
 def cells(table: pd.DataFrame, method: str) -> list[str]:
     """The row of `method`, without it."""
     [row] = table[table["method"] == method].to_numpy().tolist()
@@ -75,12 +78,12 @@ def cells(table: pd.DataFrame, method: str) -> list[str]:
 
 
 def test_every_way_has_its_time_and_the_frontier_a_star(study: Study) -> None:
-    ways = table(study, "Fidelity and time")
-    assert ways["s/picture"].tolist() == ["2.00", "1.00", "0.80", "1.00", "1.00", "1.40"]
-    assert ways["ratio"].tolist() == ["1.00", "0.50", "0.40", "0.50", "0.50", "0.70"]
+    rows = table(study, "Fidelity and time")
+    assert rows["s/image"].tolist() == ["2.00", "1.00", "0.80", "1.00", "1.00", "1.40"]
+    assert rows["ratio"].tolist() == ["1.00", "0.50", "0.40", "0.50", "0.50", "0.70"]
     stars = ["", "30.0 ± 0.1", "30.0 ± 0.1 *", "31.0 ± 0.1", "40.0 ± 0.1 *", "42.0 ± 0.1 *"]
-    assert ways["PSNR (dB)"].tolist() == stars
-    assert "LPIPS" not in ways
+    assert rows["PSNR (dB)"].tolist() == stars
+    assert "LPIPS" not in rows
 
 
 def test_nothing_slower_than_the_unmerged_model_is_on_the_frontier() -> None:
@@ -91,7 +94,7 @@ def test_nothing_slower_than_the_unmerged_model_is_on_the_frontier() -> None:
 def test_speed_at_equal_fidelity_is_that_of_the_fastest_setting_that_is_near_enough(study: Study) -> None:
     speed = table(study, "Speed at equal fidelity")
     assert speed.columns.tolist() == ["method", "45 dB", "40 dB", "35 dB"]
-    assert cells(speed, "ToMe") == ["", "", ""]
+    assert cells(speed, "ToMeConfig()") == ["", "", ""]
     assert cells(speed, ATC) == ["", "0.50 (50 %)", "0.50 (50 %)"]
     assert cells(speed, "fewer steps") == ["", "0.70 (0.7 of the steps)", "0.70 (0.7 of the steps)"]
 
@@ -124,14 +127,14 @@ def test_fid_has_a_row_for_each_way_and_a_column_for_each_share(study: Study) ->
     fid = table(study, "FID by some network")
     assert fid.columns.tolist() == ["method", "100 %", "50 %", "40 %"]
     assert cells(fid, "unmerged") == ["33.80 ± 1.00", "", ""]
-    assert cells(fid, "ToMe") == ["", "33.80 ± 1.00 *", "33.80 ± 1.00 *"]
+    assert cells(fid, "ToMeConfig()") == ["", "33.80 ± 1.00 *", "33.80 ± 1.00 *"]
     assert "fewer steps" not in fid["method"].tolist()
 
 
 def test_a_difference_within_its_interval_has_no_star(study: Study) -> None:
-    unresolved = make_result(study.others[0].configuration, 30.0, 0.5, fid_margin=1.5)
+    unresolved = make_result(study.others[0].method, 30.0, 0.5, fid_margin=1.5)
     fid = table(replace(study, results=[study.unmerged, unresolved]), "FID by some network")
-    assert cells(fid, "ToMe") == ["", "33.80 ± 1.00"]
+    assert cells(fid, "ToMeConfig()") == ["", "33.80 ± 1.00"]
 
 
 def test_the_papers_figures_stand_beside_those_of_its_model_alone(study: Study) -> None:
@@ -141,41 +144,46 @@ def test_the_papers_figures_stand_beside_those_of_its_model_alone(study: Study) 
     assert cells(fid, "ATC single, in the paper") == ["33.80", "33.63", "33.48", "33.53", "33.43", "34.01", "36.95"]
 
 
-def test_pairs_that_differ_in_one_choice_are_compared_picture_by_picture(study: Study) -> None:
-    # Every picture gains the same, so the interval has no width though the pictures vary.
+def test_pairs_that_differ_in_one_choice_are_compared_image_by_image(study: Study) -> None:
+    # Every image gains the same, so the interval has no width though the images vary.
     assert table(study, "One choice changed").to_numpy().tolist() == [
-        ["ATC average, the paper's, instead of ToMe", "50 %", "+1.0 ± 0.0 *"],
-        [f"{ATC}, instead of no proportional attention", "50 %", "+9.0 ± 0.0 *"],
+        ["ATCConfig.paper(), instead of ToMeConfig()", "50 %", "+1.0 ± 0.0 *"],
+        [f"{ATC}, instead of proportional_attention=False", "50 %", "+9.0 ± 0.0 *"],
     ]
 
 
 def test_the_unmerged_model_alone_makes_a_report(study: Study) -> None:
     sections = make_page(replace(study, results=study.results[:1])).sections
-    assert [section.title for section in sections] == ["Distance to the reference pictures"]
+    assert [section.title for section in sections] == ["Distance to the reference images"]
 
 
-def test_pictures_are_shown_as_each_way_draws_them(study: Study, tmp_path: Path) -> None:
+def test_images_are_shown_as_each_way_draws_them(study: Study, tmp_path: Path) -> None:
     results = []
     for number, result in enumerate(study.results):
-        pictures = PictureSet(tmp_path / str(number), PICTURES, {})
-        pictures.save(PICTURES[2], Image.new("RGB", (4, 4), (50 * number, 0, 0)))
-        results.append(replace(result, pictures=pictures))
-    [section] = [
-        each for each in make_page(replace(study, results=results, shown=[PICTURES[2]])).sections if each.pictures
-    ]
-    assert [shown.image.getpixel((0, 0)) for shown in section.pictures] == [(50 * number, 0, 0) for number in range(6)]
-    assert section.pictures[0].caption == "unmerged"
-    assert section.pictures[4].caption == f"{ATC}, 50 %: 40.1 dB"
+        images = ImageSet(tmp_path / str(number), IMAGES, {})
+        images.save(IMAGES[2], Image.new("RGB", (4, 4), (50 * number, 0, 0)))
+        results.append(replace(result, images=images))
+    [section] = [each for each in make_page(replace(study, results=results, shown=[IMAGES[2]])).sections if each.images]
+    assert [shown.image.getpixel((0, 0)) for shown in section.images] == [(50 * number, 0, 0) for number in range(6)]
+    assert section.images[0].caption == "unmerged"
+    assert section.images[4].caption == f"{ATC}, 50 %: 40.1 dB"
 
 
 def test_lpips_has_a_column_where_it_was_measured(study: Study) -> None:
-    way = make_result(Configuration(ATCConfig(r=0.5)), 40.0, 0.5)
-    fidelity = replace(way.fidelity, lpips=Estimate(0.123, 0.01))
-    measured = replace(way, scores=replace(way.scores, fidelity=fidelity))
-    ways = table(replace(study, results=[study.unmerged, measured]), "Fidelity and time")
-    assert ways["LPIPS"].tolist() == ["", "0.123 ± 0.010"]
+    result = make_result(Method(ATCConfig(r=0.5)), 40.0, 0.5)
+    fidelity = replace(result.fidelity, lpips=Estimate(0.123, 0.01))
+    measured = replace(result, scores=replace(result.scores, fidelity=fidelity))
+    rows = table(replace(study, results=[study.unmerged, measured]), "Fidelity and time")
+    assert rows["LPIPS"].tolist() == ["", "0.123 ± 0.010"]
 
 
-def test_forecasting_alone_is_named_as_such() -> None:
-    way = Configuration(ATCConfig(r=1.0, forecast_tolerance=0.3))
-    assert (way.label, way.setting) == ("forecasting alone", "tolerance 0.3")
+def test_lines_need_two_points_and_a_plot_something_to_compare(study: Study) -> None:
+    assert len(figure(study, "FID by some network").axes[0].lines) > 0
+    once = replace(study, results=[study.unmerged, study.others[0]])
+    assert [section.title for section in make_page(once).sections if section.figure] == []
+
+
+def test_labels_keep_their_order_and_a_line_between_them() -> None:
+    heights = spread([50.0, 49.0, 10.0, 48.0])
+    assert heights[2] == 10
+    assert np.diff([heights[index] for index in (0, 1, 3)]).tolist() == [-LINE_HEIGHT] * 2

@@ -1,4 +1,4 @@
-"""Rivals: each changes the pictures of a real pipeline, and leaves no trace."""
+"""Rivals: each changes the images of a real pipeline, and leaves no trace."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from atc_diffusion import ATCConfig
-from draw.configuration import Configuration
-from draw.rivals import Rival
-from draw.spectrum import Spectrum
+from atc_eval.method import Method
+from atc_eval.rivals import Rival
+from atc_eval.spectrum import Spectrum
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ RIVALS = ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2"
 
 
 @pytest.mark.parametrize("text", RIVALS)
-def test_a_rival_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPipeline, text: str) -> None:
+def test_a_rival_changes_the_image_and_leaves_no_trace(pipe: StableDiffusionPipeline, text: str) -> None:
     before = draw(pipe, steps=8)
     with Rival.parse(text).applied(pipe) as rival:
         first = draw(rival, steps=8)
@@ -79,7 +79,7 @@ def test_spectrum_skips_more_and_more_steps_and_forecasts_a_line() -> None:
 
 
 def first_keys(pipe: Callable[..., Any], projection: torch.nn.Module) -> Tensor:
-    """What the first call of `projection` gives while a picture is drawn, as `[B, C, side, side]`."""
+    """What the first call of `projection` gives while an image is drawn, as `[B, C, side, side]`."""
     seen: list[Tensor] = []
     handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
     draw(pipe, steps=1)
@@ -99,31 +99,31 @@ def test_todo_keeps_one_key_of_each_cell_and_pooling_their_mean(pipe: StableDiff
 
 
 def test_tomesd_does_not_depend_on_the_global_random_state_or_change_it(pipe: StableDiffusionPipeline) -> None:
-    pictures = []
+    images = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
         with Rival("tomesd", 50).applied(pipe) as rival:
-            pictures.append(draw(rival))
+            images.append(draw(rival))
         assert torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(images[0], images[1])
 
 
-def test_forecasting_alone_changes_the_picture_and_leaves_no_trace(pipe: StableDiffusionPipeline) -> None:
+def test_forecasting_alone_changes_the_image_and_leaves_no_trace(pipe: StableDiffusionPipeline) -> None:
     before = draw(pipe, steps=20)
-    with Configuration(ATCConfig(r=1.0, forecast_tolerance=1e9)).applied(pipe) as forecasting:
+    with Method(ATCConfig(r=1.0, forecast_tolerance=1e9)).applied(pipe) as forecasting:
         assert not np.array_equal(draw(forecasting, steps=20), before)
     assert np.array_equal(draw(pipe, steps=20), before)
 
 
 def test_merging_works_together_with_a_rival(pipe: StableDiffusionPipeline) -> None:
     merge, rival = ATCConfig(r=0.5), Rival("deepcache", 2)
-    pictures = []
-    for way in (Configuration(merge), Configuration(rival=rival), Configuration(merge, rival)):
+    images = []
+    for way in (Method(merge), Method(rival=rival), Method(merge, rival)):
         with way.applied(pipe) as drawing:
-            pictures.append(draw(drawing))
-    assert not np.array_equal(pictures[2], pictures[0])
-    assert not np.array_equal(pictures[2], pictures[1])
+            images.append(draw(drawing))
+    assert not np.array_equal(images[2], images[0])
+    assert not np.array_equal(images[2], images[1])
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from score.bootstrap import Estimate, bootstrap_draws
-from score.fid import FrechetDistance, kernel_distance, precision_recall
-from score.nearness import psnr, ssim
+from atc_eval.score.bootstrap import Estimate, bootstrap_draws
+from atc_eval.score.distances import FrechetDistance, kernel_distance, precision_recall
+from atc_eval.score.similarity import psnr
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
@@ -52,7 +52,7 @@ def test_draws_are_with_replacement_and_the_same_every_time() -> None:
     draws = bootstrap_draws(30, 100)
     assert draws.shape == (100, 30)
     assert 0 == draws.min() < draws.max() == 29
-    # A picture is drawn by (1 - 1/n)^n missing in 36 % of the draws.
+    # An image is drawn by (1 - 1/n)^n missing in 36 % of the draws.
     assert np.mean([len(set(draw)) for draw in draws]) == pytest.approx(30 * (1 - (29 / 30) ** 30), abs=1)
     assert np.array_equal(draws, bootstrap_draws(30, 100))
 
@@ -91,14 +91,6 @@ def test_psnr_is_that_of_the_mean_square() -> None:
     assert psnr(image, image + 5) == pytest.approx(20 * np.log10(255 / 5))
 
 
-def test_psnr_of_equal_pictures_is_that_of_rounding() -> None:
+def test_psnr_of_equal_images_is_that_of_rounding() -> None:
     image = np.full((16, 16, 3), 100, np.uint8)
     assert psnr(image, image) == pytest.approx(10 * np.log10(12 * 255**2))
-
-
-def test_ssim_of_flat_pictures_compares_their_means() -> None:
-    # Wang et al. 2004, Eq. 6, with C1 = (0.01 * 255)^2.
-    one, two = (np.full((16, 16, 3), value, np.uint8) for value in (100, 150))
-    c = 2.55**2
-    assert ssim(one, one) == 1
-    assert ssim(one, two) == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), rel=1e-9)

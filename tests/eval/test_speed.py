@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import speed
 from atc_diffusion import ATCConfig
 from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
-from benchmark.arithmetic import self_attention
-from benchmark.choices import Benchmark
-from benchmark.clustering import floor
-from benchmark.engines import engines, gaussian, same_partition
-from benchmark.memory import peak_bytes
-from benchmark.models import MODELS, load, make_inputs
-from benchmark.step import Candidate, Denoising, Setting, select, share_weights
-from benchmark.tables import Table
-from benchmark.timing import take_turns
+from atc_eval.benchmark.arithmetic import self_attention
+from atc_eval.benchmark.choices import Benchmark
+from atc_eval.benchmark.clustering import floor
+from atc_eval.benchmark.engines import engines, gaussian, same_partition
+from atc_eval.benchmark.full_size import MODELS, load, make_inputs
+from atc_eval.benchmark.markdown import Table
+from atc_eval.benchmark.memory import peak_bytes
+from atc_eval.benchmark.step import METHODS, Denoising, Setting, select, share_weights
+from atc_eval.benchmark.turns import take_turns
+from atc_eval.method import Method
 
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
 
@@ -34,7 +35,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     flux = FLUX | {"in_channels": 64, "guidance_embeds": True}
     tiny = {"sd15": UNET, "sdxl": SDXL, "pixart-sigma": PIXART, "sd3-medium": SD3, "flux-dev": flux}
     for name, config in tiny.items():
-        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=config))
+        levels = (2,) if name == "sdxl" else MODELS[name].levels
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=config, levels=levels))
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_everyone_warms_up_before_anyone_is_timed_and_then_they_alternate() -> N
     assert list(timings) == ["a", "b"]
 
 
-def test_self_attention_is_a_larger_part_of_larger_pictures(run: Run) -> None:
+def test_self_attention_is_a_larger_part_of_larger_images(run: Run) -> None:
     small, large = run("--parts arithmetic --model sd15 --size 64 128")
     assert small[:2] == ["Stable Diffusion v1.5's UNet", "64 x 64"]
     assert 0 < float(small[3].rstrip("%")) < float(large[3].rstrip("%")) < 100
@@ -90,8 +92,8 @@ def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
 
 
 def test_small_problems_stand_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmark.clustering.SMALL", (24, 32))
-    monkeypatch.setattr("benchmark.clustering.DISTANCES", 1)
+    monkeypatch.setattr("atc_eval.benchmark.clustering.SMALL", (24, 32))
+    monkeypatch.setattr("atc_eval.benchmark.clustering.DISTANCES", 1)
     table = run("--parts small")
     assert len(table) == 2 * 2 * 2 * 4
     assert table[-1][:2] == ["16 x 32 x 384", "ward"]
@@ -129,12 +131,20 @@ def test_the_floor_is_arithmetic_without_a_matrix_and_traffic_with_one() -> None
     assert floor(1000, "single", rate=1e30, bandwidth=1e12) == pytest.approx(4.5 * 4 * 2 * 1e6 / 1e12)
 
 
-def test_steps_of_every_candidate_stand_beside_the_unpatched(run: Run) -> None:
-    table = run("--parts step --model sd15 sdxl --keep 60 20")
-    ours = ["atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide", "atc-fast-2"]
-    sixty = [["60 %", "tomesd"], ["25 %", "todo"], *(["60 %", name] for name in ours)]
-    twenty = [["20 %", name] for name in ours]
-    assert [row[:2] for row in table] == [["100 %", "unpatched"], *sixty, *twenty] * 2
+def test_steps_of_every_method_stand_beside_the_unmerged(run: Run) -> None:
+    table = run("--parts step --model sd15 --keep 60 20")
+    ours = [
+        "ATCConfig.paper()",
+        "ATCConfig()",
+        "ATCConfig(recluster_threshold=inf)",
+        "ATCConfig.fast()",
+        "ATCConfig.fast(widen_heads=True)",
+        "ATCConfig.fast(levels=(1, 2))",
+    ]
+    settings = {label: "keys {} %" if "fast" in label else "{} %" for label in ours}
+    rows = {keep: [[label, settings[label].format(keep)] for label in ours] for keep in (60, 20)}
+    others = [["unmerged", ""], ["tomesd", "60 %"], ["ToDo", "keys 25 %"]]
+    assert [row[:2] for row in table] == [*others, *rows[60], *rows[20]]
     assert table[0][3] == "1.00"
     assert [row[4] for row in table[:9]] == ["", "", "", "3", "1", "0", "1", "1", "2.33"]
 
@@ -142,60 +152,57 @@ def test_steps_of_every_candidate_stand_beside_the_unpatched(run: Run) -> None:
 def test_compiled_steps_have_rows_too(run: Run) -> None:
     with torch.compiler.set_stance("force_eager"):
         table = run("--parts compile")
-    assert [row[1] for row in table] == ["unpatched", "atc", "atc-fast"]
+    assert [row[0] for row in table] == ["unmerged", "ATCConfig()", "ATCConfig.fast()"]
 
 
 def test_training_is_timed_with_what_it_keeps_for_the_backward_pass(run: Run) -> None:
     table = run("--parts training --model sd15 --keep 50")
     assert [row[:3] for row in table[:4]] == [
-        ["off", "100 %", "unpatched"],
-        ["off", "50 %", "tomesd"],
-        ["off", "50 %", "atc"],
-        ["off", "50 %", "atc-fast"],
+        ["off", "unmerged", ""],
+        ["off", "tomesd", "50 %"],
+        ["off", "ATCConfig()", "50 %"],
+        ["off", "ATCConfig.fast()", "keys 50 %"],
     ]
     saved = [int(row[5]) for row in table]
     assert all(few < many for few, many in zip(saved[4:], saved[:4], strict=True))
 
 
-def test_the_unpatched_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> None:
-    assert [str(each) for each in select([60, 20], ["tomesd", "todo"], "sd15")] == [
-        "unpatched 100 %",
-        "tomesd 60 %",
-        "todo 25 %",
+def test_the_unmerged_is_timed_once_and_who_cannot_keep_so_few_not_at_all() -> None:
+    assert [(each.label, each.setting) for each in select([0.6, 0.2], ["tomesd", "todo"], "sd15")] == [
+        ("unmerged", ""),
+        ("tomesd", "60 %"),
+        ("ToDo", "keys 25 %"),
     ]
 
 
-def test_transformers_have_candidates_of_their_own(run: Run) -> None:
-    table = run("--parts step --model pixart-sigma sd3-medium --blocks 4 --dtype bfloat16")
-    names = ["unpatched", "tome", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide"]
-    assert [row[1] for row in table] == names * 2
-    assert [row[4] for row in table[:7]] == ["", "4", "4", "1.33", "0", "1.33", "1.33"]
+def test_transformers_have_methods_of_their_own(run: Run) -> None:
+    table = run("--parts step --model sd3-medium --blocks 4 --dtype bfloat16")
+    names = ["unmerged", "ToMeConfig()", "ATCConfig.paper()", "ATCConfig()", "ATCConfig(recluster_threshold=inf)"]
+    assert [row[0] for row in table] == [*names, "ATCConfig.fast()", "ATCConfig.fast(widen_heads=True)"]
+    assert [row[4] for row in table] == ["", "4", "4", "1.33", "0", "1.33", "1.33"]
 
 
 def test_of_rotary_networks_only_keys_merge(run: Run) -> None:
     table = run("--parts step arithmetic --model flux-dev --blocks 2 --keep 25")
-    assert [row[:2] for row in table[1:]] == [["100 %", "unpatched"], ["25 %", "atc-fast"], ["25 %", "atc-fast-wide"]]
+    names = ["unmerged", "ATCConfig.fast()", "ATCConfig.fast(widen_heads=True)"]
+    assert [row[0] for row in table[1:]] == names
     assert [row[4] for row in table[1:]] == ["", "1.33", "1.33"]
 
 
-def denoising(model: str, candidate: Candidate) -> Denoising:
-    return Denoising(setting := Setting(model, 64, "cpu", torch.float32), share_weights(setting.load()), candidate)
-
-
-UNETS = ["tomesd", "todo", "atc-paper", "atc", "atc-free", "atc-fast", "atc-fast-wide", "atc-fast-2"]
-TRANSFORMERS = ["tome", "atc", "atc-fast"]
+def denoising(model: str, method: Method) -> Denoising:
+    return Denoising(setting := Setting(model, 64, "cpu", torch.float32), share_weights(setting.load()), method)
 
 
 @pytest.mark.usefixtures("_tiny")
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        *(("sdxl", name) for name in UNETS),
-        *((model, name) for model in ("pixart-sigma", "sd3-medium") for name in TRANSFORMERS),
+        *(("sdxl", name) for name in METHODS if name != "tome"),
+        *((model, name) for model in ("pixart-sigma", "sd3-medium") for name in ("tome", "atc-fast")),
     ],
 )
-def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> None:
-    plain, changed = (denoising(model, each) for each in (Candidate("unpatched", 100), Candidate(name, 25)))
+def test_every_method_changes_its_own_copy_alone(model: str, name: str) -> None:
+    plain, changed = denoising(model, Method()), denoising(model, METHODS[name](0.25, MODELS[model]))
     changed.inputs = plain.inputs
     changed.turn()
     plain.turn()
@@ -206,9 +213,8 @@ def test_every_candidate_changes_its_own_copy_alone(model: str, name: str) -> No
 
 
 @pytest.mark.usefixtures("_tiny")
-def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmark.step.OURS", {"every third": lambda r: ATCConfig(r=r, recluster_threshold=0.2)})
-    run = denoising("sd15", Candidate("every third", 50))
+def test_a_turn_is_one_period_of_clustering_and_reuse() -> None:
+    run = denoising("sd15", Method(ATCConfig(r=0.5, recluster_threshold=0.2)))
     for turns in (1, 2, 3):
         run.turn()
         assert next(run.timesteps) == 1000 - 4 * turns  # three steps, and the one that this looks at
@@ -217,10 +223,10 @@ def test_a_turn_is_one_period_of_clustering_and_reuse(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("_tiny")
 def test_an_output_that_is_not_finite_is_refused() -> None:
-    run = denoising("sd15", Candidate("unpatched", 100))
+    run = denoising("sd15", Method())
     run.inputs["encoder_hidden_states"] *= torch.inf
     run.turn()
-    with pytest.raises(ValueError, match="the output of unpatched 100 % is not finite"):
+    with pytest.raises(ValueError, match="the output of unmerged is not finite"):
         run.check_output()
 
 
@@ -264,9 +270,9 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     ("line", "text"),
     [
         ("--keep 0.6", "expected percentages of tokens kept, from 1 to 100, got 0.6; did you mean 60?"),
-        ("--size 500", "expected a multiple of 64, from 64 up, got '500'"),
-        ("--repeats 0", "expected a whole number from 1 up, got '0'"),
-        ("--candidates dog", "invalid choice: 'dog'"),
+        ("--size 500", "--size must be a multiple of 64 from 64 up, got 500"),
+        ("--repeats 0", "--repeats must be a whole number from 1 up, got 0"),
+        ("--method dog", "invalid choice: 'dog'"),
     ],
 )
 def test_what_does_not_fit_is_named(line: str, text: str, refused: Callable[..., str]) -> None:
@@ -274,13 +280,13 @@ def test_what_does_not_fit_is_named(line: str, text: str, refused: Callable[...,
 
 
 def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
-    gpu, cpu = Benchmark(device="cuda", keep=(50,)), Benchmark()
-    assert gpu.keep == (50,)
+    gpu, cpu = Benchmark(device="cuda", keep=["50"]), Benchmark()
+    assert gpu.fractions == [0.5]
     assert [(each.model, each.size) for each in gpu.settings()] == [
         ("sd15", 512),
         ("sd15", 1024),
         ("sdxl", 1024),
         ("sd15", 2048),
     ]
-    assert (gpu.tokens, cpu.tokens) == ((1024, 4096, 16384), (4096,))
+    assert (gpu.tokens, cpu.tokens) == ([1024, 4096, 16384], [4096])
     assert cpu.settings() == [Setting("sd15", 512, "cpu", torch.float32)]

@@ -1,0 +1,1 @@
+"""Behind the commands of `eval/`: what is compared (`method`), how it is drawn, scored, timed and reported."""

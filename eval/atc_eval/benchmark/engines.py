@@ -1,0 +1,74 @@
+"""Exact engines of agglomerative clustering, from Gaussian tokens to labels."""
+
+from collections.abc import Callable
+from functools import partial
+
+import fastcluster
+import numpy as np
+import torch
+from scipy.cluster import hierarchy
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import squareform
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+
+from atc_diffusion import ATCConfig, agglomerate
+from atc_eval.benchmark.turns import Call
+
+CHANNELS = 320
+OURS = "atc_diffusion"
+OTHERS = ("fastcluster", "scipy", "scikit-learn")  # each clusters one problem at a time, on the CPU
+
+
+def engines(tokens: Tensor, num_clusters: int, linkage: str) -> dict[str, Call]:
+    """Clustering of `tokens` `[B, N, C]` to labels `[B, N]` by each engine."""
+    metric = "euclidean" if linkage == "ward" else "cosine"
+    sklearn = AgglomerativeClustering(num_clusters, metric=metric, linkage=linkage)
+    others: tuple[Callable[[Tensor], np.ndarray], ...] = (
+        lambda x: cut(
+            fastcluster.linkage(condensed_distances(x, linkage), linkage, preserve_input=False), num_clusters
+        ),
+        lambda x: cut(hierarchy.linkage(condensed_distances(x, linkage), linkage), num_clusters),
+        lambda x: sklearn.fit_predict(x.numpy()),
+    )
+    ours: dict[str, Call] = {OURS: lambda: agglomerate(tokens, num_clusters, linkage).numpy()}
+    return ours | {name: partial(_one_by_one, each, tokens) for name, each in zip(OTHERS, others, strict=True)}
+
+
+def _one_by_one(cluster: Callable[[Tensor], np.ndarray], tokens: Tensor) -> np.ndarray:
+    return np.stack([cluster(item) for item in tokens])
+
+
+def condensed_distances(tokens: Tensor, linkage: str) -> np.ndarray:
+    """Distances of tokens `[N, C]` as SciPy and fastcluster take them, `[N (N - 1) / 2]`, by one matrix product."""
+    if linkage == "ward":
+        distances = torch.cdist(tokens, tokens)
+    else:
+        x = torch.nn.functional.normalize(tokens, dim=1)
+        distances = 1 - x @ x.T
+    return squareform(distances.numpy(), checks=False)
+
+
+def cut(merges: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Labels `[N]` after the first merges, which are replayed: SciPy's `fcluster` would dominate small problems."""
+    num_tokens = len(merges) + 1
+    first = merges[: num_tokens - num_clusters, :2].astype(np.int32)
+    size = num_tokens + len(first)
+    parents = np.repeat(np.arange(num_tokens, size), 2)
+    edges = coo_array((np.ones(2 * len(first)), (first.ravel(), parents)), (size, size))
+    return connected_components(edges, directed=False)[1][:num_tokens]
+
+
+def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([a, b]), axis=1).shape[1]
+    return pairs == len(np.unique(a)) == len(np.unique(b))
+
+
+def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
+    return torch.randn(batch, num_tokens, channels, generator=torch.Generator().manual_seed(0))
+
+
+def num_kept(num_tokens: int, keep: float) -> int:
+    """How many of `num_tokens` keys ATC keeps at a fraction `keep`."""
+    return ATCConfig(r=keep).num_kept(num_tokens, 1, None)[1]

@@ -1,0 +1,198 @@
+"""Tables of a network's denoising steps: unmerged, merged by this project, and by rivals.
+
+Steps that reuse a clustering are faster than the step that makes it, so the unit of timing is a *period*: the steps of
+one long run that a clustering serves, of which the first clusters because its latents are new. A method warms up for
+one period, and each of its turns continues the run by another.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from atc_diffusion import ATCConfig, LayerSummary, MergeConfig, ToMeConfig, patched, summary
+from atc_eval.benchmark.full_size import BATCH, MODELS, Model, load, make_inputs, repeated
+from atc_eval.benchmark.markdown import Row, Table, mebibytes
+from atc_eval.benchmark.turns import Timing, take_turns, time_alone
+from atc_eval.method import Method
+from atc_eval.rivals import Rival
+
+STEPS_A_CLUSTERING = 3  # about as many as one serves in a run of 20 steps
+UNMERGED = Method()
+METHODS: dict[str, Callable[[float, Model], Method]] = {  # by fraction kept
+    "tomesd": lambda r, model: Method(rival=Rival("tomesd", 100 * r)),
+    "todo": lambda r, model: Method(rival=Rival("todo", 2)),
+    "tome": lambda r, model: Method(ToMeConfig(r=r)),
+    "atc-paper": lambda r, model: Method(ATCConfig.paper(r)),
+    "atc": lambda r, model: Method(ATCConfig(r=r)),
+    "atc-free": lambda r, model: Method(ATCConfig(r=r, recluster_threshold=math.inf)),
+    "atc-fast": lambda r, model: Method(ATCConfig.fast(r)),
+    "atc-fast-wide": lambda r, model: Method(ATCConfig.fast(r, widen_heads=True)),
+    "atc-fast-2": lambda r, model: Method(ATCConfig.fast(r, levels=model.levels)),
+}
+OF_UNETS = ("tomesd", "todo", "atc-fast-2")
+OF_TRANSFORMERS = ("tome",)
+OF_ROTARY = ("atc-fast", "atc-fast-wide")
+COMPILED = ("atc", "atc-fast")
+KEEP_AT_LEAST = {"tomesd": 0.25, "tome": 0.25}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed, and where."""
+
+    model: str  # a key of `MODELS`
+    size: int  # pixels a side
+    device: str
+    dtype: torch.dtype
+    blocks: int | None = None  # of a transformer; None: all
+
+    @property
+    def title(self) -> str:
+        model, dtype = MODELS[self.model], str(self.dtype).removeprefix("torch.")
+        part = "" if self.blocks is None else f", {self.blocks} of {model.blocks} blocks"
+        size = f"{self.size} x {self.size}"
+        return f"A step of {model.title}{part}, random weights, {size}, batch {BATCH}, {dtype}, on {self.device}"
+
+    def load(self) -> Any:
+        return load(self.model, self.device, self.dtype, self.blocks)
+
+
+def step_table(setting: Setting, keeps: Sequence[float], names: Sequence[str], repeats: int) -> Table:
+    """Methods in turn, on networks that share their weights."""
+    rows = _in_turns(setting, select(keeps, names, setting.model), repeats)
+    return Table(setting.title, f"{_note(repeats)} {_legend(setting.model)}", _columns(setting.device), rows)
+
+
+def compiled_table(setting: Setting, keep: float, repeats: int) -> Table:
+    """One method after another, each compiled separately, because patching resets the compiler."""
+    rows = _compiled(setting, select([keep], COMPILED, setting.model), repeats)
+    note = f"{_note(repeats)} Compiled one after another, not in turns."
+    return Table(f"{setting.title}, torch.compile", note, _columns(setting.device), rows)
+
+
+def select(keeps: Sequence[float], names: Sequence[str], model: str) -> list[Method]:
+    """The unmerged network, then each method that suits the model and can keep so few, without repetitions."""
+    fitting = [name for name in names if _fits(name, MODELS[model])]
+    chosen = [
+        METHODS[name](keep, MODELS[model]) for keep in keeps for name in fitting if keep >= KEEP_AT_LEAST.get(name, 0)
+    ]
+    return list(dict.fromkeys([UNMERGED, *chosen]))
+
+
+def _fits(name: str, model: Model) -> bool:
+    if model.is_rotary:
+        return name in OF_ROTARY
+    return name not in (OF_UNETS if model.blocks else OF_TRANSFORMERS)
+
+
+def _note(repeats: int) -> str:
+    return (
+        f"Mean over the {STEPS_A_CLUSTERING} steps that one clustering serves (1 where every step clusters), median of "
+        f"{repeats}; all layers' clusterings are counted."
+    )
+
+
+def _legend(model: str) -> str:
+    if MODELS[model].is_rotary:
+        return "Only keys are merged."
+    return "With recluster_threshold=inf, clustering time is excluded."
+
+
+def _columns(device: str) -> list[str]:
+    memory = ["peak MiB beside the weights"] if device == "cuda" else []
+    return ["method", "setting", "seconds a step", "ratio to unmerged", "clusterings a step", *memory]
+
+
+@torch.no_grad()
+def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator[Row]:
+    network = setting.load()
+    runs = {each.folder: Denoising(setting, share_weights(network), each) for each in methods}
+    timings = take_turns({name: run.turn for name, run in runs.items()}, repeats, setting.device)
+    yield from (_cells(run, timings[name], timings[UNMERGED.folder]) for name, run in runs.items())
+
+
+@torch.no_grad()
+def _compiled(setting: Setting, methods: list[Method], repeats: int) -> Iterator[Row]:
+    network, unmerged = setting.load(), None
+    for method in methods:
+        torch.compiler.reset()
+        run = Denoising(setting, share_weights(network), method)
+        run.network.compile()
+        # Three periods meet all that is compiled: clustering and reuse, before and after guidance is recognised.
+        timing = time_alone(method.folder, run.turn, repeats, setting.device, warm_ups=3)
+        unmerged = unmerged or timing
+        yield _cells(run, timing, unmerged)
+
+
+def _cells(run: "Denoising", timing: Timing, unmerged: Timing) -> Row:
+    """A row for a run; `unmerged` took turns of one step."""
+    run.check_output()
+    step = timing.seconds / run.period
+    peak = [mebibytes(timing.peak)] if run.setting.device == "cuda" else []
+    method, ratio = run.method, f"{step / unmerged.seconds:.2f}"
+    return method.label, method.setting, f"{step:.3g}", ratio, run.clusterings_per_step(), *peak
+
+
+def share_weights(network: Any) -> Any:
+    """A copy that can be patched separately and shares the weights in memory."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]})
+
+
+class Denoising:
+    """A long denoising run of `network` by `method`.
+
+    Attributes:
+        period: steps per turn; one clustering serves them all.
+        clusterings: of all layers in the last turn.
+    """
+
+    def __init__(self, setting: Setting, network: Any, method: Method) -> None:
+        self.setting, self.network, self.method = setting, network, method
+        self.config = method.config if isinstance(method.config, MergeConfig) else None
+        self.is_free = self.config is not None and self.config.recluster_threshold == math.inf
+        reuses = self.config and self.config.recluster_threshold and not self.is_free
+        self.period = STEPS_A_CLUSTERING if reuses else 1
+        self.applied = ExitStack()  # never closed: the network is this run's own
+        self.applied.enter_context(method.applied(network))
+        self.latents, self.inputs = make_inputs(setting.model, network, setting.size)
+        # Views of one tensor, like a scheduler's timesteps: their order is known without waiting for a GPU.
+        self.timesteps = cycle(torch.arange(999, -1, -1, device=network.device))
+        self.noise = torch.Generator().manual_seed(0)  # the same for every method
+        self.clusterings = 0
+
+    def turn(self) -> None:
+        before = self._clusterings_so_far()
+        if not self.is_free:
+            self.latents = repeated(torch.randn(self.latents[:1].shape, generator=self.noise)).to(self.latents)
+        for timestep in islice(self.timesteps, self.period):
+            self.output = self.network(self.latents, timestep=timestep.expand(BATCH), **self.inputs).sample
+        self.clusterings = self._clusterings_so_far() - before
+
+    def clusterings_per_step(self) -> str:
+        return f"{self.clusterings / self.period:.3g}" if self.config else ""
+
+    def _clusterings_so_far(self) -> int:
+        return sum(layer.clusterings for layer in summary(self.network).layers) if self.config else 0
+
+    def check_output(self) -> None:
+        if not self.output.isfinite().all():
+            name = " ".join(filter(None, [self.method.label, self.method.setting]))
+            raise ValueError(f"the output of {name} is not finite, so its time is meaningless")
+
+
+def levels(network: nn.Module) -> tuple[int, ...]:
+    """The levels that have self-attention, the finest first."""
+    return tuple(sorted({layer.level for layer in layers(network, "all")}))
+
+
+def layers(network: nn.Module, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
+    """The layers that `ATCConfig(levels=levels)` merges."""
+    with patched(network, ATCConfig(r=1.0, r_keys=0.5, levels=levels)):
+        return summary(network).layers

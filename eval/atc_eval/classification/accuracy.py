@@ -1,0 +1,160 @@
+"""The report of accuracy: tables, speed, and figures like the ATC paper's Figures 4 and 5."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+from matplotlib.figure import Figure
+
+from atc_diffusion import ViTConfig
+from atc_eval.classification.cluster_figures import plot_clusters
+from atc_eval.classification.evaluation import Evaluation, Task, evaluate, mean_by_subject
+from atc_eval.classification.reductions import MERGING, PRUNING, Trial
+from atc_eval.draw.sets import this_command
+from atc_eval.environment import in_words, versions
+from atc_eval.files import write_atomically
+from atc_eval.method import Method
+from atc_eval.report.page import Page, Section
+from atc_eval.report.plots import label_ends, plot
+from atc_eval.score.bootstrap import Estimate, bootstrap_draws
+
+DRAWS = 1000
+UNMERGED = Method().label
+BASELINES = {"merging": MERGING[1:], "pruning": PRUNING}
+# Top-1 with MAE backbones, off the shelf (Haurum et al. 2024, Table 1); t is 16 in ViT-B, 8 in ViT-L, 7 in ViT-H.
+PAPER_ROWS = ["no reduction", "ToMe", "ATC single", "ATC average", "ATC complete"]
+PAPER_TABLE_1 = {
+    "constant, t = 16": [83.6, 78.5, 79.7, 80.1, 80.2],
+    "linear, t = 16": [83.6, 56.6, 65.8, 67.1, 67.1],
+    "constant, t = 8": [85.9, 84.2, 84.8, 84.8, 84.9],
+    "linear, t = 8": [85.9, 80.1, 82.5, 82.6, 82.6],
+    "constant, t = 7": [86.9, 86.0, 86.4, 86.4, 86.4],
+    "linear, t = 7": [86.9, 85.0, 85.6, 85.6, 85.8],
+}
+ACCURACY_TEXT = """\
+Top-1 in percent, ± half the 95 % interval by bootstrap over the subjects of the images. Columns are fractions of
+tokens kept at the 4th, 7th and 10th block, or tokens removed in every block."""
+LEAD_TEXT = """\
+In percentage points over the best other method of the column, paired image by image; a star marks 95 % intervals that
+exclude zero. The best other method is chosen on these same images, which favours it. Each interval holds on its own,
+not all at once."""
+SPEED_TEXT = """\
+Median over the batches, on one device, clustering included; rough if other processes ran beside it. Unmerged:
+{:.0f}."""
+
+
+def evaluate_and_report(
+    task: Task, trials: Sequence[Trial], out: Path, folder: Path, batch_size: int, device: str
+) -> None:
+    """Evaluate the trials that `out` lacks, then report to `folder`."""
+    state = PartialState(cpu=device == "cpu")
+    evaluations = [evaluate(task, trial, out, batch_size, state) for trial in trials]
+    if state.is_main_process:
+        write_report(evaluations, task, this_command(), str(state.device), folder)
+        print(f"wrote {folder / 'report.md'}")
+
+
+def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, device: str, folder: Path) -> None:
+    """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
+    table = frame(evaluations, task)
+    write_atomically(folder / "results.csv", table.to_csv(index=False, float_format="%.2f").encode())
+    sections = [
+        *accuracy_sections(evaluations, table, task),
+        *paper_section(table),
+        speed_section(table),
+        Section("Accuracy by fraction kept", figure=plot_accuracy(table)),
+        *(
+            Section(f"Clusters {number}", figure=figure)
+            for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
+        ),
+    ]
+    conditions = {"task": task.name, "device": device, "versions": in_words(versions(("torch", "timm")))}
+    Page("Classification with fewer tokens", conditions, [command], sections).write(folder)
+
+
+def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
+    """A row for each trial, the unreduced model first."""
+    draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
+    rows = [
+        {
+            "label": each.trial.method.label,
+            "column": each.trial.method.setting,
+            "finetuned": each.trial.finetuned,
+            "keep": each.trial.method.keep,
+            "accuracy": each.accuracy,
+            "margin": mean_by_subject(100.0 * each.correct, task.subjects, draws).margin,
+            "images_per_second": each.images_per_second,
+        }
+        for each in evaluations
+    ]
+    return pd.DataFrame(rows)
+
+
+def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
+    """Top-1 of each method, and ATC's lead; off the shelf, then trained further."""
+    for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
+        rows = table[table.finetuned == finetuned]
+        if len(rows):
+            text = f"{ACCURACY_TEXT} Unmerged: {_written(rows.iloc[0])}."
+            yield Section(title, text, table=_pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()]))
+            own = [each for each in evaluations if each.trial.finetuned == finetuned]
+            yield Section(f"ATC's lead, {title[0].lower()}{title[1:]}", LEAD_TEXT, table=leads(own, task))
+
+
+def paper_section(table: pd.DataFrame) -> Iterator[Section]:
+    columns = [column for column in PAPER_TABLE_1 if column in set(table.column)]
+    if columns:
+        published = pd.DataFrame(PAPER_TABLE_1, index=PAPER_ROWS)[columns].map("{:.1f}".format)
+        yield Section("The paper's Table 1, off the shelf", table=_named(published))
+
+
+def speed_section(table: pd.DataFrame) -> Section:
+    rows = table[(table.label != UNMERGED) & ~table.finetuned]
+    speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
+    return Section("Images per second", SPEED_TEXT.format(table.images_per_second.iloc[0]), table=speeds)
+
+
+def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
+    """ATC's lead, by linkage, over the best merging and the best pruning baseline of every column."""
+    draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
+    cells: dict[str, dict[str, str]] = {}
+    for own in evaluations:
+        for kind, names in BASELINES.items() if _name(own) == "atc" else ():
+            setting = own.trial.method.setting
+            others = [each for each in evaluations if _name(each) in names and each.trial.method.setting == setting]
+            if others:
+                best = max(others, key=lambda each: each.accuracy)
+                gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
+                row = cells.setdefault(f"{own.trial.method.label} over the best {kind}", {})
+                row[setting] = f"{gain:+.1f}{gain.star} ({_name(best)})"
+    return _named(pd.DataFrame(cells).T.fillna(""))
+
+
+def _name(evaluation: Evaluation) -> str | None:
+    """As in `ViTConfig`; None for the unreduced model."""
+    config = evaluation.trial.method.config
+    return config.method if isinstance(config, ViTConfig) else None
+
+
+def plot_accuracy(table: pd.DataFrame) -> Figure | None:
+    """Accuracy against the fraction kept, a line for each method, as in the paper's Figure 4."""
+    names = table.label + table.finetuned.map({True: ", fine-tuned", False: ""})
+    points = table.assign(method=names, x=table.keep, y=table.accuracy).dropna(subset="keep")
+    return plot(label_ends(points), "tokens kept at each stage (%)", "top-1 (%)", table.accuracy.iloc[0], True)
+
+
+def _written(row: Any) -> str:
+    return f"{Estimate(row.accuracy, row.margin):.1f}"
+
+
+def _pivot(rows: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
+    """Methods by columns, both in the order of their first row."""
+    table = rows.assign(cell=cells).pivot(index="label", columns="column", values="cell")
+    return _named(table.reindex(index=rows.label.unique(), columns=rows.column.unique()).fillna(""))
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its row names as first column."""
+    return table.rename_axis(index=None, columns=None).reset_index(names="")

@@ -1,0 +1,141 @@
+"""Draws sets of images with a diffusers pipeline: resumable, and divided between processes and jobs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from atc_eval.draw.image_set import ImageSet
+from atc_eval.draw.images import PlannedImage
+from atc_eval.draw.sampling import Sampling, load_pipeline
+from atc_eval.environment import device_name, versions
+from atc_eval.files import read_json, write_json
+from atc_eval.method import Method
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the parts into which a job array divides the images."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Part":
+        """The part that `text` names, such as "3/8"; all for None."""
+        number, _, count = (text or "1/1").partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ValueError(f"--part is one of the parts into which the images are divided, such as 3/8, got {text!r}")
+        return cls(int(number), int(count))
+
+    def of(self, images: Sequence[PlannedImage], missing: Sequence[PlannedImage]) -> list[PlannedImage]:
+        """The missing images of this part; which images a part has does not depend on what is missing."""
+        own = set(images[self.number - 1 :: self.count])
+        return [image for image in missing if image in own]
+
+
+ALL = Part()
+
+
+class Sampler:
+    """Draws this process's part of the missing images.
+
+    Every batch is full: the last one repeats an image. So an image depends only on its prompt, its seed and the
+    settings, not on its neighbours, their order, interruptions or the number of processes.
+    """
+
+    def __init__(self, sampling: Sampling, state: PartialState, part: Part = ALL) -> None:
+        self.sampling = sampling
+        self.state = state
+        self.part = part
+        self._is_estimated = False
+
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline, loaded when it is first needed."""
+        return load_pipeline(self.sampling, self.state.device)
+
+    def check(self, methods: Sequence[Method]) -> None:
+        """Raises ValueError if the pipeline cannot be loaded or a method does not fit it."""
+        for method in methods:
+            with method.applied(self.pipe):
+                pass
+
+    def draw_missing(self, sets: dict[Method, ImageSet], missing: dict[Method, list[PlannedImage]]) -> None:
+        """Draw the missing images of all sets, and write a record of the run beside them."""
+        own = {method: self._own(images) for method, images in missing.items()}
+        self.state.wait_for_everyone()  # no process writes before all have listed the missing images
+        total, count = sum(map(len, own.values())), self.state.num_processes
+        title = "drawing" if count == 1 else f"drawing, process 1 of {count}"
+        with tqdm(total=total, unit="image", desc=title, disable=not self.state.is_main_process) as bar:
+            for method, images in own.items():
+                self._draw_set(method, sets[method], images, bar)
+        self.state.wait_for_everyone()
+
+    def _own(self, images: list[PlannedImage]) -> list[PlannedImage]:
+        with self.state.split_between_processes(images) as own:
+            return list(own)
+
+    def _draw_set(self, method: Method, images: ImageSet, own: list[PlannedImage], bar: tqdm) -> None:
+        size = self.sampling.batch_size
+        if self.state.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.state.device)
+        for start in range(0, len(own), size):
+            batch, begun = own[start : start + size], time.perf_counter()
+            for image, drawn in zip(batch, self.draw(method, batch), strict=True):
+                images.save(image, drawn)
+            name = f"record-{self.part.number - 1 + self.part.count * self.state.process_index}.json"
+            write_json(images.folder / name, self._record())
+            bar.update(len(batch))
+            self._estimate(time.perf_counter() - begun, bar)
+
+    def _estimate(self, seconds: float, bar: tqdm) -> None:
+        """After the first batch, say how long the others will take."""
+        left = int(bar.total or 0) - bar.n
+        if self.state.is_main_process and left and not self._is_estimated:
+            hours = seconds / self.sampling.batch_size * left / 3600
+            bar.write(
+                f"The first batch took {seconds:.1f} s on {device_name(self.state.device)}; "
+                f"at this rate the other {left} images of this process take {hours:.1f} hours."
+            )
+        self._is_estimated = True
+
+    def _record(self) -> dict[str, Any]:
+        device = self.state.device
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return {"peak_memory_bytes": memory, "device": device_name(device), "versions": self._versions}
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        return versions()
+
+    def draw(self, method: Method, batch: Sequence[PlannedImage], steps: int | None = None) -> list[Image.Image]:
+        """Draw each image from noise of its own seed, made on the CPU."""
+        full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
+        with method.applied(self.pipe) as draw:
+            output = draw(
+                [image.prompt for image in full],
+                num_inference_steps=steps or self.sampling.steps,
+                generator=[torch.Generator().manual_seed(image.seed) for image in full],
+                **self.sampling.arguments,
+            )
+        return list(output.images[: len(batch)])
+
+
+def read_records(folder: Path) -> dict[str, Any]:
+    """The records of all processes in `folder` as one: largest memory, devices, versions."""
+    records = [read_json(path) for path in sorted(folder.glob("record-*.json"))]
+    memory = [record["peak_memory_bytes"] for record in records if record["peak_memory_bytes"] is not None]
+    return {
+        "peak_memory_bytes": max(memory, default=None),
+        "devices": sorted({record["device"] for record in records}),
+        "versions": records[-1]["versions"] if records else versions(),
+    }

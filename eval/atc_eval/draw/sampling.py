@@ -1,0 +1,138 @@
+"""How images are sampled: the model, its scheduler, and everything else that changes the bits of an image."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from transformers.hf_argparser import HfArg
+
+import atc_diffusion
+from atc_eval.checks import check_number, check_source
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
+FULL_SIZE = 10**9  # bytes of weights; Stable Diffusion 1.5 has 2 to 5 times as many
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The model, and how it is run."""
+
+    _argument_group_name = "sampling"
+    model: str = HfArg(default=STABLE_DIFFUSION, help="hub id or folder of a pipeline")
+    lora: str | None = HfArg(default=None, help="hub id or folder of a LoRA for it")
+    steps: int = HfArg(default=50, help="denoising steps")
+    guidance: float = HfArg(default=7.5, help="classifier-free guidance scale")
+    size: int | None = HfArg(default=None, help="height and width in pixels (default: the model's own)")
+    scheduler: str | None = HfArg(
+        default=None, metadata={"choices": list(SCHEDULERS)}, help="scheduler (default: the model's own)"
+    )
+    batch_size: int = HfArg(default=8, help="prompts in a batch; it changes how images are rounded")
+    dtype: Literal["float16", "bfloat16", "float32"] | None = HfArg(
+        default=None, help="of the model (default: float16 on a CUDA GPU, else float32)"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="auto: the fastest there is")
+
+    def __post_init__(self) -> None:
+        check_source(self.model, "pipeline", "model_index.json")
+        check_source(self.lora, "LoRA", "*.safetensors")
+        for name in ("steps", "size", "batch_size"):
+            check_number(f"--{name.replace('_', '-')}", getattr(self, name))
+
+    @property
+    def name(self) -> str:
+        """The model and its LoRA in a report."""
+        names = [Path(each).name if Path(each).is_dir() else each for each in (self.model, self.lora) if each]
+        return " with the LoRA ".join(names)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        size = {} if self.size is None else {"height": self.size, "width": self.size}
+        return size | {"guidance_scale": self.guidance}
+
+    @property
+    def is_full_size(self) -> bool:
+        """Whether the model is large, or is on the hub, where models are."""
+        folder = Path(self.model)
+        return not folder.is_dir() or sum(path.stat().st_size for path in weights_files(folder)) > FULL_SIZE
+
+    def dtype_on(self, device: torch.device) -> str:
+        return self.dtype or ("float16" if device.type == "cuda" else "float32")
+
+    def json(self, device: torch.device) -> dict[str, Any]:
+        """Everything that changes the bits of an image besides prompt, seed and merging.
+
+        Batch size and number of CPU threads belong to it because they change how matrix products are rounded, and so
+        which tokens are the most similar. A digest stands for the weights, which may be trained further.
+
+        Raises:
+            ValueError: if `device` is not the one asked for.
+        """
+        if self.device not in ("auto", device.type):
+            raise ValueError(f"--device {self.device}, but the device here is {device.type}")
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        found = {"dtype": self.dtype_on(device), "device": device.type, "threads": threads}
+        weights = [weights_digest(source) for source in (self.model, self.lora) if source]
+        return asdict(self) | {"weights": " + ".join(weights)} | found
+
+
+def weights_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
+
+
+def weights_digest(model: str) -> str:
+    """The first digits of the SHA-256 of the weights in the folder `model`; "hub" for a hub id."""
+    if not Path(model).is_dir():
+        return "hub"
+    digest = hashlib.sha256()
+    for path in weights_files(Path(model)):
+        with path.open("rb") as file:
+            for chunk in iter(partial(file.read, 2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
+    """The pipeline of `sampling` on `device`, without a safety checker.
+
+    Raises:
+        ValueError: if the model or the LoRA cannot be loaded, or the scheduler does not fit the model.
+    """
+    dtype = getattr(torch, sampling.dtype_on(device))
+    pipe: Any = atc_diffusion.load_pipeline(sampling.model, dtype, safety_checker=None, requires_safety_checker=False)
+    if sampling.lora:
+        _load_lora(pipe, sampling.lora)
+    if sampling.scheduler:
+        pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
+    return pipe.to(device)
+
+
+def _load_lora(pipe: Any, lora: str) -> None:
+    try:
+        pipe.load_lora_weights(lora)
+    except (OSError, ValueError) as error:  # offline, diffusers asks for the name of the file
+        raise ValueError(
+            f"cannot load --lora {lora}: it is no folder with its weights, and the hub gave none; give a folder, or "
+            f"connect once and run: hf download {lora}"
+        ) from error
+
+
+def make_scheduler(name: str, own: Any) -> Any:
+    """The scheduler `name` for a model whose own scheduler is `own`."""
+    class_name, options = SCHEDULERS[name]
+    if class_name not in {each.__name__ for each in own.compatibles} | {type(own).__name__}:
+        raise ValueError(f"--scheduler {name} does not fit this model, which comes with {type(own).__name__}")
+    return getattr(diffusers, class_name).from_config(own.config, **options)

@@ -1,0 +1,64 @@
+"""Files that are written completely or not at all, and folders of images."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+FEWEST_IMAGES = 4  # in a set to score: precision and recall look at three neighbours
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds all of it or stays as it was, even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and rerun the command") from error
+
+
+def list_images(folder: Path) -> tuple[Path, ...]:
+    """Paths of the images in `folder`, sorted by name."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    return tuple(sorted(found))
+
+
+def load_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def image_mode(path: Path) -> str | None:
+    """PIL's name for the kind of pixels at `path`; None if they cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return str(image.mode)
+    except (OSError, SyntaxError):
+        return None

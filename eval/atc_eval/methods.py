@@ -1,0 +1,124 @@
+"""The methods to compare: all combinations of configurations, fractions kept and options, and the rivals."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import yaml
+from transformers.hf_argparser import HfArg
+
+from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
+from atc_eval.checks import parse_fraction
+from atc_eval.method import Method
+from atc_eval.rivals import Rival
+
+Fractions = tuple[float, float | None]  # kept of queries and of keys; None: the same
+
+
+def tome(r: float) -> MergeConfig:
+    return ToMeConfig(r=r)
+
+
+CONFIGS: dict[str, list[Callable[[float], MergeConfig]]] = {
+    "table2": [tome, *(partial(ATCConfig.paper, linkage=linkage) for linkage in ("single", "average", "complete"))],
+    "paper": [ATCConfig.paper],
+    "atc": [lambda r: ATCConfig(r=r)],
+    "fast": [lambda r: ATCConfig.fast(r=r)],
+    "faster": [lambda r: ATCConfig.faster(r=r)],
+    "forecast": [lambda r: ATCConfig.forecast(r=r)],
+    "tome": [tome],
+    "kmedoids": [lambda r: KMedoidsConfig(r=r)],
+    "dpc-knn": [lambda r: DPCKNNConfig(r=r)],
+    "none": [],
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which methods are compared with the unmerged model, which is always drawn."""
+
+    _argument_group_name = "methods to compare"
+    keep: list[str] = HfArg(
+        default_factory="40 50 60 70 80 90".split,
+        help="percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both (default: 40 50 60 70 80 90)",
+    )
+    method: list[str] = HfArg(
+        default_factory=lambda: ["table2"],
+        metadata={"choices": list(CONFIGS)},
+        help="table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
+        "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for "
+        "--keep 100/12.5 and, the last, 100; tome: ToMe as "
+        "in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: only the unmerged model "
+        "(default: table2)",
+    )
+    set: list[str] = HfArg(
+        default_factory=list,
+        help="fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; "
+        "other methods take the fields that they have",
+    )
+    rival: list[str] = HfArg(
+        default_factory=list,
+        help="other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by "
+        "that factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth)",
+    )
+    together: list[str] = HfArg(
+        default_factory=list, aliases=["--with"], help="rivals to combine with every merging, such as deepcache:2"
+    )
+
+    def __post_init__(self) -> None:
+        self.methods()  # raises ValueError for values that do not fit
+
+    def methods(self) -> list[Method]:
+        """The unmerged model, every merging, each rival alone, and merging together with rivals."""
+        keep, options = [parse_fractions(text) for text in self.keep], dict(map(parse_option, self.set))
+        merged = grid(self.method, keep, options)
+        alone = [Method(rival=Rival.parse(text)) for text in self.rival]
+        both = [replace(each, rival=Rival.parse(text)) for text in self.together for each in merged if each.config]
+        return list(dict.fromkeys([*merged, *alone, *both]))
+
+
+def parse_fractions(text: str) -> Fractions:
+    """The fractions of queries and of keys in "100/10", which are percentages; "50" is for both."""
+    queries, _, keys = text.partition("/")
+    try:
+        return parse_fraction(queries), parse_fraction(keys) if keys else None
+    except ValueError as error:
+        raise ValueError(f"--keep {text}: {error}") from None
+
+
+def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
+    """A field of `ATCConfig` and the values to try, such as "linkage=average,ward"; values are YAML."""
+    field, _, values = text.partition("=")
+    known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
+    if field not in known or not values:
+        raise ValueError(f"--set: expected FIELD=VALUE[,VALUE...] with a field of {', '.join(known)}; got {text!r}")
+    parsed = yaml.safe_load(f"[{values}]")
+    if any(isinstance(value, dict | list) for value in parsed):
+        raise ValueError(f"--set: expected plain values, got {text!r}")
+    return field, tuple(parsed)
+
+
+def grid(names: Iterable[str], keeps: Iterable[Fractions], options: Mapping[str, Sequence[Any]]) -> list[Method]:
+    """The unmerged model, then the configurations of every name at all fractions kept, with all options that they have.
+
+    ToMe is left out where it cannot keep so few tokens, and merging where it keeps all and forecasts nothing.
+
+    Raises:
+        ValueError: for a value that a configuration refuses.
+    """
+    combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+    configs = [
+        _with_options(make(r), r_keys, combination)
+        for name, combination in product(names, combinations)
+        for make, (r, r_keys) in product(CONFIGS[name], keeps)
+        if make is not tome or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
+    ]
+    merging = [each for each in configs if (each.r, each.r_keys) not in ((1, None), (1, 1)) or each.forecast_tolerance]
+    return list(dict.fromkeys([Method(), *map(Method, merging)]))
+
+
+def _with_options(base: MergeConfig, r_keys: float | None, options: Mapping[str, Any]) -> MergeConfig:
+    own = {field.name for field in fields(base)}
+    return replace(base, r_keys=r_keys, **{name: value for name, value in options.items() if name in own})

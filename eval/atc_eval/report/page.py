@@ -1,0 +1,122 @@
+"""Reports: one self-contained HTML page, and Markdown with its figures in files."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+from atc_eval.files import write_atomically
+
+CAPTION = 36  # characters on a line
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image with the words below it."""
+
+    caption: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Section:
+    """Part of a report, in this order; cells of the table are text."""
+
+    title: str
+    text: str = ""
+    code: str = ""
+    table: pd.DataFrame | None = None
+    figure: Figure | None = None
+    images: Sequence[Shown] = ()
+
+    @property
+    def slug(self) -> str:
+        return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Attributes:
+        title: the headline.
+        conditions: name and value of the conditions that the figures hold under.
+        commands: the command lines that made them.
+        sections: the parts, in order.
+    """
+
+    title: str
+    conditions: Mapping[str, str]
+    commands: Sequence[str]
+    sections: Sequence[Section]
+
+    @property
+    def html(self) -> str:
+        """The page, which loads nothing else."""
+        return _environment(escape=True).get_template("report.html.jinja").render(page=self)
+
+    @property
+    def markdown(self) -> str:
+        """The page as Markdown, which links to the figures and images that `write` puts beside it."""
+        return _environment(escape=False).get_template("report.md.jinja").render(page=self)
+
+    def write(self, folder: Path, name: str = "report") -> None:
+        """Write `name`.html, `name`.md, and the figures and images of the latter."""
+        for section in self.sections:
+            if section.figure is not None:
+                write_atomically(folder / f"{section.slug}.svg", svg(section.figure).encode())
+            if section.images:
+                write_atomically(folder / f"{section.slug}.png", contact_sheet(section.images))
+        write_atomically(folder / f"{name}.md", self.markdown.encode())
+        write_atomically(folder / f"{name}.html", self.html.encode())
+
+
+def svg(figure: Figure) -> str:
+    """`figure` as an SVG element, with text as text."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "atc_diffusion"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def contact_sheet(images: Sequence[Shown], columns: int = 6) -> bytes:
+    """All `images` with their captions, as a PNG."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained", dpi=110)
+    for number, shown in enumerate(images, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.set_axis_off()
+        axes.imshow(shown.image, interpolation="nearest")
+        axes.set_title(fill(shown.caption, CAPTION), fontsize=6)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _environment(escape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=StrictUndefined,
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"svg": svg, "data_uri": data_uri}
+    return environment

