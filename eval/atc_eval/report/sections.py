@@ -28,9 +28,9 @@ The paper's figures were taken with clean-fid. FIDs of different tools or featur
 a row are."""
 METHODS_TEXT = """\
 Each image is compared with the unmerged image of the same seed: means over the images, ± half the 95 % bootstrap
-interval. An image that is equal counts as 58.9 dB, the PSNR of rounding to 8 bits. * on the Pareto front: no other row is as fast and
-closer. Batches are drawn with each method in turn; seconds are medians per image, and ratio is the median of the ratios
-to the unmerged model in the same round."""
+interval. An equal image counts as 58.9 dB, the PSNR of rounding to 8 bits. * on the Pareto front: no other row is as
+fast and closer. Batches are drawn with each method in turn; seconds are medians per image, and ratio is the median of
+the ratios to the unmerged model in the same round."""
 THRESHOLDS = (45, 40, 35)  # dB
 EQUAL_FIDELITY_TEXT = """\
 The least time at which each method reaches the column's PSNR, as a fraction of the unmerged model's {seconds:.2f} s,
