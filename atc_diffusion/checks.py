@@ -41,8 +41,7 @@ TOLERANCES = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 # A call of Stable Diffusion 1 at 512 x 512: its finest level, by default in windows, and an eighth of the keys.
 SIDE, CHANNELS, HEADS, WINDOW, KEYS = 64, 320, 8, 16, 512
-ODD = (2, 601, 17)  # tokens and channels that fill no tile of a kernel, so that each of its masks matters
-ODD_CLUSTERS = 200
+ODD, ODD_CLUSTERS = (2, 601, 17), 200  # tokens and channels that fill no tile of a kernel, so that its masks matter
 ROUNDS = 3  # of timing; the median counts
 
 
@@ -119,15 +118,15 @@ def check_networks(device: torch.device) -> Iterator[Finding]:
 
 def check_processors(device: torch.device) -> Iterator[Finding]:
     """Every installed attention processor that works with merged tokens, against PyTorch's attention."""
-    processors: dict[str, Callable[[Any], None]] = {
-        "plain attention": lambda network: network.set_attn_processor(attention_processor.AttnProcessor()),
-        "PyTorch's attention": lambda network: network.set_attn_processor(attention_processor.AttnProcessor2_0()),
-        "sliced attention": lambda network: network.set_attention_slice(1),
+    processors = {
+        "plain attention": attention_processor.AttnProcessor(),
+        "PyTorch's attention": attention_processor.AttnProcessor2_0(),
+        "sliced attention": attention_processor.SlicedAttnProcessor(slice_size=1),
     }
     if importlib.util.find_spec("xformers") and device.type == "cuda":
-        processors["xFormers"] = lambda network: network.set_attn_processor(attention_processor.XFormersAttnProcessor())
-    for name, change in processors.items():
-        error = partial(_network_error, "sd15", device, torch.float32, change)
+        processors["xFormers"] = attention_processor.XFormersAttnProcessor()
+    for name, processor in processors.items():
+        error = partial(_network_error, "sd15", device, torch.float32, processor)
         yield find(f"{name} on {device}", error, TOLERANCES[torch.float32])
 
 
@@ -178,16 +177,14 @@ def _cluster_windows(tokens: Tensor, linkage: str, backend: str | None = None) -
     return cluster_windows(tokens, KEYS, (SIDE, SIDE), WINDOW, linkage, backend).cut(KEYS)
 
 
-def _network_error(
-    name: str, device: torch.device, dtype: torch.dtype, change: Callable[[Any], None] | None = None
-) -> float:
-    """Error of a network on a device, in a precision and after a change."""
+def _network_error(name: str, device: torch.device, dtype: torch.dtype, processor: Any = None) -> float:
+    """Error of a network on a device, in a precision and with an attention processor other than its own."""
     torch.manual_seed(0)
-    network = TINY_NETWORKS[name].make()
+    network: Any = TINY_NETWORKS[name].make()
     expected = _merged_output(TINY_NETWORKS[name], network)
     network.to(device, dtype)
-    if change:
-        change(network)
+    if processor:
+        network.set_attn_processor(processor)
     return _relative_error(_merged_output(TINY_NETWORKS[name], network), expected)
 
 

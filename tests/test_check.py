@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from atc_diffusion.testing import TINY_NETWORKS
 CPU = torch.device("cpu")
 
 
-def test_nothing_is_wrong_on_the_cpu(capsys):
+def test_nothing_is_wrong_on_the_cpu(monkeypatch, capsys):
+    one_linkage = partial(check_clusterings, linkages=["average"])
+    monkeypatch.setattr(checks, "CHECKS", (one_linkage, *checks.CHECKS[1:]))
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "Merging is right on this machine" in printed
