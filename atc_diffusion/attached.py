@@ -1,10 +1,11 @@
 """Which patch a network has: patches replace each other, and `with patched(...)` blocks give back what was there."""
 
+import asyncio
 import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,16 +33,19 @@ class Patch(Protocol):
     def merges(self) -> list[RecordedMerge]: ...
 
 
+Owner = threading.Thread | asyncio.Task[Any]
+
+
 @dataclass(eq=False)
 class Block:
     """A `with patched(...)` that has not ended.
 
     Attributes:
-        thread: the one that entered it.
+        owner: the asyncio task that entered it or, outside of any, the thread.
         before: the networks that it patches, and what each gets back.
     """
 
-    thread: threading.Thread
+    owner: Owner
     before: dict[nn.Module, Patch | None]
 
 
@@ -57,21 +61,25 @@ def patch_of(network: nn.Module) -> Patch | None:
 def replace_patches(patches: Mapping[nn.Module, Patch | None]) -> None:
     """Give every network that patch, or none."""
     with _lock:
-        if block := _other_threads_block(patches):
+        if block := _foreign_block(patches):
             raise ValueError(_conflict(block, patches))
         _exchange(patches)
 
 
 def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
-    """Give every network that patch, or none, until `leave`; two threads may do so with equal configurations."""
+    """Give every network that patch, or none, until `leave`.
+
+    Threads or tasks with equal configurations share one patch; others are refused, because all would draw with the
+    last one.
+    """
     with _lock:
         before = {network: patch_of(network) for network in patches}
-        block = _other_threads_block(patches)
+        block = _foreign_block(patches)
         if block is None:
             _exchange(patches)
         elif any(_config(before[network]) != _config(patch) for network, patch in patches.items()):
             raise ValueError(_conflict(block, patches))
-        _blocks.append(Block(threading.current_thread(), before))
+        _blocks.append(Block(_owner(), before))
         return _blocks[-1]
 
 
@@ -87,10 +95,21 @@ def leave(block: Block) -> None:
         _exchange(given_back)
 
 
-def _other_threads_block(networks: Collection[nn.Module]) -> Block | None:
+def _owner() -> Owner:
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no event loop runs in this thread
+        return threading.current_thread()
+
+
+def _is_active(owner: Owner) -> bool:
+    return not owner.done() if isinstance(owner, asyncio.Task) else owner.is_alive()
+
+
+def _foreign_block(networks: Collection[nn.Module]) -> Block | None:
+    """A block on one of the networks that another thread or task is in."""
     for block in _blocks:
-        elsewhere = block.thread is not threading.current_thread() and block.thread.is_alive()
-        if elsewhere and not block.before.keys().isdisjoint(networks):
+        if block.owner is not _owner() and _is_active(block.owner) and not block.before.keys().isdisjoint(networks):
             return block
     return None
 
@@ -98,9 +117,13 @@ def _other_threads_block(networks: Collection[nn.Module]) -> Block | None:
 def _conflict(block: Block, networks: Collection[nn.Module]) -> str:
     kind = next(type(network).__name__ for network in networks if network in block.before)
     return (
-        f"thread {block.thread.name!r} is inside `with patched(...)` on this {kind}, and all threads see one patch;"
-        " wait until that block ends, use an equal configuration, or give each thread a copy of the model"
+        f"{_name(block.owner)} is inside `with patched(...)` on this {kind}, and a patch is seen by all; wait until"
+        " that block ends, use an equal configuration, or patch a copy of the model"
     )
+
+
+def _name(owner: Owner) -> str:
+    return f"task {owner.get_name()!r}" if isinstance(owner, asyncio.Task) else f"thread {owner.name!r}"
 
 
 def _config(patch: Patch | None) -> Configuration | None:

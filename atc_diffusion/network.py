@@ -81,9 +81,10 @@ class NetworkPatch:
     def __str__(self) -> str:
         """How many attentions merge, and to how many queries and keys in images of 512 x 512 pixels."""
         kept, numbers = self._kept((64, 64), progress=0.0), Counter(layer.level for layer in self._layers)
-        grids = {layer.level: math.prod(layer.grid((64, 64))) for layer in self._layers}
+        grids = {layer.level: layer.grid((64, 64)) for layer in self._layers}
         levels = [
-            f"{numbers[level]} attention{'s' * (numbers[level] > 1)} at level {level}, {grids[level]} tokens -> {queries} queries, {keys} keys"
+            f"{numbers[level]} attention{'s' * (numbers[level] > 1)} at level {level}, {math.prod(grids[level])} tokens"
+            f" -> {queries} queries, {keys} keys"
             for level, (queries, keys) in kept.items()
         ]
         return f"{self.name or type(self._network).__name__}: {'; '.join(levels)} (latents of 64 x 64)"

@@ -54,8 +54,8 @@ def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **o
 
     Raises:
         ValueError: for an invalid value, both `config` and `options`, a model without self-attention that can merge,
-            an attention processor that is not supported, or if another thread is inside `patched` on the model. The
-            model is left unchanged.
+            an attention processor that is not supported, or if another thread or asyncio task is inside `patched` on
+            the model. The model is left unchanged.
     """
     patches = _patches(model, config, options)
     attached.replace_patches(patches)
@@ -67,7 +67,7 @@ def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`: restores the original, bit for bit. Returns `model`.
 
     Raises:
-        ValueError: if another thread is inside `patched` on the model.
+        ValueError: if another thread or asyncio task is inside `patched` on the model.
     """
     attached.replace_patches(dict.fromkeys(find_networks(model).values()))
     return model
@@ -80,8 +80,8 @@ def patched(
     """Apply a patch inside a `with` block.
 
     Afterwards, even after an exception, every network has the patch that it had before, or none. Blocks may end in any
-    order. All threads that call a network see its patch, so another thread may enter a block on the same network only
-    with an equal configuration, and then both use one patch.
+    order. Whoever calls a network sees its patch, so another thread or asyncio task may enter a block on the same
+    network only with an equal configuration, and then both use one patch.
 
     Raises:
         ValueError: as `apply_patch`.

@@ -1,5 +1,6 @@
 """`with patched(...)`: what a network has inside a block and after it, in any order and from several threads."""
 
+import asyncio
 import copy
 import logging
 import re
@@ -136,9 +137,7 @@ def test_blocks_on_a_pipeline_and_on_a_part_of_it_end_in_any_order(unet):
     assert (config_of(unet), config_of(pipe.controlnet)) == (None, None)
 
 
-REFUSED = (
-    r"thread '.*' is inside `with patched\(...\)` on this UNet2DConditionModel, and all threads see one patch; wait"
-)
+REFUSED = r"'.*' is inside `with patched\(...\)` on this UNet2DConditionModel, .*; wait until that block ends"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ REFUSED = (
 def test_another_thread_cannot_change_the_patch_inside_a_block(unet, change):
     with patched(unet, r=0.5):
         merged = run(unet)
-        with pytest.raises(ValueError, match=REFUSED):
+        with pytest.raises(ValueError, match=f"thread {REFUSED}"):
             in_thread(lambda: change(unet))
         assert torch.equal(run(unet), merged)
     in_thread(lambda: change(unet))
@@ -181,6 +180,23 @@ def test_threads_with_equal_configurations_draw_at_once_and_end_in_any_order(une
     assert len(outputs) == 3
     assert all(torch.equal(output, merged) for output in outputs)
     assert torch.equal(run(unet), exact)
+
+
+def test_requests_of_one_event_loop_are_told_apart(unet):
+    async def request(r: float, seconds: float) -> Any:
+        with patched(unet, r=r):
+            await asyncio.sleep(seconds)
+            return config_of(unet)
+
+    async def serve(*fractions: float) -> Any:
+        return await asyncio.gather(*(request(r, 0.1 + r / 10) for r in fractions), return_exceptions=True)
+
+    first, second = asyncio.run(serve(0.5, 0.25))
+    assert first == ATCConfig(r=0.5)
+    assert isinstance(second, ValueError)
+    assert re.match(f"task {REFUSED}", str(second))
+    assert asyncio.run(serve(0.5, 0.5)) == [ATCConfig(r=0.5)] * 2
+    assert config_of(unet) is None
 
 
 def test_a_thread_that_has_ended_holds_no_block(unet):
