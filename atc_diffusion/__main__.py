@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import inf, isfinite
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from atc_diffusion.commands import one_sentence
 from atc_diffusion.devices import devices_found
 from atc_diffusion.loading import load_pipeline, quiet
 from atc_diffusion.tuning import Tuning, tune
@@ -25,12 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("check", help="check merging on every device of this machine (the default); under a minute")
     _add_options(commands.add_parser("tune", help="find the fastest setting that keeps a model's images"))
     options = parser.parse_args(arguments)
-    try:
+    with one_sentence(NAME, extra="tune"):
         return _tune(options) if options.command == "tune" else _check()
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{NAME}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{NAME}: stopped")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +77,8 @@ def _check() -> int:
 def _tune(options: argparse.Namespace) -> int:
     from atc_diffusion.checks import describe_machine
 
-    make_page = _page_maker() if options.html else None
+    if options.html:  # a missing package is named before anything is drawn
+        from atc_diffusion.tuning_page import make_page
     device = _device(options.device)
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "height": "size", "width": "size"}
     call = {name: value for name, option in names.items() if (value := getattr(options, option)) is not None}
@@ -88,22 +87,14 @@ def _tune(options: argparse.Namespace) -> int:
         limits = {"min_psnr": options.min_psnr, "max_seconds": options.max_seconds, "seed": options.seed}
         tuning = tune(pipe, options.prompts, on_progress=_say, **limits, **call)
     print(tuning)
-    command, machine = " ".join(sys.argv), ", ".join(describe_machine([device]))
+    command, machine = f"{NAME} {shlex.join(sys.argv[1:])}", ", ".join(describe_machine([device]))
     about = {"command": command, "machine": machine, "dtype": str(pipe.dtype).removeprefix("torch.")}
     if options.json:
         found = about | {"min_psnr": tuning.min_psnr, "note": tuning.note, "results": _results(tuning)}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if make_page:
+    if options.html:
         options.html.write_text(make_page(tuning, about), encoding="utf-8")
     return 0
-
-
-def _page_maker() -> Callable[[Tuning, dict[str, str]], str]:
-    try:
-        from atc_diffusion.tuning_page import make_page
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--html needs {error.name}; run: pip install jinja2 matplotlib") from error
-    return make_page
 
 
 def _device(name: str | None) -> torch.device:

@@ -236,5 +236,5 @@ def test_a_file_that_cannot_be_written_is_refused_first(model, tmp_path, capsys,
 def test_a_page_without_its_packages_is_refused_first(model, tmp_path, monkeypatch, package):
     monkeypatch.delitem(sys.modules, "atc_diffusion.tuning_page", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"--html needs {package}; run: pip install jinja2 matplotlib$"):
+    with pytest.raises(SystemExit, match=rf"needs the package {package}, .*: pip install -e '\.\[tune\]'$"):
         main([*command(model), "--html", str(tmp_path / "t.html")])
