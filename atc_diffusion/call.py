@@ -2,10 +2,9 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from atc_diffusion.adapters import MergedCall
@@ -34,8 +33,6 @@ class Call:
         outer: the call of another network within which this network was called.
         visits: how often each layer's attention has been called so far.
         hidden_states: the input of each layer's block.
-        attentions: the modules that are called; those of a replica of DataParallel are its own.
-        rotary: the rotary embedding that each layer's attention was given for the image; None without one.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
         visit: its forecast.
@@ -55,8 +52,6 @@ class Call:
     outer: "Call | None" = None
     visits: dict[str, int] = field(default_factory=dict)
     hidden_states: dict[str, Tensor] = field(default_factory=dict)
-    attentions: dict[str, nn.Module] = field(default_factory=dict)
-    rotary: dict[str, Any] = field(default_factory=dict)
     merges: dict[str, MergedCall] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
     limits: dict[str, Limit] = field(default_factory=dict)

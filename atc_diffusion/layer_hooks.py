@@ -1,14 +1,14 @@
 """The hooks around one self-attention: cluster its tokens or reuse clusters, cut the tree, merge, unmerge."""
 
 import math
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, ImageSlice, Kwargs, Layer, MergedCall, first
+from atc_diffusion.adapters import Args, Family, ImageSlice, Kwargs, Layer, MergedCall, Projection, first
 from atc_diffusion.call import Call, enter_block, leave_block, present
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
@@ -57,23 +57,17 @@ class LayerHooks:
                 " method or a part of it, or remove_patch"
             )
         image = ImageSlice(math.prod(self.layer.grid(call.size)), call.after)
-        limit = call.limits.get(self.layer.name)
-        call.attentions[self.layer.name] = attention
-        call.rotary[self.layer.name] = self.family.rotary(kwargs, image)
-        if limit is not None and not limit.keys_merge:
-            merge = MergedCall(image, None, None, weigh=False)
-        else:
-            merge = self._cut(call, self.family.tokens(args, kwargs, image), image, limit is not None)
-        call.merges[self.layer.name] = merge
-        return self.family.merge(attention, args, kwargs, merge)
+        cut = partial(self._cut, call, image, self.family.tokens(args, kwargs, image))
+        return self.family.merge(attention, args, kwargs, image, cut)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
         call = present.call
         assert call is not None  # or `_merge` would have raised
         call.hidden_states.pop(self.layer.name, None)
-        return self.family.unmerge(output, call.merges[self.layer.name])
+        merge = call.merges.get(self.layer.name)
+        return output if merge is None else self.family.unmerge(output, merge)  # None: a hook of others skipped it
 
-    def _cut(self, call: Call, tokens: Tensor, image: ImageSlice, all_queries: bool) -> MergedCall:
+    def _cut(self, call: Call, image: ImageSlice, tokens: Tensor, project: Projection) -> MergedCall:
         """How this call merges `tokens` `[B, N, C]`: by two cuts of one tree.
 
         An attention that is called several times, such as for portions of the batch, gets clusters for each of them.
@@ -81,17 +75,26 @@ class LayerHooks:
         num_tokens = tokens.shape[1]
         visit = call.visits.get(self.layer.name, 0)
         call.visits[self.layer.name] = visit + 1
-        queries, keys = call.kept[self.layer.level]
-        kept = num_tokens if all_queries else queries, keys
-        if min(kept) == num_tokens:
-            return MergedCall(image, None, None, weigh=False)
-        key = (self.layer.name, visit, len(tokens))
-        maps = [self._map(call, key, count, tokens) for count in kept]
-        return MergedCall(image, *maps, self.config.proportional_attention, self.config.widen_heads)
+        kept = self._kept(call, num_tokens)
+        merge = MergedCall(image, None, None, weigh=False)
+        if min(kept) < num_tokens:
+            key = (self.layer.name, visit, len(tokens))
+            maps = [self._map(call, key, count, tokens, project) for count in kept]
+            merge = MergedCall(image, *maps, self.config.proportional_attention, self.config.widen_heads)
+        call.merges[self.layer.name] = merge
+        return merge
 
-    def _map(self, call: Call, key: object, count: int, tokens: Tensor) -> MergeMap | None:
+    def _kept(self, call: Call, num_tokens: int) -> tuple[int, int]:
+        """How many queries and how many keys are kept of `num_tokens`."""
+        queries, keys = call.kept[self.layer.level]
+        limit = call.limits.get(self.layer.name)
+        if limit is None:
+            return queries, keys
+        return num_tokens, keys if limit.keys_merge else num_tokens
+
+    def _map(self, call: Call, key: object, count: int, tokens: Tensor, project: Projection) -> MergeMap | None:
         """The cut that leaves `count` clusters, or the fewest possible, for a batch of `tokens` `[B, N, C]`."""
-        tree, maps = self._tree(call, key, tokens), call.clusters.maps
+        tree, maps = self._tree(call, key, tokens, project), call.clusters.maps
         num_clusters = max(count, tree.num_clusters)
         if num_clusters >= tokens.shape[1]:
             return None
@@ -100,25 +103,24 @@ class LayerHooks:
             maps[key, count] = MergeMap(sharing.spread(labels) if sharing else labels, num_clusters)
         return maps[key, count]
 
-    def _tree(self, call: Call, key: object, tokens: Tensor) -> Cuttable:
+    def _tree(self, call: Call, key: object, tokens: Tensor, project: Projection) -> Cuttable:
         trees = call.clusters.trees
         if key not in trees:
             with torch.no_grad():
                 fewest = call.fewest[self.layer.level]
-                features, grid = self._features(call, tokens), self._grid(call, tokens)
+                features, grid = self._features(call, tokens, project), self._grid(call, tokens)
                 trees[key] = self.config.cluster(features, grid, call.timestep, fewest)
             call.clustered[self.layer.name] = True
         return trees[key]
 
-    def _features(self, call: Call, tokens: Tensor) -> Tensor:
+    def _features(self, call: Call, tokens: Tensor, project: Projection) -> Tensor:
         """The features `[B, N, D]` by which the clustered items of `tokens` `[B, N, C]` are compared."""
         sharing, which = _sharing(call, tokens), self.config.features
-        if which == "hidden_states":  # of several images, the one to merge comes first
-            tokens = call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]]
-        if sharing is not None:
-            tokens = sharing.pick(tokens)
-        layer = replace(self.layer, attention=call.attentions[self.layer.name])
-        return make_features(which, tokens, self.family, layer, call.rotary[self.layer.name])
+        pick = sharing.pick if sharing else _all
+        if which != "hidden_states":
+            return make_features(which, project, pick)
+        # Of several images, the one to merge comes first.
+        return pick(call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]])
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         height, width = self.layer.grid(call.size)
@@ -128,6 +130,10 @@ class LayerHooks:
                 " this layout cannot be merged, so call remove_patch"
             )
         return height, width
+
+
+def _all(x: Tensor) -> Tensor:
+    return x
 
 
 def _sharing(call: Call, tokens: Tensor) -> Sharing | None:

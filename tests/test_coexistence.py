@@ -41,7 +41,9 @@ def share(progress: float) -> float:
 def test_weights_that_come_only_with_the_attention_are_never_read_before(unet, features):
     cpu_offload(unet, CPU, preload_module_classes=["Attention"])
     apply_patch(unet, features=features)
-    with pytest.raises(ValueError, match=r"attn1 are loaded only when it is called.* use features='hidden_states'"):
+    with pytest.raises(
+        ValueError, match=r"weights of an Attention are loaded only when it is called.* use features='hidden_states'"
+    ):
         run(unet)
 
 

@@ -221,9 +221,13 @@ def test_gradients_are_the_same_with_checkpoints(name):
 
 def test_a_mask_is_refused_where_keys_of_flux_merge():
     family = FAMILIES["flux"]
-    network = apply_patch(family.make(), **FEW_KEYS)
-    with pytest.raises(ValueError, match=r"merging in Flux takes no attention_mask; leave it out"):
-        family.run(network, joint_attention_kwargs={"attention_mask": torch.ones(2, 1, 1, 29, dtype=torch.bool)})
+    network = family.make()
+    masked = {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, 29, dtype=torch.bool)}}
+    before = family.run(network, **masked)
+    apply_patch(network, **FEW_KEYS)
+    with pytest.raises(ValueError, match=r"merging takes no attention_mask here; leave it out"):
+        family.run(network, **masked)
+    assert torch.equal(family.run(apply_patch(network, r=1, r_keys=1), **masked), before)
 
 
 def test_pictures_of_several_sizes_in_one_call_of_z_image_are_refused():

@@ -1,9 +1,9 @@
 """What an adapter of a model family provides: its self-attentions, and how tokens go in and out of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from atc_diffusion.merge_map import MergeMap
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Which = Literal["keys", "values"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,16 @@ class MergedCall:
         return x if self.queries is None else self.queries.unmerge(x)
 
 
+class Projection(Protocol):
+    """How the keys or values of an image's tokens are had, of those items of a batch that `pick` picks."""
+
+    def __call__(self, which: Which, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """Keys or values `[B', N, D]` of all heads; keys normed and rotated, if the model does that."""
+
+
+Cut: TypeAlias = Callable[[Projection], MergedCall]
+
+
 @dataclass(frozen=True)
 class Demands:
     """What merging asks of an attention.
@@ -201,27 +212,21 @@ class Family(ABC):
         """The image's tokens `[B, N, C]` among the arguments of an attention."""
         return first(args, kwargs)
 
-    def rotary(self, kwargs: Kwargs, image: ImageSlice) -> Any:
-        """The rotary embedding of the image's tokens among the arguments of an attention, if it has one."""
-        return None
-
     @abstractmethod
-    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
-        """Keys or values `[B, N, C]` that the attention makes of `tokens` `[B, N, C]`, keys rotated by `rotary`."""
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, image: ImageSlice, cut: Cut) -> tuple[Args, Kwargs]:
+        """The arguments of the attention with its tokens merged and, if asked for, weighted in the softmax.
 
-    @abstractmethod
-    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
-        """The arguments of the attention with its tokens merged and, if `merge.weigh`, weighted in the softmax."""
+        Args:
+            attention: the module that is called.
+            args: what it is called with.
+            kwargs: what it is called with.
+            image: where the image's tokens are.
+            cut: tells how they merge, from a projection of them; to be called once, at the latest within the attention.
+        """
 
     @abstractmethod
     def unmerge(self, output: Any, merge: MergedCall) -> Any:
         """The attention's output, with the output of every cluster copied to its members."""
-
-
-def named(args: Args, kwargs: Kwargs) -> Kwargs:
-    """The arguments of an attention, by name."""
-    names = ("hidden_states", "encoder_hidden_states", "attention_mask")
-    return {names[i]: value for i, value in enumerate(args)} | kwargs
 
 
 def first(args: Args, kwargs: Kwargs) -> Tensor:

@@ -1,14 +1,12 @@
 """Qwen-Image, Edit and Edit-Plus, and its ControlNet: double-stream attention with a mask of the text."""
 
-from typing import Any, Literal
+from typing import Any
 
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
-    apply_rotary_emb_qwen,
 )
-from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, ImageSlice, Kwargs, Layer
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer
 from atc_diffusion.adapters.rotary import PACK, RotaryFamily, packed_image, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
 
@@ -35,15 +33,6 @@ class QwenImageFamily(RotaryFamily):
 
     def image(self, given: Kwargs) -> ImageInput:
         return packed_image(given, _grid(given["img_shapes"]))
-
-    def rotary(self, kwargs: Kwargs, image: ImageSlice) -> Any:
-        return image.of(kwargs["image_rotary_emb"][0], dim=0)
-
-    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
-        if which == "values":
-            return attention.to_v(tokens)
-        key = attention.norm_k(attention.to_k(tokens).unflatten(-1, (attention.heads, -1)))
-        return apply_rotary_emb_qwen(key, rotary, use_real=False).flatten(2)
 
 
 def _grid(img_shapes: Any) -> tuple[int, int]:

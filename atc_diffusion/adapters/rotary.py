@@ -8,15 +8,28 @@ function of ours by that name.
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Demands, Family, ImageInput, ImageSlice, Kwargs, Layer, MergedCall, first
+from atc_diffusion.adapters import (
+    Args,
+    Cut,
+    Demands,
+    Family,
+    ImageInput,
+    ImageSlice,
+    Kwargs,
+    Layer,
+    MergedCall,
+    Which,
+    first,
+)
 from atc_diffusion.adapters.obstacles import source
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import aligned, wider_heads
@@ -28,17 +41,29 @@ _REFUSE_MASKS = {"_native_flash", "flash", "flash_hub", "_flash_3", "_flash_3_hu
 PACK = 2  # pipelines of packed latents make one token of two by two
 
 
-class _Pending:
-    """How the attention that a thread is about to compute merges; None: it does not."""
+class _Pending(NamedTuple):
+    """How the attention that a thread is about to compute merges.
 
-    merge: MergedCall | None = None
+    Attributes:
+        image: where the image's tokens are.
+        cut: tells what merges.
+        masks_text: whether a mask is the processor's own, of text and padding.
+    """
+
+    image: ImageSlice
+    cut: Cut
+    masks_text: bool
+
+
+class _Slot:
+    pending: _Pending | None = None
 
 
 class _Thread(threading.local):
-    """The name of a thread's `_Pending`. PyTorch traces no assignment to a `threading.local` itself."""
+    """A thread's `_Slot`. PyTorch does not trace assignments to a `threading.local` itself in all versions."""
 
     def __init__(self) -> None:
-        self.pending = _Pending()
+        self.slot = _Slot()
 
 
 _thread = _Thread()
@@ -59,11 +84,13 @@ class RotaryFamily(Family):
     Attributes:
         processor: diffusers' class.
         stand_in: ours, whose `__call__` is made by `with_merged_keys`.
+        masks_text: whether the processor masks text or padding; otherwise merged keys take no mask.
     """
 
     projects_all = True
     processor: type
     stand_in: type[StandIn]
+    masks_text = True
 
     def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
         return {self.processor: self.stand_in}
@@ -97,8 +124,8 @@ class RotaryFamily(Family):
     def tokens(self, args: Args, kwargs: Kwargs, image: ImageSlice) -> Tensor:
         return image.of(first(args, kwargs), dim=1)
 
-    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
-        _thread.pending.merge = merge if merge.keys is not None else None
+    def merge(self, attention: Any, args: Args, kwargs: Kwargs, image: ImageSlice, cut: Cut) -> tuple[Args, Kwargs]:
+        _thread.slot.pending = _Pending(image, cut, self.masks_text)
         return args, kwargs
 
     def unmerge(self, output: Any, merge: MergedCall) -> Any:
@@ -171,9 +198,12 @@ def _attend_to_clusters(
         attn_mask: bool `[B, 1, 1, S]`: which keys are attended to; all of the image are.
         options: such as the backend.
     """
-    merge, _thread.pending.merge = _thread.pending.merge, None  # one attention has one of these calls
-    if merge is None:
+    pending, _thread.slot.pending = _thread.slot.pending, None  # one attention has one of these calls
+    merge = pending.cut(partial(_picked, pending.image, key, value)) if pending else None
+    if pending is None or merge is None or merge.keys is None:
         return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **options)
+    if attn_mask is not None and not pending.masks_text:
+        raise ValueError("merging takes no attention_mask here; leave it out, or call remove_patch")
     weights = _log_weights(merge, key.shape[1])
     key, value = _merge_keys(key, merge), _merge_keys(value, merge)
     mask, width = None if attn_mask is None else _merge_mask(attn_mask.bool(), merge), query.shape[-1]
@@ -183,6 +213,10 @@ def _attend_to_clusters(
     elif weights is not None:
         mask = _with_weights(mask, weights.to(query.dtype))
     return dispatch_attention_fn(query, key, value, attn_mask=mask, **options)[..., :width]
+
+
+def _picked(image: ImageSlice, key: Tensor, value: Tensor, which: Which, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    return pick(image.of(key if which == "keys" else value, dim=1).flatten(2))
 
 
 def _with_weights(mask: Tensor | None, weights: Tensor) -> Tensor:

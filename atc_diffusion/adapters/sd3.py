@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 and their ControlNets: diffusers' joint attention of image and text."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
@@ -11,13 +11,14 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedCall, named
+from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
 from atc_diffusion.adapters.stand_in import StandIn
+from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import attend
 from atc_diffusion.adapters.wrappers import unwrapped
 
 
-class SD3Family(Family):
+class SD3Family(TokenFamily):
     """Merges image tokens, never text tokens. Replaces diffusers' joint processor, which ignores its mask."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
@@ -43,16 +44,13 @@ class SD3Family(Family):
             " JointAttnProcessor2_0; set that one, or call remove_patch"
         )
 
-    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+    def project(self, attention: Any, tokens: Tensor, which: Which) -> Tensor:
         """Keys after the model's key norm, if it has one, or values."""
         return _keys(attention, tokens).flatten(2) if which == "keys" else attention.to_v(tokens)
 
-    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
-        if merge.is_identity:
-            return args, kwargs
-        given = named(args, kwargs)
+    def merged(self, attention: Any, given: Kwargs, merge: MergedCall) -> Kwargs:
         tokens = given["hidden_states"]
-        return (), given | {
+        return given | {
             "hidden_states": merge.merge_queries(tokens),
             "merged_keys": merge.merge_keys(tokens),
             "log_weights": merge.log_weights,

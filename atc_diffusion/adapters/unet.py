@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models import attention_processor
@@ -13,9 +13,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Args, Demands, Family, Kwargs, Layer, MergedCall, named
+from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
 from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 from atc_diffusion.adapters.stand_in import StandIn
+from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import WiderHeadsAttnProcessor, aligned
 from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.merge_map import MergeMap
@@ -39,7 +40,7 @@ _ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor, Wider
 _KEYS_OF_QUERIES_CLASSES = _classes(_KEYS_OF_QUERIES)
 
 
-class UNetFamily(Family):
+class UNetFamily(TokenFamily):
     """Merges what is passed to `attn1`, and puts the weights into the additive mask that its processors take."""
 
     def layers(self, network: nn.Module) -> list[Layer]:
@@ -68,23 +69,17 @@ class UNetFamily(Family):
             way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
         return f"has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch"
 
-    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
+    def project(self, attention: Any, tokens: Tensor, which: Which) -> Tensor:
         return (attention.to_k if which == "keys" else attention.to_v)(tokens)
 
-    def merge(self, attention: Any, args: Args, kwargs: Kwargs, merge: MergedCall) -> tuple[Args, Kwargs]:
-        if merge.is_identity:
-            return args, kwargs
-        given = named(args, kwargs)
+    def merged(self, attention: Any, given: Kwargs, merge: MergedCall) -> Kwargs:
         tokens = given["hidden_states"]
-        given["hidden_states"] = merge.merge_queries(tokens)
+        given = given | {"hidden_states": merge.merge_queries(tokens)}
         if given.get("encoder_hidden_states") is None:
             if merge.keys is not merge.queries:
                 given["encoder_hidden_states"] = merge.merge_keys(tokens)
             given |= _weights(attention, given.get("attention_mask"), merge, tokens)
-        return (), given
-
-    def unmerge(self, output: Any, merge: MergedCall) -> Any:
-        return merge.unmerge(output)
+        return given
 
 
 def _blocks(network: Any) -> Iterator[tuple[str, Any, int]]:

@@ -1,16 +1,14 @@
 """Z-Image: diffusers' single-stream attention, where the text follows the image in one sequence."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_z_image import (
     SEQ_MULTI_OF,
     ZSingleStreamAttnProcessor,
 )
-from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, ImageSlice, Kwargs, Layer
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer
 from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
 
@@ -45,16 +43,6 @@ class ZImageFamily(RotaryFamily):
         text = max(_padded(len(features)) for features in given["cap_feats"])
         after = _padded(num_tokens) + text - num_tokens
         return ImageInput(latents, (height, width), 1000 * (1 - timestep), others, after)
-
-    def rotary(self, kwargs: Kwargs, image: ImageSlice) -> Any:
-        """Of the first item: the others' differ by a rotation that all tokens of an item have in common."""
-        return image.of(kwargs["freqs_cis"][:1], dim=1)
-
-    def features(self, attention: Any, tokens: Tensor, rotary: Any, which: Literal["keys", "values"]) -> Tensor:
-        if which == "values":
-            return attention.to_v(tokens)
-        key = attention.norm_k(attention.to_k(tokens).unflatten(-1, (attention.heads, -1)))
-        return apply_rotary_emb(key, rotary, use_real=False).flatten(2)
 
 
 def _padded(length: int) -> int:
