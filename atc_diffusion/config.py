@@ -4,9 +4,10 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor
+from typing_extensions import Self
 
 from atc_diffusion.clustering import check_member
 from atc_diffusion.clustering.tree import Cuttable
@@ -18,9 +19,6 @@ from atc_diffusion.validation import (
     did_you_mean,
     is_count,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Fraction = float | Callable[[float], float]
 Fractions = Fraction | Mapping[int, Fraction]
@@ -35,7 +33,7 @@ FEWEST_ALIGNED = 64  # tokens from which the rounding changes a fraction by less
 class Configuration:
     """Choices of a user: names wrong arguments, documents all its fields, and prints as code."""
 
-    def __new__(cls, *args: object, **options: object) -> "Self":
+    def __new__(cls, *args: object, **options: object) -> Self:
         if args:
             hint = did_you_mean(args[0], "r=")
             raise ValueError(f"{cls.__name__} takes its options by name, such as r=0.6, got {args[0]!r}{hint}")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
+from typing_extensions import Self, Unpack
 
 from atc_diffusion.clustering import Backend, Linkage, check_choices, cluster_tree
 from atc_diffusion.clustering.baselines import dpc_knn_labels, draw_destinations, kmedoids_labels, match
@@ -13,9 +14,6 @@ from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.clustering.windows import cluster_windows
 from atc_diffusion.config import Features, Fractions, Levels, MergeConfig
 from atc_diffusion.validation import check_count, is_count
-
-if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
 
 Grid = tuple[int, int]
 
@@ -79,7 +77,7 @@ class ATCConfig(MergeConfig):
         return cluster_windows(features, num_clusters, grid, self.window_size, self.linkage, self.backend)
 
     @classmethod
-    def fast(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: "Unpack[OtherOptions]") -> "Self":
+    def fast(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: Unpack[OtherOptions]) -> Self:
         """The fastest setting that stays close to the unmerged images: all queries, few keys.
 
         It merges every costly level, unless a mapping names the levels: one in Stable Diffusion 1 and 2, two in SDXL.
@@ -90,19 +88,19 @@ class ATCConfig(MergeConfig):
         return cls(r=r, r_keys=r_keys, **preset | dict(options))
 
     @classmethod
-    def faster(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: "Unpack[OtherOptions]") -> "Self":
+    def faster(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: Unpack[OtherOptions]) -> Self:
         """`fast`, and forecasts about half of the steps: with deterministic samplers and at least 20 steps."""
         preset: dict[str, Any] = {"forecast_tolerance": HALF_OF_THE_STEPS}
         return cls.fast(r_keys, r, **preset | dict(options))
 
     @classmethod
-    def forecast(cls, **options: "Unpack[ATCOptions]") -> "Self":
+    def forecast(cls, **options: Unpack[ATCOptions]) -> Self:
         """Forecasts as many steps as `faster`, and merges nothing."""
         preset: dict[str, Any] = {"r": 1.0, "forecast_tolerance": HALF_OF_THE_STEPS}
         return cls(**preset | dict(options))
 
     @classmethod
-    def paper(cls, r: Fractions, r_keys: Fractions | None = None, **options: "Unpack[OtherOptions]") -> "Self":
+    def paper(cls, r: Fractions, r_keys: Fractions | None = None, **options: Unpack[OtherOptions]) -> Self:
         """The setting of the paper's Table 2, after the authors' code: hidden states, plain means, no weights.
 
         Every attention is reclustered at every call, without windows.

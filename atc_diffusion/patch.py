@@ -4,9 +4,10 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
+from typing_extensions import Unpack
 
 from atc_diffusion import attached
 from atc_diffusion.adapters import Layer
@@ -20,9 +21,6 @@ from atc_diffusion.validation import did_you_mean
 from atc_diffusion.vit.config import ViTConfig
 from atc_diffusion.vit.hooks import ViTPatch
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Model = TypeVar("Model")
 Networks = dict[str, nn.Module]
 
@@ -35,7 +33,7 @@ SUPPORTED = (
 _logger = logging.getLogger("atc_diffusion")
 
 
-def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: "Unpack[ATCOptions]") -> Model:
+def apply_patch(model: Model, config: MergeConfig | ViTConfig | None = None, **options: Unpack[ATCOptions]) -> Model:
     """Merge similar tokens in the self-attention of a diffusers pipeline, a network or a vision transformer.
 
     A pipeline's ControlNets are patched too. The model is changed in place; patching again replaces the patch. Networks
@@ -75,7 +73,7 @@ def remove_patch(model: Model) -> Model:
 
 @contextmanager
 def patched(
-    model: Model, config: MergeConfig | ViTConfig | None = None, **options: "Unpack[ATCOptions]"
+    model: Model, config: MergeConfig | ViTConfig | None = None, **options: Unpack[ATCOptions]
 ) -> Iterator[Model]:
     """Apply a patch inside a `with` block.
 

@@ -24,6 +24,8 @@ from atc_diffusion import (
     agglomerate,
     apply_patch,
     merge_maps,
+    patched,
+    summary,
 )
 from atc_diffusion.clustering.tree import Cuttable
 
@@ -247,6 +249,11 @@ def test_type_checkers_know_the_options(unet):
         ATCConfig.fast(levels=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 'wards'"):
         ATCConfig.faster(linkage="wards")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [apply_patch, patched, summary, ATCConfig.fast, ATCConfig.forecast, ATCConfig])
+def test_annotations_can_be_read_when_running(function):
+    assert get_type_hints(function)
 
 
 def test_the_typed_options_are_the_fields():
