@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atc_diffusion import ATCConfig, agglomerate
-from atc_diffusion.clustering.windows import cluster_windows, num_windows
+from atc_diffusion.clustering.windows import cluster_windows
 
 GRIDS = [(8, 8, 4), (7, 9, 4), (6, 5, 3), (4, 12, 5), (1, 16, 4)]  # height, width, window
 
@@ -31,7 +31,7 @@ def test_tokens_of_different_windows_are_infinitely_far_apart(height, width, win
         unit = torch.nn.functional.normalize(tokens, dim=2)
         distances = 1 - unit @ unit.mT
     distances[:, windows[:, None] != windows[None, :]] = 1e6
-    for num_clusters in {num_windows(height, width, window), height * width // 2, height * width}:
+    for num_clusters in {len(windows.unique()), height * width // 2, height * width}:
         labels = cluster_windows(tokens, 1, (height, width), window, linkage).cut(num_clusters)
         expected = agglomerate(distances, num_clusters, linkage, metric="precomputed", backend="scipy")
         assert torch.equal(labels, expected)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -134,7 +133,8 @@ def _merges(tokens: Tensor, num_clusters: int, linkage: str, metric: str, backen
     chosen, device = place(tokens, linkage, metric, backend)
     tokens = tokens.to(device).to(_working_dtype(tokens))
     with without_autocast(device):  # half precision cannot rank distances
-        tree = _backend(chosen)(tokens, num_clusters, linkage, metric, together)
+        backend_module = importlib.import_module(f"atc_diffusion.clustering._{chosen}")
+        tree: ClusterTree = backend_module.build_tree(tokens, num_clusters, linkage, metric, together)
     return tree.parents.contiguous(), tree.heights.to(tokens.dtype).contiguous(), tree.order.contiguous()
 
 
@@ -148,14 +148,8 @@ def _opaque_merges(
 
 
 @_opaque_merges.register_fake
-def _(
-    tokens: Tensor, num_clusters: int, linkage: str, metric: str, backend: str | None, together: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _unknown_merges(tokens)
-
-
-def _unknown_merges(tokens: Tensor) -> Merges:
-    """As `_merges`, with the right shapes alone."""
+def _unknown_merges(tokens: Tensor, *_: object) -> Merges:
+    """Of the right shapes and types alone."""
     names = tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
     return names, torch.empty_like(names, dtype=_working_dtype(tokens)), torch.empty_like(names)
 
@@ -171,15 +165,3 @@ def _(info: Any, in_dims: tuple[int | None, ...], tokens: Tensor, *options: Any)
 
 def _working_dtype(tokens: Tensor) -> torch.dtype:
     return torch.float64 if tokens.dtype == torch.float64 else torch.float32
-
-
-def _backend(name: str) -> Callable[[Tensor, int, str, str, int], ClusterTree]:
-    if name == "scipy":
-        from atc_diffusion.clustering._scipy import build_tree
-    elif name == "numba":
-        from atc_diffusion.clustering._numba import build_tree
-    elif name == "triton":
-        from atc_diffusion.clustering._triton import build_tree
-    else:
-        from atc_diffusion.clustering._torch import build_tree
-    return build_tree

@@ -486,24 +486,11 @@ def _joined_distances(data, numbers, n, a, b, c, d, is_new, inside, FORM: tl.con
     n_cd, n_d = tl.load(numbers + n * SIZE + c), tl.where(is_new, tl.load(numbers + n * SIZE + d), 0)
     d_ab, d_cd = tl.load(numbers + n * FORMED + a), tl.where(is_new, tl.load(numbers + n * FORMED + c), 0)
     from_a, from_b = data + a.to(tl.int64) * n, data + b.to(tl.int64) * n
-    to_c = _join(
-        tl.load(from_a + c, mask=inside, other=0),
-        tl.load(from_b + c, mask=inside, other=0),
-        d_ab,
-        n_ab - n_b,
-        n_b,
-        n_cd - n_d,
-        FORM,
-    )
-    to_d = _join(
-        tl.load(from_a + d, mask=inside & is_new, other=0),
-        tl.load(from_b + d, mask=inside & is_new, other=0),
-        d_ab,
-        n_ab - n_b,
-        n_b,
-        n_d,
-        FORM,
-    )
+    d_ac, d_bc = tl.load(from_a + c, mask=inside, other=0), tl.load(from_b + c, mask=inside, other=0)
+    d_ad = tl.load(from_a + d, mask=inside & is_new, other=0)
+    d_bd = tl.load(from_b + d, mask=inside & is_new, other=0)
+    to_c = _join(d_ac, d_bc, d_ab, n_ab - n_b, n_b, n_cd - n_d, FORM)
+    to_d = _join(d_ad, d_bd, d_ab, n_ab - n_b, n_b, n_d, FORM)
     return tl.where(is_new, _join(to_c, to_d, d_cd, n_cd - n_d, n_d, n_ab, FORM), to_c)
 
 

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from atc_diffusion.clustering._available import numba_works
-
 
 class Cuttable(Protocol):
     """Clusters once, gives any number of clusters from `num_clusters` up."""
@@ -69,7 +67,7 @@ class ClusterTree:
         return self._labels(self.heights <= distance)
 
     def _labels(self, absorbed: Tensor) -> Tensor:
-        return _labels(self.parents, absorbed).to(self.device or self.parents.device)
+        return _number(_first_tokens(self.parents, absorbed)).to(self.device or self.parents.device)
 
 
 def is_traced(x: Tensor) -> bool:
@@ -98,15 +96,6 @@ def _number(first: Tensor) -> Tensor:
     """Labels `[B, N]`, numbered by first token, from the first token of each token's cluster."""
     tokens = torch.arange(first.shape[1], device=first.device)
     return ((first == tokens).cumsum(dim=1) - 1).gather(1, first)
-
-
-def _labels(parents: Tensor, absorbed: Tensor) -> Tensor:
-    """Labels `[B, N]`, from what absorbed each token, if anything did (`absorbed`)."""
-    if parents.device.type == "cpu" and not is_traced(parents) and numba_works():
-        from atc_diffusion.clustering import _numba
-
-        return _numba.number_clusters(parents.contiguous(), absorbed.contiguous())
-    return _number(_first_tokens(parents, absorbed))
 
 
 def _first_tokens(parents: Tensor, absorbed: Tensor) -> Tensor:

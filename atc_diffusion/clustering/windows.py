@@ -34,7 +34,7 @@ def cluster_windows(
         backend: as in `agglomerate`.
 
     Returns:
-        A tree that can be cut down to `num_clusters`, but not below one cluster per window (`num_windows`).
+        A tree that can be cut down to `num_clusters`, but not below one cluster per window.
     """
     metric = check_choices(linkage, backend=backend)
     check_tokens(tokens, metric, backend)
@@ -46,11 +46,6 @@ def cluster_windows(
         tokens = tokens.to(device)
     find = partial(find_merges, linkage=linkage, metric=metric, backend=backend)
     return replace(_tree(tokens, num_clusters, _windows(*grid, window, tokens.device), find), device=origin)
-
-
-def num_windows(height: int, width: int, window: int) -> int:
-    """How many windows of sides up to `window` a grid is divided into."""
-    return -(-height // window) * -(-width // window)
 
 
 def _longest_side(length: int, window: int) -> int:

@@ -4,17 +4,15 @@ Small problems are quick because a round is one loop instead of dozens of tensor
 no hindrance because no loop waits for other threads. Only whole problems of a batch are shared out among threads.
 """
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from atc_diffusion.clustering._clusters import LARGEST_ENTRY, pairwise_distances, prepare
-from atc_diffusion.clustering._numba.compiled import Array, entry, inner
+from atc_diffusion.clustering._clusters import pairwise_distances, prepare
+from atc_diffusion.clustering._numba.compiled import Array
 from atc_diffusion.clustering._numba.reciprocal import CODES, merge_reciprocal
 from atc_diffusion.clustering.tree import ClusterTree
 
@@ -54,75 +52,10 @@ def _merge(linkage: int, num_merges: int, matrices: Tensor) -> tuple[Array, Arra
 
 
 def _distance_matrices(tokens: Tensor, linkage: str, metric: str) -> Tensor:
-    """Distances `[B, N, N]`; squared for Ward's linkage, whose update is linear in squares."""
-    if metric == "precomputed":
-        given = prepare(tokens, metric)
-        return given.square_() if linkage == "ward" else given
-    tokens = tokens.contiguous()
-    prepared = torch.empty_like(tokens)
-    (_normalize if metric == "cosine" else _centre)(tokens.numpy(), prepared.numpy())
-    if linkage != "ward":
-        return pairwise_distances(prepared, metric)
-    norms = prepared.square().sum(dim=2)
-    return torch.baddbmm(norms[:, None, :], prepared, prepared.mT, alpha=-2).add_(norms[:, :, None])
-
-
-@entry
-def _normalize(tokens: Array, prepared: Array) -> None:
-    """`prepare` for cosine distance, in one pass."""
-    for item in range(len(tokens)):
-        for i in range(tokens.shape[1]):
-            _clean(tokens[item, i], prepared[item, i])
-            scale = 1 / max(math.sqrt(_square_norm(prepared[item, i])), 1e-12)
-            for channel in range(tokens.shape[2]):
-                prepared[item, i, channel] *= scale
-
-
-@entry
-def _centre(tokens: Array, prepared: Array) -> None:
-    """`prepare` for Euclidean distance, in two passes."""
-    for item in range(len(tokens)):
-        mean = np.zeros(tokens.shape[2])
-        for i in range(tokens.shape[1]):
-            _clean(tokens[item, i], prepared[item, i])
-            mean += prepared[item, i]
-        mean /= max(tokens.shape[1], 1)
-        for i in range(tokens.shape[1]):
-            for channel in range(tokens.shape[2]):
-                prepared[item, i, channel] -= mean[channel]
-
-
-@inner
-def _clean(token: Array, cleaned: Array) -> None:
-    largest = token.dtype.type(LARGEST_ENTRY)
-    for channel in range(len(token)):
-        value = min(max(token[channel], -largest), largest)
-        cleaned[channel] = value if abs(token[channel]) < np.inf else 0
-
-
-@njit(nogil=True, fastmath={"reassoc", "contract"})  # lets LLVM sum in vector instructions; NaN still counts as NaN
-def _square_norm(token: Array) -> float:
-    total = 0.0
-    for channel in range(len(token)):
-        total += np.float64(token[channel]) ** 2
-    return total
-
-
-def number_clusters(parents: Tensor, absorbed: Tensor) -> Tensor:
-    """Labels `[B, N]` from the parent of each token that was absorbed (mask `absorbed`), in one pass."""
-    labels = torch.empty_like(parents)
-    _number(parents.numpy(), absorbed.numpy(), labels.numpy())
-    return labels
-
-
-@entry
-def _number(parents: Array, absorbed: Array, labels: Array) -> None:
-    """Clusters are named by their first token, so parents come before their children."""
-    for item in range(len(parents)):
-        count = 0
-        for token in range(parents.shape[1]):
-            if absorbed[item, token]:
-                labels[item, token] = labels[item, parents[item, token]]
-            else:
-                labels[item, token] = count
-                count += 1
+    """Distances `[B, N, N]`, to be written over; squared for Ward's linkage, whose update is linear in squares."""
+    tokens = prepare(tokens, metric)
+    if (linkage, metric) == ("ward", "euclidean"):  # without a root that would be squared again
+        norms = tokens.square().sum(dim=2)
+        return torch.baddbmm(norms[:, None, :], tokens, tokens.mT, alpha=-2).add_(norms[:, :, None])
+    distances = pairwise_distances(tokens, metric)
+    return distances.square_() if linkage == "ward" else distances

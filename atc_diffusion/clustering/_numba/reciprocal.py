@@ -6,7 +6,7 @@ import numpy as np
 
 from atc_diffusion.clustering._numba.compiled import LANES, UNREACHABLE, Array, entry, inner, nearest
 
-CODES = {"average": 0, "complete": 1, "single": 2, "ward": 3}  # Numba would compile a loop for every string
+CODES = {"average": 0, "complete": 1, "single": 2, "ward": 3}  # numbers, so that LLVM tests them once per loop
 AVERAGE, COMPLETE, SINGLE = CODES["average"], CODES["complete"], CODES["single"]
 RESCANS = 8  # stale clusters per merge above which the search is thrifty
 
@@ -37,7 +37,10 @@ class _Pairs(NamedTuple):
 def merge_reciprocal(
     linkage: int, num_merges: int, matrices: Array, parents: Array, heights: Array, rounds: Array
 ) -> None:
-    """Join reciprocal pairs until no distance is left below the `num_merges`-th smallest height."""
+    """Join reciprocal pairs until no distance is left below the `num_merges`-th smallest height.
+
+    Writes `parents`, `heights` and `rounds` `[B, N]`, and over the distances `matrices` `[B, N, N]`.
+    """
     for item in range(len(matrices)):
         _merge_one(linkage, num_merges, matrices[item], parents[item], heights[item], rounds[item])
 
@@ -63,10 +66,8 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
         pairs = _pair(matrix, clusters, active)
         _record(clusters, pairs, number, parents, heights, rounds)
         merged += len(pairs.first)
-        if merged >= num_merges:
-            active = _drop(clusters, active, _smallest(heights, num_merges - 1))
-        else:
-            active = _drop(clusters, active, UNREACHABLE)
+        last = _smallest(heights, num_merges - 1) if merged >= num_merges else UNREACHABLE
+        active = _drop(clusters, active, last)
         _join(linkage, matrix, clusters, active, pairs)
         if linkage == SINGLE:
             _follow(clusters, active, parents)
@@ -193,36 +194,24 @@ def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs
 
 @inner
 def _join_rows(linkage: int, row: Array, other: Array, d_ij: float, n_i: float, n_j: float, sizes: Array) -> None:
-    if linkage == AVERAGE:
-        share = n_j / (n_i + n_j)
-        for k in range(len(row)):
-            row[k] += (other[k] - row[k]) * share
-    elif linkage == COMPLETE:
-        for k in range(len(row)):
-            row[k] = max(row[k], other[k])
-    elif linkage == SINGLE:
-        for k in range(len(row)):
-            row[k] = min(row[k], other[k])
-    else:
-        for k in range(len(row)):
-            row[k] = _ward(row[k], other[k], d_ij, n_i, n_j, sizes[k])
+    for k in range(len(row)):
+        row[k] = _update(linkage, row[k], other[k], d_ij, n_i, n_j, sizes[k])
 
 
 @inner
 def _join_columns(linkage: int, row: Array, pairs: _Pairs, sizes: Array, n_k: float) -> None:
     for pair in range(len(pairs.first)):
         i, j = pairs.first[pair], pairs.second[pair]
-        if linkage == AVERAGE:
-            row[i] += (row[j] - row[i]) * (sizes[j] / sizes[i])
-        elif linkage == COMPLETE:
-            row[i] = max(row[i], row[j])
-        elif linkage == SINGLE:
-            row[i] = min(row[i], row[j])
-        else:
-            row[i] = _ward(row[i], row[j], pairs.distances[pair], sizes[i] - sizes[j], sizes[j], n_k)
+        row[i] = _update(linkage, row[i], row[j], pairs.distances[pair], sizes[i] - sizes[j], sizes[j], n_k)
 
 
 @inner
-def _ward(d_ki: float, d_kj: float, d_ij: float, n_i: float, n_j: float, n_k: float) -> float:
-    """Ward's update for squared distances."""
+def _update(linkage: int, d_ki: float, d_kj: float, d_ij: float, n_i: float, n_j: float, n_k: float) -> float:
+    """How far a cluster k is from the union of i and j; of Ward's linkage, squared."""
+    if linkage == AVERAGE:
+        return d_ki + (d_kj - d_ki) * (n_j / (n_i + n_j))
+    if linkage == COMPLETE:
+        return max(d_ki, d_kj)
+    if linkage == SINGLE:
+        return min(d_ki, d_kj)
     return ((n_i + n_k) * d_ki + (n_j + n_k) * d_kj - n_k * d_ij) / (n_i + n_j + n_k)
