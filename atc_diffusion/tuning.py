@@ -226,7 +226,8 @@ def _compare(
                 note = f"Forecasting: {drawn.computed}."
             elif drawn:
                 draws.setdefault(setting, []).append(drawn)
-        promising = {row.setting for row in _rows(draws) if row.ratio < 1 and row.psnr >= min_psnr - DOUBT}
+        rows = [row for row in _rows(draws) if row.num_prompts == number + 1]  # others failed
+        promising = {row.setting for row in rows if row.ratio < 1 and row.psnr >= min_psnr - DOUBT}
         others = [setting for setting in others if setting in promising]
     return Tuning(_rows(draws), min_psnr, note)
 

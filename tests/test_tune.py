@@ -77,19 +77,43 @@ def test_further_prompts_are_drawn_with_what_may_turn_out_best(pipe):
     assert said.count("2 steps") == 2
 
 
-def test_a_setting_that_fails_is_left_out_with_a_warning(pipe):
-    class NeedsTwoSteps(StableDiffusionPipeline):  # type: ignore[misc]
-        def __call__(self, *args: Any, num_inference_steps: int = 2, **options: Any) -> Any:
-            if num_inference_steps < 2:
-                raise RuntimeError("too few steps")
-            return super().__call__(*args, num_inference_steps=num_inference_steps, **options)
+class Timed(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers is not annotated
+    """Takes a second a step, by a clock of its own; one step fails for some prompts."""
 
-    pipe = NeedsTwoSteps(**pipe.components, requires_safety_checker=False)
+    now = 0.0
+    fails_for: tuple[str, ...] = ()
+
+    def __call__(self, prompt: str, num_inference_steps: int = 2, **options: Any) -> Any:
+        if num_inference_steps == 1 and prompt in self.fails_for:
+            raise RuntimeError("too few steps")
+        type(self).now += num_inference_steps
+        return super().__call__(prompt, num_inference_steps=num_inference_steps, **options)
+
+
+@pytest.fixture
+def timed(pipe, monkeypatch) -> Any:
+    monkeypatch.setattr("time.perf_counter", lambda: Timed.now)
+    pipe = Timed(**pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_setting_that_fails_is_left_out_with_a_warning(timed):
+    timed.fails_for = ("ant",)
     with pytest.warns(UserWarning, match="left out 1 step, which fails here: too few steps"):
-        tuning = tune(pipe, "ant", **SIZE)
+        tuning = tune(timed, "ant", **SIZE)
     assert "1 step" not in settings(tuning)
     assert tuning.unpatched.setting == Setting(None, 2)
+
+
+def test_what_fails_for_one_prompt_is_compared_on_those_before(timed):
+    alone = tune(timed, "ant", min_psnr=0, **SIZE)
+    timed.fails_for = ("bee",)
+    with pytest.warns(UserWarning, match="left out 1 step, which fails here: too few steps"):
+        tuning = tune(timed, ["ant", "bee", "cow"], min_psnr=0, **SIZE)
+    (first,), (row,) = ([row for row in each.rows if str(row.setting) == "1 step"] for each in (alone, tuning))
+    assert (row.num_prompts, row.ratio, row.psnr) == (1, 0.5, first.psnr)
+    assert tuning.unpatched.num_prompts == 3
 
 
 def test_what_a_model_cannot_merge_is_not_tried(recwarn):

@@ -12,7 +12,7 @@ from tests.helpers.families import FAMILIES
 STEPS = 20
 SKIPPED = (2, 4, 5, 7, 8, 10, 11, 13, 14, 16, 17)
 FORECAST = ATCConfig(r=1.0, forecast_tolerance=1e9)  # whatever can be forecast
-NUM_TOKENS = 24  # of packed latents; those of a reference picture follow
+NUM_TOKENS = 24  # of packed latents; those of a reference image follow
 RESIDUALS = {  # what a ControlNet returns, by the names under which its network takes it
     "sd3": ["block_controlnet_hidden_states"],
     "flux": ["controlnet_block_samples", "controlnet_single_block_samples"],

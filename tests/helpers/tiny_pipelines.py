@@ -1,4 +1,4 @@
-"""Whole pipelines at tiny size, with random weights; pictures are 8 times as large as latents, as with real models."""
+"""Whole pipelines at tiny size, with random weights; images are 8 times as large as latents, as with real models."""
 
 from pathlib import Path
 
