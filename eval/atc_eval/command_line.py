@@ -28,4 +28,4 @@ def parse(
     try:
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        return parser.error(str(error))

@@ -59,7 +59,7 @@ class Method:
         config = self.config
         if config is None or self.rival is not None or config.r is None or getattr(config, "r_keys", None) is not None:
             return None
-        return round(100 * float(config.r), 6)  # type: ignore[arg-type]  # commands give numbers alone
+        return round(100 * float(config.r), 6)
 
     @property
     def folder(self) -> str:

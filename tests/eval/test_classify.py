@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_models_that_are_not_there(imagenet, arguments, message, refused):
 
 
 def test_every_method_at_every_reduction_that_it_can_do():
-    given = {"keep": ["25", "50"], "remove": [8], "schedule": ["linear"], "finetune": ["50"]}
+    given: dict[str, Any] = {"keep": ["25", "50"], "remove": [8], "schedule": ["linear"], "finetune": ["50"]}
     trials = Reductions(method=["atc", "tome"], linkage=["average", "single"], **given).trials()
     rows = [(each.method.label, each.method.setting) for each in trials if not each.finetuned]
     settings = ("25 %", "50 %", "linear, t = 8")

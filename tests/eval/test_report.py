@@ -183,7 +183,7 @@ def test_lines_need_two_points_and_a_plot_something_to_compare(study: Study) -> 
     assert [section.title for section in make_page(once).sections if section.figure] == []
 
 
-def test_labels_keep_their_order_and_a_line_between_them() -> None:
-    heights = spread([50.0, 49.0, 10.0, 48.0])
-    assert heights[2] == 10
-    assert np.diff([heights[index] for index in (0, 1, 3)]).tolist() == [-LINE_HEIGHT] * 2
+def test_labels_that_would_overlap_are_a_line_apart() -> None:
+    above, below, apart, beside = spread([(0.0, 50.0, 30.0), (20.0, 49.0, 30.0), (0.0, 10.0, 30.0), (80.0, 50.0, 30.0)])
+    assert (above, apart, beside) == (50, 10, 50)
+    assert below == 50 - LINE_HEIGHT

@@ -15,7 +15,6 @@ from atc_diffusion import ATCConfig
 from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
 from atc_eval.benchmark.arithmetic import self_attention
 from atc_eval.benchmark.choices import Benchmark
-from atc_eval.benchmark.clustering import floor
 from atc_eval.benchmark.engines import engines, gaussian, same_partition
 from atc_eval.benchmark.full_size import MODELS, load, make_inputs
 from atc_eval.benchmark.markdown import Table
@@ -124,11 +123,6 @@ def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() 
     matrix = 4 * 4200**2
     assert peak_bytes(4200, 8, 4199, "complete") > matrix
     assert peak_bytes(4200, 8, 4199, "average") < matrix
-
-
-def test_the_floor_is_arithmetic_without_a_matrix_and_traffic_with_one() -> None:
-    assert floor(1000, "ward", rate=1e12, bandwidth=1.0) == pytest.approx(2 * 2.3 * 2 * 1e6 * 320 / 1e12)
-    assert floor(1000, "single", rate=1e30, bandwidth=1e12) == pytest.approx(4.5 * 4 * 2 * 1e6 / 1e12)
 
 
 def test_steps_of_every_method_stand_beside_the_unmerged(run: Run) -> None:
@@ -288,5 +282,5 @@ def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
         ("sdxl", 1024),
         ("sd15", 2048),
     ]
-    assert (gpu.tokens, cpu.tokens) == ([1024, 4096, 16384], [4096])
+    assert (gpu.tokens, cpu.tokens) == ([4096], [4096])
     assert cpu.settings() == [Setting("sd15", 512, "cpu", torch.float32)]

@@ -1,11 +1,9 @@
-"""Tables of the clustering alone: beside other exact engines, beside a GPU's limits, and as the tokens grow."""
+"""Tables of the clustering alone: beside other exact engines, and as the tokens grow."""
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
-
-import torch
 
 from atc_diffusion import agglomerate
 from atc_diffusion.clustering import LINKAGES
@@ -17,8 +15,6 @@ from atc_eval.benchmark.turns import Timing, take_turns, time_alone
 SMALL = (196, 256, 576, 1024)
 DISTANCES = 10**6  # at least so many are computed in one timing of small problems
 MATRIX_FREE = ("average", "ward")
-# NVIDIA's data sheet of the H100 SXM, for dense products.
-H100_TF32, H100_FP32, H100_BANDWIDTH = 495e12, 67e12, 3.35e12
 
 
 def peers_table(num_tokens: int, keep: float, repeats: int) -> Table:
@@ -67,44 +63,6 @@ def _beside_quickest(keep: float, repeats: int) -> Iterator[Row]:
         yield f"{batch} x {num_tokens} x {channels}", linkage, *figures, "yes" if same else "no"
 
 
-def floor_table(sizes: Sequence[int], keep: float, repeats: int) -> Table:
-    return Table(
-        f"Clustering of batches of 2 x N x {CHANNELS} Gaussian tokens to {keep:.0%}, float32, on a GPU",
-        f"Milliseconds per batch, median of {repeats}. Floor: the longer of arithmetic and memory traffic. Average and "
-        "Ward: 2.3 N² C multiply-adds per problem, no matrix. Complete and single: N² C multiply-adds, and 4.5 N² "
-        "float32 through memory. Arithmetic at the H100 SXM's dense 495 (TF32) or 67 (FP32) TFLOP/s; traffic at the "
-        "device's own bandwidth where PyTorch reports it, else at the H100's 3.35 TB/s.",
-        ("N", "linkage", "ms", "floor in TF32", "floor in FP32", "times the FP32 floor", "peak MiB"),
-        (
-            (str(num_tokens), linkage, *_beside_floor(num_tokens, linkage, keep, repeats))
-            for num_tokens in sizes
-            for linkage in LINKAGES
-        ),
-    )
-
-
-def _beside_floor(num_tokens: int, linkage: str, keep: float, repeats: int) -> Row:
-    cluster = partial(agglomerate, gaussian(2, num_tokens).cuda(), num_kept(num_tokens, keep), linkage)
-    timing = time_alone(f"{linkage} {num_tokens}", cluster, repeats, "cuda")
-    tf32, fp32 = (floor(num_tokens, linkage, rate, bandwidth()) for rate in (H100_TF32, H100_FP32))
-    ms = [f"{1000 * seconds:.3f}" for seconds in (timing.seconds, tf32, fp32)]
-    return *ms, f"{timing.seconds / fp32:.1f}", mebibytes(timing.peak)
-
-
-def floor(num_tokens: int, linkage: str, rate: float, bandwidth: float, batch: int = 2) -> float:
-    """Least seconds of a clustering, at `rate` operations (two per multiply-add) and `bandwidth` bytes per second."""
-    products, matrices = (2.3, 0.0) if linkage in MATRIX_FREE else (1.0, 4.5)
-    pairs = batch * num_tokens**2
-    return max(2 * products * pairs * CHANNELS / rate, 4 * matrices * pairs / bandwidth)
-
-
-def bandwidth() -> float:
-    """Bytes per second of the GPU's memory."""
-    gpu = torch.cuda.get_device_properties()
-    kilohertz, bits = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)
-    return 2 * 1000 * kilohertz * bits / 8 or H100_BANDWIDTH
-
-
 def growth_table(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Table:
     return Table(
         f"Growth: one clustering of N x {CHANNELS} Gaussian tokens to {keep:.0%}, on {device}",
@@ -116,7 +74,7 @@ def growth_table(sizes: Sequence[int], keep: float, repeats: int, device: str) -
 
 
 def _grow(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Iterator[Row]:
-    for linkage in MATRIX_FREE:
+    for linkage in LINKAGES if device == "cuda" else MATRIX_FREE:
         before: tuple[int, float] | None = None
         for n in sizes:
             timing = _time_one(n, keep, linkage, repeats, device)

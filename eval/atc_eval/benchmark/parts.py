@@ -6,7 +6,7 @@ import torch
 
 from atc_eval.benchmark.arithmetic import arithmetic_table
 from atc_eval.benchmark.choices import Benchmark
-from atc_eval.benchmark.clustering import floor_table, growth_table, peers_table, small_table
+from atc_eval.benchmark.clustering import growth_table, peers_table, small_table
 from atc_eval.benchmark.full_size import MODELS
 from atc_eval.benchmark.lora_training import training_table
 from atc_eval.benchmark.markdown import Table
@@ -24,9 +24,7 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
         yield arithmetic_table(settings)
     if "small" in benchmark.parts:
         yield small_table(first, repeats)
-    if "clustering" in benchmark.parts and device == "cuda":
-        yield floor_table(benchmark.tokens, first, repeats)
-    elif "clustering" in benchmark.parts:
+    if "clustering" in benchmark.parts:
         yield from (peers_table(num_tokens, first, repeats) for num_tokens in benchmark.tokens)
     if "growth" in benchmark.parts:
         yield growth_table(sorted(set(benchmark.growth_tokens)), first, repeats, device)

@@ -74,7 +74,7 @@ class Reductions:
 
     def _configs(self) -> Iterator[ViTConfig]:
         keeps = self.keep or ([] if self.remove else ["25", "50", "70", "90"])
-        strengths = [{"r": parse_fraction(text)} for text in keeps]
+        strengths: list[dict[str, Any]] = [{"r": parse_fraction(text)} for text in keeps]
         strengths += [{"t": number, "schedule": schedule} for number in self.remove for schedule in self.schedule]
         for method in self.method:
             for linkage in self.linkage if method == "atc" else ["average"]:

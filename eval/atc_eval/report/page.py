@@ -11,19 +11,21 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageChops
 
 from atc_eval.files import write_atomically
 
-CAPTION = 36  # characters on a line
+CAPTION = 28  # characters on a line
+GAIN = 20  # of differences
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image with the words below it."""
+    """An image with the words below it; only the best are in Markdown."""
 
     caption: str
     image: Image.Image
+    is_best: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,26 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def contact_sheet(images: Sequence[Shown], columns: int = 6) -> bytes:
-    """All `images` with their captions, as a PNG."""
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained", dpi=110)
-    for number, shown in enumerate(images, start=1):
-        axes = figure.add_subplot(rows, columns, number)
-        axes.set_axis_off()
-        axes.imshow(shown.image, interpolation="nearest")
-        axes.set_title(fill(shown.caption, CAPTION), fontsize=6)
+def contact_sheet(images: Sequence[Shown], most: int = 4) -> bytes:
+    """The first image, and `most` of the best others above their difference from it, as a PNG."""
+    first, best = images[0], [each for each in images[1:] if each.is_best][:most]
+    figure = Figure(figsize=(2 * (1 + len(best)), 4.5), layout="constrained", dpi=110)
+    for (above, below), shown in zip(figure.subplots(2, 1 + len(best), squeeze=False).T, [first, *best], strict=True):
+        above.imshow(shown.image, interpolation="nearest")
+        above.set_title(fill(shown.caption, CAPTION), fontsize=8)
+        if shown is not first:
+            below.imshow(difference(first.image, shown.image), interpolation="nearest")
+            below.set_title(f"difference x {GAIN}", fontsize=8)
+        above.set_axis_off()
+        below.set_axis_off()
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def difference(image: Image.Image, other: Image.Image) -> Image.Image:
+    """The absolute difference of two images, `GAIN` times as strong."""
+    return ImageChops.difference(image, other).point(lambda value: GAIN * value)
 
 
 def _environment(escape: bool) -> Environment:

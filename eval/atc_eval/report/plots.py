@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 OURS, OTHERS = "#c2255c", "#868e96"
-LINE_HEIGHT = 11  # points, of a label
+LINE_HEIGHT, CHARACTER = 11.0, 5.4  # points, of a label
 POINTS = ["method", "x", "y", "margin", "label"]  # columns of a frame to plot
 
 
@@ -17,7 +18,7 @@ def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
     The labels name the methods on the frontier, and the best of every other method.
     """
     best = frame.sort_values("psnr").drop_duplicates("method", keep="last").index
-    names = frame["method"] + " " + frame["setting"]
+    names = (frame["method"] + ", " + frame["setting"]).str.removesuffix(", ")
     labels = names.where(frame["frontier"] | frame.index.isin(best), "")
     points = frame.assign(x=frame["ratio"], y=frame["psnr"], margin=frame["psnr_margin"], label=labels)
     return plot(points, "time per image (unmerged = 1)", "PSNR to the unmerged image (dB)")
@@ -67,36 +68,45 @@ def plot(
         axes.annotate("unmerged", (0, unmerged), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points")
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.25)  # room for labels at the right
     figure.draw_without_rendering()  # scales the axes
     label_points(axes, points[points["label"] != ""])
     return figure
 
 
 def label_points(axes: Axes, points: pd.DataFrame) -> None:
-    """Write each label to the right of its point, as far below its neighbours that they do not overlap."""
-    scale = 72 / axes.get_figure().dpi  # type: ignore[union-attr]
-    places = axes.transData.transform(points[["x", "y"]].to_numpy(float)) * scale
-    heights = spread([float(height) for height in places[:, 1]])
-    for (_, row), place, height in zip(points.iterrows(), places, heights, strict=True):
+    """Write each label to the right of its point, as far below others as keeps them apart."""
+    labels = [str(label).removeprefix("ATCConfig.") for label in points["label"]]
+    widths = [CHARACTER * len(label) for label in labels]
+    left, right = axes.get_xlim()
+    space = 72 * axes.get_window_extent().width / axes.figure.dpi
+    ends = [left + (x - left) / (1 - width / space) for x, width in zip(points["x"], widths, strict=True)]
+    axes.set_xlim(left, max([right, *ends]))
+    places = axes.transData.transform(points[["x", "y"]].to_numpy(float)) * 72 / axes.figure.dpi
+    heights = spread([(float(x), float(y), width) for (x, y), width in zip(places, widths, strict=True)])
+    for (_, row), label, place, height in zip(points.iterrows(), labels, places, heights, strict=True):
         axes.annotate(
-            row["label"],
+            label,
             (row["x"], row["y"]),
             (7, height - place[1]),
             textcoords="offset points",
             va="center",
             fontsize=9,
             color=OURS if is_ours(row["method"]) else "#495057",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
 
 
-def spread(heights: Sequence[float]) -> list[float]:
-    """`heights` in points, moved down as little as keeps any two a line apart."""
-    placed: dict[int, float] = {}
-    above = float("inf")
-    for index in sorted(range(len(heights)), key=lambda index: -heights[index]):
-        above = placed[index] = min(heights[index], above - LINE_HEIGHT)
-    return [placed[index] for index in range(len(heights))]
+def spread(labels: Sequence[tuple[float, float, float]]) -> list[float]:
+    """Heights of labels, given by left end, wanted height and width: moved down until no two overlap."""
+    heights: dict[int, float] = {}
+    for index in sorted(range(len(labels)), key=lambda index: -labels[index][1]):
+        left, height, width = labels[index]
+        for other, taken in sorted(heights.items(), key=lambda item: -item[1]):
+            beside = labels[other][0] < left + width and left < labels[other][0] + labels[other][2]
+            if beside and abs(height - taken) < LINE_HEIGHT:
+                height = taken - LINE_HEIGHT
+        heights[index] = height
+    return [heights[index] for index in range(len(labels))]
 
 
 def is_ours(method: str) -> bool:

@@ -178,8 +178,13 @@ def scores_section(study: Study) -> Section:
 
 def images_section(study: Study, image: PlannedImage) -> Section:
     """One image as every method draws it."""
-    index = study.unmerged.images.images.index(image)
-    shown = [Shown(_caption(result, index), result.images.load(image)) for result in study.results]
+    index, best = study.unmerged.images.images.index(image), [True] * len(study.results)
+    if study.is_timed:
+        best = list(on_frontier(study.frame["ratio"], study.frame["psnr"]))
+    shown = [
+        Shown(_caption(result, index), result.images.load(image), is_best)
+        for result, is_best in zip(study.results, best, strict=True)
+    ]
     return Section(f'"{image.prompt}", seed {image.seed}', images=shown)
 
 
