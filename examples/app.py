@@ -157,13 +157,23 @@ def image(name: str) -> gr.Image:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help="to begin with and to offer")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with")
+    parser.add_argument(
+        "--model", default=EMOJI, help="hub id or folder of a diffusers pipeline (default: the bundled one)"
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=PROMPTS,
+        metavar="PROMPT",
+        help="prompts to offer; an example of the first is drawn at the start",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with (default: %(default)s)")
     parser.add_argument("--size", type=int, help="side in pixels to begin with (default: the model's)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    parser.add_argument(
+        "--guidance", type=float, default=3.0, help="classifier-free guidance scale (default: %(default)s)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     return parser.parse_args()
 
 

@@ -113,7 +113,7 @@ def show(axes: Axes, image: Image.Image, title: str) -> None:
 def plot_sizes(axes: Axes, clusters: Partition) -> None:
     """Tokens by the size of their cluster, in bins that grow fourfold."""
     sizes = clusters.sizes
-    edges = 4 ** np.arange(int(sizes.max()).bit_length() // 2 + 2)
+    edges = 4 ** np.arange((int(sizes.max()).bit_length() + 1) // 2 + 1)
     counts, _ = np.histogram(sizes, edges, weights=sizes)
     axes.bar(np.arange(len(counts)), counts, color="#c2255c")
     labels = [f"{low}-{high - 1}" for low, high in pairwise(edges)]
