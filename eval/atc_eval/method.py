@@ -59,7 +59,8 @@ class Method:
         config = self.config
         if config is None or self.rival is not None or config.r is None or getattr(config, "r_keys", None) is not None:
             return None
-        return round(100 * float(config.r), 6)
+        r: Any = config.r  # a number: no command gives functions or mappings
+        return round(100 * r, 6)
 
     @property
     def folder(self) -> str:
@@ -117,7 +118,7 @@ def _call(name: str, base: Config, config: Config) -> str:
 
 def _strength(config: Config) -> str:
     if config.r is None:
-        return f"{config.schedule}, t = {config.t}"  # type: ignore[union-attr]  # only a ViTConfig has no r
+        return f"{config.schedule}, t = {config.t}"
     r_keys = getattr(config, "r_keys", None)
     if r_keys is None:
         return _percent(config.r)
