@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
-from atc_diffusion.adapters import Family, MergedCall
+from atc_diffusion.adapters import Cut, Family, ImageSlice, MergedCall
 from atc_diffusion.adapters.lookup import family_of
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
@@ -202,7 +202,7 @@ class Attending:
         args, kwargs = tree_map(lambda x: move(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
         if merge is not None and merge.keys is not None:
             merge = replace(merge, keys=MergeMap(move(merge.keys.labels), merge.keys.num_clusters))
-            args, kwargs = self.family.merge(attention, args, kwargs, merge)
+            args, kwargs = self.family.merge(attention, args, kwargs, merge.image, lambda project: merge)
         return attention(*args, **kwargs)
 
 
@@ -213,9 +213,8 @@ def attending(tiny: TinyNetwork, monkeypatch: pytest.MonkeyPatch) -> Attending:
     merges: dict[nn.Module, MergedCall] = {}
     merge = family.merge
 
-    def record(attention: nn.Module, args: Any, kwargs: Any, merged: MergedCall) -> Any:
-        merges[attention] = merged
-        return merge(attention, args, kwargs, merged)
+    def record(attention: nn.Module, args: Any, kwargs: Any, image: ImageSlice, cut: Cut) -> Any:
+        return merge(attention, args, kwargs, image, lambda project: merges.setdefault(attention, cut(project)))
 
     monkeypatch.setattr(family, "merge", record)
     calls, results = recorded_calls(network), recorded_results(network)
