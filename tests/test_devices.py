@@ -216,9 +216,10 @@ def attending(tiny: TinyNetwork, monkeypatch: pytest.MonkeyPatch) -> Attending:
     def record(attention: nn.Module, args: Any, kwargs: Any, image: ImageSlice, cut: Cut) -> Any:
         return merge(attention, args, kwargs, image, lambda project: merges.setdefault(attention, cut(project)))
 
-    monkeypatch.setattr(family, "merge", record)
     calls, results = recorded_calls(network), recorded_results(network)
-    tiny.run(network)
+    with monkeypatch.context() as patching:
+        patching.setattr(family, "merge", record)
+        tiny.run(network)
     attention = next(attention for attention, merged in merges.items() if merged.keys is not None)
     attention._forward_pre_hooks.clear()
     attention._forward_hooks.clear()
