@@ -110,10 +110,10 @@ def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
                 images = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="images")
                 with gr.Column(visible=False) as summary:
                     figures = gr.HTML(padding=False)
-                    gr.Markdown(EXPLANATION, elem_classes="subdued")
                     code = gr.Code(
                         language="python", lines=3, wrap_lines=True, label="Code", buttons=["copy"], elem_id="code"
                     )
+                    gr.Markdown(EXPLANATION, elem_classes="subdued")
         with gr.Column(visible=False) as details:
             with gr.Row():
                 with gr.Column(min_width=300):

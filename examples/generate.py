@@ -124,8 +124,10 @@ def sheet(runs: Mapping[str, Run]) -> Image.Image:
         seconds, factor = run.figures(unmerged)
         write(canvas, name, (x + 0.5, HEAD / 2), 24)
         write(canvas, seconds, (x + 0.5, HEAD + SIDE * rows + 24), 26)
-        write(canvas, factor or f"differences x {GAIN}:", (x + 0.5, HEAD + SIDE * rows + 58), 28 if factor else 20)
-        if run is not unmerged:
+        write(canvas, factor, (x + 0.5, HEAD + SIDE * rows + 58), 30)
+        if run is unmerged:
+            write(canvas, f"differences x {GAIN}", (x + 0.5, HEAD + SIDE * rows + FOOT + strip / 2), 20)
+        else:
             canvas.paste(run.differences(unmerged).resize((SIDE, strip)), (x * SIDE, HEAD + SIDE * rows + FOOT))
     return canvas
 

@@ -130,6 +130,8 @@ def _percent(fraction: Any) -> str:
 
 
 def _read(values: Mapping[str, Any]) -> Config:
+    if values["kind"] not in KINDS:
+        raise ValueError(f"this version has no {values['kind']}")
     kind = KINDS[values["kind"]]
     known = {field.name for field in fields(kind)}
     given = {RENAMED.get(name, name): _frozen(value) for name, value in values.items()}

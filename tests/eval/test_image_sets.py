@@ -133,7 +133,11 @@ def test_settings_that_an_older_version_had_not_are_read_as_what_it_did(tmp_path
     claim_folder(tmp_path, now, "sets/*/*.png")
     sets = make_sets(tmp_path, [Method(), Method(ATCConfig(r=0.5))], PLAN, now)
     assert [images.folder.name for images in sets.values()] == ["unmerged", "atc-50"]  # the folder that is there
-    assert list(complete_sets(tmp_path, PLAN, now)) == [Method(ATCConfig(r=0.5))]
+    other = ImageSet(tmp_path / "sets" / "other", PLAN, {"way": {"merge": {"kind": "OtherConfig"}, "rival": None}})
+    for folder, origin in {"other": other.origin, "foreign": {"model": "tiny"}}.items():
+        ImageSet(tmp_path / "sets" / folder, PLAN, origin).save(PLAN[0], IMAGE)
+    with pytest.warns(UserWarning, match="sets/other is left out: this version has no OtherConfig"):
+        assert list(complete_sets(tmp_path, PLAN, now)) == [Method(ATCConfig(r=0.5))]
 
 
 @contextmanager

@@ -156,6 +156,8 @@ def test_what_earlier_versions_wrote_is_read_with_their_defaults() -> None:
     assert read == Method(ATCConfig(r=0.5))
     with pytest.raises(ValueError, match=r"this version has no ATCConfig\(share_layers=2\)"):
         Method.from_json({"merge": {**then, "share_layers": 2}, "rival": None})
+    with pytest.raises(ValueError, match="this version has no OtherConfig"):
+        Method.from_json({"merge": {"kind": "OtherConfig"}, "rival": None})
 
 
 def test_one_choice_that_differs_is_named() -> None:

@@ -82,7 +82,7 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
             stamp = json.loads(image.info.get(STAMP, "{}"))
     except (OSError, SyntaxError):
         return None
-    return stamp and {**ADDED, **stamp, "way": Method.from_json(stamp["way"]).json}
+    return {**ADDED, **stamp, "way": Method.from_json(stamp["way"]).json} if "way" in stamp else stamp
 
 
 def check_folder_settings(folder: Path, settings: Mapping[str, Any], results: str) -> None:

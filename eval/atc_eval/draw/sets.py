@@ -45,7 +45,7 @@ def _method(path: Path) -> Method | None:
     except ValueError as error:
         warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
         return None
-    return Method.from_json(stamp["way"]) if stamp else None
+    return Method.from_json(stamp["way"]) if stamp and "way" in stamp else None
 
 
 def _place(method: Method) -> tuple[object, ...]:
