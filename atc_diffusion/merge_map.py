@@ -105,8 +105,9 @@ class _SegmentMeans(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        sizes = ctx.merge_map.sizes[:, :, None].clamp(min=1)
-        return ctx.merge_map.unmerge(grads[0] / sizes), None
+        # Low precision cannot count the tokens of large clusters; those without tokens get no gradient.
+        sizes = ctx.merge_map.sizes[:, :, None].clamp(min=1).to(torch.promote_types(grads[0].dtype, torch.float32))
+        return ctx.merge_map.unmerge((grads[0] / sizes).to(grads[0].dtype)), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:

@@ -68,6 +68,15 @@ def test_gradients_flow_through_both():
     assert torch.autograd.gradcheck(lambda x: merge_map.unmerge(merge_map.merge(x)), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_in_low_precision_count_every_token(dtype):
+    """bfloat16 has no 1001; one rounding of the gradient is left."""
+    x = torch.randn(1, 1001, 2, dtype=dtype, requires_grad=True)
+    MergeMap(torch.zeros(1, 1001, dtype=torch.int64), 1).merge(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad.double() * 1001, torch.ones(1, dtype=torch.float64), rtol=torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(
     ("labels", "num_clusters", "message"),
     [
