@@ -79,8 +79,8 @@ class LayerHooks:
         merge = MergedCall(image, None, None, weigh=False)
         if min(kept) < num_tokens:
             key = (self.layer.name, visit, len(tokens))
-            maps = [self._map(call, key, count, tokens, project) for count in kept]
-            merge = MergedCall(image, *maps, self.config.proportional_attention, self.config.widen_heads)
+            queries, keys = (self._map(call, key, count, tokens, project) for count in kept)
+            merge = MergedCall(image, queries, keys, self.config.proportional_attention, self.config.widen_heads)
         call.merges[self.layer.name] = merge
         return merge
 

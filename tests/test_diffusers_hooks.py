@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    FasterCacheConfig,
     LayerSkipConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    apply_faster_cache,
     apply_layer_skip,
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
@@ -155,6 +157,28 @@ def test_outputs_that_are_extrapolated_are_of_all_tokens(name):
     assert all(output.isfinite().all() for output in outputs)
     assert {kept == layer.tokens for layer in summary(network).layers for kept in layer.kept} == {True}
     assert torch.allclose(outputs[0], expected, atol=0.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "sd35", "flux", "qwen_image"])
+def test_outputs_that_faster_cache_blends_are_of_all_tokens(name):
+    family = FAMILIES[name]
+    fraction: dict[str, Any] = {"r" if family.merges_queries else "r_keys": falling}
+    network: Any = apply_patch(family.make(), **{"r": 1} | fraction | {"recluster_threshold": 0})
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        current_timestep_callback=lambda: now[-1],
+        attention_weight_callback=lambda module: 0.5,
+        is_guidance_distilled=True,
+    )
+    apply_faster_cache(network, config)
+    now, outputs = [900], []
+    for step in (900, 800, 600, 500, 400):  # the first two are computed
+        now.append(step)
+        outputs.append(family.run(network, torch.tensor(step)))
+    assert all(output.isfinite().all() for output in outputs)
+    assert {kept == layer.tokens for layer in summary(network).layers for kept in layer.kept} == {True}
+    assert all("FasterCacheBlockHook" in layer.limit for layer in summary(network).layers)
 
 
 def test_hooks_of_other_packages_leave_their_layer_unmerged(unet):

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from torch import nn
-
 # Under which name a wrapper has its module: checkpoint_wrapper, FullyShardedDataParallel, torch.compile, and
 # DistributedDataParallel and DataParallel. What `fully_shard` shards is of the same class as before.
 _NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module")
 
 
-def unwrapped(module: nn.Module) -> Any:
+def unwrapped(module: Any) -> Any:
     """The module inside all wrappers, those of PEFT too, nested in any order."""
     if hasattr(module, "get_base_model"):
         return unwrapped(module.get_base_model())
