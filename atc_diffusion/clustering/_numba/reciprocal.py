@@ -183,26 +183,18 @@ def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs
     """Update distances to the unions: first the rows of all pairs, then their columns, in memory order."""
     sizes = clusters.sizes
     for pair in range(len(pairs.first)):
-        i, j = pairs.first[pair], pairs.second[pair]
+        i, j, d_ij = pairs.first[pair], pairs.second[pair], pairs.distances[pair]
         if clusters.gone[i] == 0:
-            _join_rows(linkage, matrix[i], matrix[j], pairs.distances[pair], sizes[i], sizes[j], sizes)
+            row, other, n_i, n_j = matrix[i], matrix[j], sizes[i], sizes[j]
+            for k in range(len(row)):
+                row[k] = _update(linkage, row[k], other[k], d_ij, n_i, n_j, sizes[k])
     for pair in range(len(pairs.first)):
         sizes[pairs.first[pair]] += sizes[pairs.second[pair]]
     for k in active:
-        _join_columns(linkage, matrix[k], pairs, sizes, sizes[k])
-
-
-@inner
-def _join_rows(linkage: int, row: Array, other: Array, d_ij: float, n_i: float, n_j: float, sizes: Array) -> None:
-    for k in range(len(row)):
-        row[k] = _update(linkage, row[k], other[k], d_ij, n_i, n_j, sizes[k])
-
-
-@inner
-def _join_columns(linkage: int, row: Array, pairs: _Pairs, sizes: Array, n_k: float) -> None:
-    for pair in range(len(pairs.first)):
-        i, j = pairs.first[pair], pairs.second[pair]
-        row[i] = _update(linkage, row[i], row[j], pairs.distances[pair], sizes[i] - sizes[j], sizes[j], n_k)
+        row = matrix[k]
+        for pair in range(len(pairs.first)):
+            i, j, d_ij = pairs.first[pair], pairs.second[pair], pairs.distances[pair]
+            row[i] = _update(linkage, row[i], row[j], d_ij, sizes[i] - sizes[j], sizes[j], sizes[k])
 
 
 @inner
