@@ -64,9 +64,6 @@ class EfficientNetLite0(nn.Module):
         return self.network.extract_features((images - 127) / 128).mean(dim=(2, 3))
 
 
-NETWORKS = ("inception", "efficientnet-lite0")
-
-
 def make_network(name: str, inception_weights: Path | None) -> InceptionV3 | EfficientNetLite0:
     network = InceptionV3(inception_weights) if name == "inception" else EfficientNetLite0()
     return network.eval().requires_grad_(False)
