@@ -165,6 +165,7 @@ def test_outputs_that_faster_cache_blends_are_of_all_tokens(name):
     family = FAMILIES[name]
     fraction: dict[str, Any] = {"r" if family.merges_queries else "r_keys": falling}
     network: Any = apply_patch(family.make(), **{"r": 1} | fraction | {"recluster_threshold": 0})
+    now = [900]
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=2,
         current_timestep_callback=lambda: now[-1],
@@ -172,7 +173,7 @@ def test_outputs_that_faster_cache_blends_are_of_all_tokens(name):
         is_guidance_distilled=True,
     )
     apply_faster_cache(network, config)
-    now, outputs = [900], []
+    outputs = []
     for step in (900, 800, 600, 500, 400):  # the first two are computed
         now.append(step)
         outputs.append(family.run(network, torch.tensor(step)))

@@ -18,8 +18,8 @@ class StandIn:
     def __init__(self, original: Any) -> None:
         self.original = original
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]  # nobody sets it
+    @property  # type: ignore[misc]  # read-only, as nobody sets it
+    def __class__(self) -> Any:
         return type(self.original)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,10 +14,15 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
-from atc_diffusion.adapters.perturbed import PERTURBED, MergedPerturbedAttnProcessor, attended_items
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
-from atc_diffusion.adapters.weights import WiderHeadsAttnProcessor, aligned
+from atc_diffusion.adapters.unet_processors import (
+    PERTURBED,
+    MergedPerturbedAttnProcessor,
+    WiderHeadsAttnProcessor,
+    attended_items,
+)
+from atc_diffusion.adapters.weights import aligned
 from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.merge_map import MergeMap
 

@@ -1,12 +1,8 @@
 """How the weights of merged keys reach the softmax: in an additive mask, or in channels of the heads."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from atc_diffusion.adapters.stand_in import StandIn
 
 ROW = 8  # numbers: 16 bytes in half precision, by which xFormers' and PyTorch's kernels read masks and heads
 
@@ -15,31 +11,6 @@ def aligned(mask: Tensor) -> Tensor:
     """A copy of `mask` `[..., K]` whose rows lie in memory at multiples of eight numbers, which xFormers requires."""
     num_keys = mask.shape[-1]
     return F.pad(mask, (0, -num_keys % ROW))[..., :num_keys]
-
-
-class WiderHeadsAttnProcessor(StandIn):
-    """`AttnProcessor2_0` that takes weights of merged keys, and adds their logarithms in channels of the heads."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        log_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, or to the same tokens.
-
-        Without `log_weights` `[B, K]`, which are added to the logits, calls the original.
-        """
-        if log_weights is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-        attended = attend(query, key, value, log_weights, widen=True).flatten(2)
-        return attn.to_out[1](attn.to_out[0](attended))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, log_weights: Tensor | None, widen: bool) -> Tensor:

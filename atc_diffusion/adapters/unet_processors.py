@@ -1,4 +1,4 @@
-"""Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): diffusers' processors with separate keys."""
+"""Processors that stand in where hooks on the attention of a UNet are not enough."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from atc_diffusion.adapters.stand_in import StandIn
+from atc_diffusion.adapters.weights import attend
 
-# Into how many parts they split the batch; the last part's attention is replaced by the identity.
+# Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): into how many parts its processors split the batch.
+# The last part's attention is replaced by the identity.
 PERTURBED: dict[type, int] = {PAGIdentitySelfAttnProcessor2_0: 2, PAGCFGIdentitySelfAttnProcessor2_0: 3}
 
 
@@ -47,3 +49,28 @@ def attended_items(attn: Any, batch: int) -> int:
         processor = processor.original
     parts = PERTURBED.get(type(processor))
     return batch if parts is None else batch // parts * (parts - 1)
+
+
+class WiderHeadsAttnProcessor(StandIn):
+    """`AttnProcessor2_0` that takes weights of merged keys, and adds their logarithms in channels of the heads."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, or to the same tokens.
+
+        Without `log_weights` `[B, K]`, which are added to the logits, calls the original.
+        """
+        if log_weights is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        attended = attend(query, key, value, log_weights, widen=True).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended))
