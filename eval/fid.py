@@ -14,9 +14,10 @@ Several GPUs:
 
     accelerate launch eval/fid.py --reference reference
 
-Several machines that share the folder --out, here two; on each, with its own RANK from 0, and the first one's address:
+Several machines that share the folder --out, here two with 8 GPUs each; on each, with its own RANK from 0, and the
+address of the FIRST:
 
-    accelerate launch --num_machines 2 --machine_rank $RANK --num_processes 16 --main_process_ip $FIRST \\
+    accelerate launch --multi_gpu --num_machines 2 --machine_rank $RANK --num_processes 16 --main_process_ip $FIRST \\
         --main_process_port 29500 eval/fid.py --reference reference --out /shared/fid
 
 An array of jobs that do not talk to each other, and then one that scores:

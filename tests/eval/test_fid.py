@@ -235,20 +235,16 @@ def test_two_machines_share_the_images_and_resume_after_being_killed(
 
 
 def launch(options: list[str]) -> "list[subprocess.Popen[str]]":
+    """The help's command on each of two machines."""
+    lines = map(str.strip, fid.__doc__.replace("\\\n", "").splitlines())
+    [recipe] = [line.partition("eval/fid.py")[0] for line in lines if "--machine_rank" in line]
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    given = ["--num_machines", "--machine_rank", "--num_processes", "--main_process_ip", "--main_process_port"]
-    assert all(option in fid.__doc__ for option in given)
-    values = [("2", rank, "2", "127.0.0.1", str(port)) for rank in "01"]
-    words = [[word for pair in zip(given, each, strict=True) for word in pair] for each in values]
-    line = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-    ]  # so that it divides CPUs as it does GPUs
-    return [start([*line, *each, str(ROOT / "eval" / "fid.py"), *options]) for each in words]
+    here = {"$FIRST": "127.0.0.1", "16": "2", "29500": str(port)}
+    words = [here.get(word, word) for word in recipe.removeprefix("accelerate launch").split()]
+    line = [sys.executable, "-m", "accelerate.commands.launch", *words, str(ROOT / "eval" / "fid.py"), *options]
+    return [start([rank if word == "$RANK" else word for word in line]) for rank in "01"]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
