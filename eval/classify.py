@@ -39,9 +39,11 @@ class Classification:
         check_new_folder("--report", self.report)
 
 
+KINDS = (ImageNetTask, DemoTask, Reductions, Classification)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    kinds = (ImageNetTask, DemoTask, Reductions, Classification)
-    imagenet, emoji, reductions, wanted = parse(kinds, __doc__, arguments)
+    imagenet, emoji, reductions, wanted = parse(KINDS, __doc__, arguments)
     with one_sentence("classify.py", extra="eval,vision", stopped="rerun the command to resume"):
         if reductions.finetune and not wanted.demo:
             raise ValueError("--finetune is for --demo; fine-tune an ImageNet model elsewhere and give it by --weights")

@@ -97,9 +97,12 @@ class Output:
         Part.parse(self.part)
 
 
+KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    kinds, given = (Comparison, Output, Prompts, Sampling, Scoring), sys.argv[1:] if arguments is None else arguments
-    options = parse(kinds, __doc__, given, **DEMO if "--demo" in given else {})
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(KINDS, __doc__, given, **DEMO if "--demo" in given else {})
     with one_sentence("fid.py", extra="eval", stopped="rerun the command to resume"):
         run(*options)
 

@@ -27,6 +27,7 @@ with one_sentence("speed.py", extra="eval"):
     from atc_eval.command_line import parse
     from atc_eval.environment import device_name, in_words, versions
 
+KINDS = (Benchmark,)
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
 
 
@@ -57,7 +58,7 @@ def conditions(benchmark: Benchmark) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    [benchmark] = parse([Benchmark], __doc__, arguments)
+    [benchmark] = parse(KINDS, __doc__, arguments)
     if benchmark.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no CUDA GPU here; run this on a machine that has one, or leave out --device cuda")
     with (
