@@ -94,7 +94,7 @@ class MergeConfig(Configuration):
             Diffusion 1 and 2; 2 in SDXL, SD3 and PixArt); "costly", every level whose attention costs at least half as
             much as the finest one's (adds level 4 in SDXL); or "all". Cannot be combined with a mapping for `r` or
             `r_keys`.
-        share_across_guidance: cluster the tokens of an image once for all parts of its classifier-free guidance, by the
+        share_guidance: cluster the tokens of an image once for all parts of its classifier-free guidance, by the
             features of the last part, which is the conditional one in Stable Diffusion. The parts are recognised by
             their equal latents, so this begins at the second step of a run.
         recluster_threshold: cluster again once the network's input latents have changed by more than this since the
@@ -115,7 +115,7 @@ class MergeConfig(Configuration):
     proportional_attention: bool = True
     widen_heads: bool = False
     levels: Levels | int | Sequence[int] = "finest"
-    share_across_guidance: bool = False
+    share_guidance: bool = False
     recluster_threshold: float = 0.0
     forecast_tolerance: float = 0.0
     record: bool = False

@@ -27,7 +27,7 @@ class OtherOptions(TypedDict, total=False):
     proportional_attention: bool
     widen_heads: bool
     levels: Levels | int | Sequence[int]
-    share_across_guidance: bool
+    share_guidance: bool
     recluster_threshold: float
     forecast_tolerance: float
     record: bool
@@ -59,7 +59,7 @@ class ATCConfig(MergeConfig):
         backend: the implementation of the clustering, by a name that `agglomerate` takes; None: the fastest.
     """
 
-    share_across_guidance: bool = True
+    share_guidance: bool = True
     recluster_threshold: float = 0.15  # clusters 4 times in 4 steps, 7 in 8, 8 in 20, 9 in 50
     linkage: Linkage = "average"
     window_size: int | None = 16
@@ -109,7 +109,7 @@ class ATCConfig(MergeConfig):
             "features": "hidden_states",
             "proportional_attention": False,
             "window_size": None,
-            "share_across_guidance": False,
+            "share_guidance": False,
             "recluster_threshold": 0.0,
         }
         return cls(r=r, r_keys=r_keys, **preset | dict(options))

@@ -14,6 +14,7 @@ from atc_diffusion.adapters import Layer
 from atc_diffusion.adapters.lookup import family_of
 from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.attached import Patch
+from atc_diffusion.calls.reference import Reference
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.methods import ATCConfig, ATCOptions
 from atc_diffusion.report import RecordedMerge, Summary
@@ -128,7 +129,7 @@ def _patches(model: object, config: Any, options: ATCOptions) -> dict[nn.Module,
             f"give either config or options, got both: {both}; presets such as ATCConfig.fast take options"
         )
     networks = find_networks(model)
-    patches = make_patches(ATCConfig(**options) if config is None else config, networks)
+    patches = make_patches(ATCConfig(**options) if config is None else config, networks, Reference(model))
     return {network: patches.get(name) for name, network in networks.items()}
 
 
@@ -166,7 +167,7 @@ def _unwrapped(name: str, network: nn.Module) -> Networks:
 
 
 @singledispatch
-def make_patches(config: object, networks: Networks) -> Mapping[str, Patch]:
+def make_patches(config: object, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
     """A patch, not attached yet, for every network that `config` selects."""
     raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}{_hint(config)}")
 
@@ -181,17 +182,17 @@ def _hint(config: object) -> str:
 
 
 @make_patches.register
-def _(config: ViTConfig, networks: Networks) -> Mapping[str, Patch]:
+def _(config: ViTConfig, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
     return {name: ViTPatch(name, network, config) for name, network in networks.items()}
 
 
 @make_patches.register
-def _(config: MergeConfig, networks: Networks) -> Mapping[str, Patch]:
+def _(config: MergeConfig, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
     """The first network must have self-attention that can merge, and decides at which levels.
 
     So a ControlNet is merged at the levels of the denoiser.
     """
-    from atc_diffusion.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
+    from atc_diffusion.merging.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
 
     families = {name: family_of(network) for name, network in networks.items()}
     layers = {name: family.layers(networks[name]) if family else [] for name, family in families.items()}
@@ -205,8 +206,8 @@ def _(config: MergeConfig, networks: Networks) -> Mapping[str, Patch]:
     for name, family in families.items():
         chosen = [layer for layer in layers[name] if layer.level in wanted]
         if family and chosen:
-            denoiser = patches[first].schedule if first in patches else None
-            patches[name] = NetworkPatch(name, networks[name], family, chosen, config, denoiser)
+            denoiser = Reference(patches.get(first))
+            patches[name] = NetworkPatch(name, networks[name], family, chosen, config, pipeline, denoiser)
     return patches
 
 

@@ -87,8 +87,6 @@ def _translated(name: str, value: object) -> tuple[str, str]:
             return "recluster_threshold", f"{now}; 0 is refresh_every=1"
         case "window":
             return "window_size", f"window={value!r} is window_size={value!r}"
-        case "share_guidance":
-            return "share_across_guidance", f"{name}={value!r} is share_across_guidance={value!r}"
         case "share_layers":
             return "r", "every layer has clusters of its own"
     return "", ""

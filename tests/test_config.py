@@ -115,7 +115,7 @@ def test_the_base_class_says_which_to_use():
 
 
 def test_the_papers_setting_clusters_hidden_states_into_plain_means_every_time():
-    exact: dict[str, Any] = {"window_size": None, "share_across_guidance": False, "recluster_threshold": 0.0}
+    exact: dict[str, Any] = {"window_size": None, "share_guidance": False, "recluster_threshold": 0.0}
     plain: dict[str, Any] = {"features": "hidden_states", "proportional_attention": False}
     assert ATCConfig.paper(0.4, linkage="single") == ATCConfig(r=0.4, linkage="single", **plain, **exact)
 
@@ -202,7 +202,6 @@ def test_levels_are_one_factor_or_several(levels):
         ({"sx": 2}, "sx is an option of tomesd; use ToMeConfig with stride and seed"),
         ({"refresh_every": 3}, "recluster_threshold; 0 is refresh_every=1"),
         ({"window": 32}, "window=32 is window_size=32"),
-        ({"share_guidance": False}, "share_guidance=False is share_across_guidance=False"),
         ({"share_layers": 2}, "every layer has clusters of its own"),
         ({"linkge": "ward"}, r"did you mean 'linkage'\?"),
         ({"colour": "red"}, "it has r, r_keys, features"),

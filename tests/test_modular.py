@@ -113,7 +113,7 @@ def test_identity_and_removal_are_exact(name):
 def test_a_call_for_each_condition_is_as_one_call_for_all(name, features):
     """Where no clusters are shared."""
     pipe = MODULAR[name]()
-    apply_patch(pipe, r=0.5, features=features, share_across_guidance=False, recluster_threshold=0)
+    apply_patch(pipe, r=0.5, features=features, share_guidance=False, recluster_threshold=0)
     batched = BATCHED[name](pipe)
     batched.set_progress_bar_config(disable=True)
     guidance = {"guidance_scale": pipe.guider.guidance_scale}

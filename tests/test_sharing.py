@@ -11,7 +11,7 @@ from tests.helpers.loops import LAYERS, embedding, labels, run, sample, timestep
 def test_guidance_parts_share_from_the_second_step(unet, parts, pictures):
     """Also where all pictures begin with the same latents."""
     prompt, steps = 30 * embedding(parts * pictures), timesteps(900, 700)
-    apply_patch(unet, share_across_guidance=True, recluster_threshold=0, record=True)
+    apply_patch(unet, share_guidance=True, recluster_threshold=0, record=True)
     run(unet, steps[:1], prompt, sample().repeat(parts * pictures, 1, 1, 1))
     run(unet, steps[1:], prompt, sample(pictures).repeat(parts, 1, 1, 1))
     first, last = (labels(unet)[i] for i in (LAYERS - 1, 2 * LAYERS - 1))
@@ -23,7 +23,7 @@ def test_shared_clusters_are_those_of_the_last_part(unet):
     prompt, latents, steps = 30 * embedding(2), sample().repeat(2, 1, 1, 1), timesteps(900, 700)
     runs = []
     for share in (True, False):
-        apply_patch(unet, share_across_guidance=share, recluster_threshold=0)
+        apply_patch(unet, share_guidance=share, recluster_threshold=0)
         runs.append([run(unet, steps[i : i + 1], prompt, latents + i) for i in range(2)])
     shared, exact = runs
     assert torch.equal(shared[0], exact[0])
@@ -36,7 +36,7 @@ def test_prompts_without_guidance_never_share(unet, seeds):
     """Two prompts of one seed have equal latents at the first step, and part there."""
     prompt, steps = embedding(2), timesteps(900, 700, 500)
     latents = torch.cat([sample() * seed for seed in seeds])
-    apply_patch(unet, share_across_guidance=True, recluster_threshold=0)
+    apply_patch(unet, share_guidance=True, recluster_threshold=0)
     shared = run(unet, steps, prompt, latents)
-    apply_patch(unet, share_across_guidance=False, recluster_threshold=0)
+    apply_patch(unet, share_guidance=False, recluster_threshold=0)
     assert torch.equal(shared, run(unet, steps, prompt, latents))

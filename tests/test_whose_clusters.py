@@ -114,7 +114,7 @@ def test_an_attention_that_is_called_twice_in_a_call_is_right(unet):
     block.forward = forward
     x, text = sample(2), embedding(2)
     for threshold in (0, 0.3):
-        apply_patch(unet, r=1.0, r_keys=0.5, recluster_threshold=threshold, share_across_guidance=False)
+        apply_patch(unet, r=1.0, r_keys=0.5, recluster_threshold=threshold, share_guidance=False)
         outputs = [unet((1 + i / 100) * x, t, text).sample for i, t in enumerate(timesteps(900, 700))]
         alone = [unet((1 + i / 100) * x[:1], t, text[:1]).sample for i, t in enumerate(timesteps(900, 700))]
         assert all(torch.allclose(both[:1], one, atol=1e-5) for both, one in zip(outputs, alone, strict=True))

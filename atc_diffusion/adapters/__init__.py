@@ -1,16 +1,24 @@
 """What an adapter of a model family provides: its self-attentions, and how tokens go in and out of them."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from atc_diffusion.adapters.noise import NoiseSchedule, diffusion
 from atc_diffusion.adapters.obstacles import Limit, limit_by_hooks, replaced_code
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.wrappers import unwrapped, without_wrappers
 from atc_diffusion.merge_map import MergeMap
+
+# Arguments by which networks take what a ControlNet, a T2I-Adapter, BrushNet or PowerPaint adds to their features.
+_RESIDUALS = re.compile(
+    r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states|block_add_samples?$"
+)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -53,11 +61,12 @@ class ImageInput:
     """The image in a call of a network.
 
     Attributes:
-        latents: `[B, C, ...]`, or their tokens `[B, N, C]`.
+        latents: `[B, C, ...]`, or their tokens `[B, C, N]`.
         size: height and width of the latents.
         timestep: on a scale from 1000 (noise) to 0.
         others: all other arguments of the call.
         after: how many tokens follow the image's in the sequences of its attentions.
+        residuals: what a ControlNet or the like adds, one group of tensors for each argument.
     """
 
     latents: Tensor
@@ -65,6 +74,19 @@ class ImageInput:
     timestep: Any
     others: Kwargs
     after: int = 0
+    residuals: tuple[Any, ...] = ()
+
+    @property
+    def items(self) -> int:
+        """How many images attend to themselves: the batch, times its frames."""
+        return len(self.latents) * (self.latents.shape[2] if self.latents.ndim == 5 else 1)
+
+    @classmethod
+    def of(cls, latents: Tensor, size: tuple[int, int], timestep: Any, others: Kwargs, after: int = 0) -> "ImageInput":
+        """With the residuals among the other arguments told apart, by their names."""
+        residuals = {name: value for name, value in others.items() if value is not None and _RESIDUALS.search(name)}
+        others = {name: value for name, value in others.items() if name not in residuals}
+        return cls(latents, size, timestep, others, after, tuple(residuals.values()))
 
 
 @dataclass(frozen=True)
@@ -182,7 +204,23 @@ class Family(ABC):
         timestep, latents = others.pop("timestep"), others.pop("sample" if "sample" in given else "hidden_states")
         # A ControlNet that is given tokens is also given its condition, which has the size of the latents.
         height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
-        return ImageInput(latents, (height, width), timestep, others)
+        return ImageInput.of(latents, (height, width), timestep, others)
+
+    def noise(self, scheduler: Any) -> NoiseSchedule:
+        """How noisy latents are at a timestep, by the pipeline's scheduler if it is known."""
+        return diffusion(scheduler)
+
+    def output(self, returned: Any, latents: Tensor) -> Tensor:
+        """The output among what a network returned: like its latents `[B, C, ...]`, perhaps with more channels."""
+        return returned[0]
+
+    def returned(self, template: Any, output: Tensor) -> Any:
+        """An output `[B, C, ...]` in the form and dtype of what the network returned earlier, `template`.
+
+        Channels that it lacks, such as variances, stay as they were then.
+        """
+        before = template[0]
+        return like(template, torch.cat([output.to(before.dtype), before[:, output.shape[1] :]], dim=1))
 
     def stand_ins(self, wider_heads: bool) -> Mapping[type, type[StandIn]]:
         """Which processor takes the place of which of diffusers', where hooks are not enough."""
@@ -227,6 +265,11 @@ class Family(ABC):
     @abstractmethod
     def unmerge(self, output: Any, merge: MergedCall) -> Any:
         """The attention's output, with the output of every cluster copied to its members."""
+
+
+def like(template: Any, output: Any) -> Any:
+    """An output in a tuple or a diffusers `BaseOutput`, as `template` is."""
+    return (output,) if isinstance(template, tuple) else type(template)(**dict.fromkeys(template, output))
 
 
 def first(args: Args, kwargs: Kwargs) -> Tensor:

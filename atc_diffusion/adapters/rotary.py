@@ -29,7 +29,9 @@ from atc_diffusion.adapters import (
     MergedCall,
     Which,
     first,
+    like,
 )
+from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.obstacles import source
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import aligned, wider_heads
@@ -121,6 +123,18 @@ class RotaryFamily(Family):
             " call remove_patch"
         )
 
+    def noise(self, scheduler: Any) -> NoiseSchedule:
+        return flow("flow")
+
+    def output(self, returned: Any, latents: Tensor) -> Tensor:
+        """Of the tokens `[B, S, C]` that were returned, those of the image."""
+        return returned[0][:, : latents.shape[2]].mT
+
+    def returned(self, template: Any, output: Tensor) -> Any:
+        """Tokens of reference images, which pipelines ignore, stay as they were in `template`."""
+        before = template[0]
+        return like(template, torch.cat([output.mT.to(before.dtype), before[:, output.shape[2] :]], dim=1))
+
     def tokens(self, args: Args, kwargs: Kwargs, image: ImageSlice) -> Tensor:
         return image.of(first(args, kwargs), dim=1)
 
@@ -143,7 +157,7 @@ def packed_image(given: Kwargs, grid: tuple[int, int]) -> ImageInput:
     num_tokens = height * width
     others["references"] = tokens[:, num_tokens:]
     size = (height * PACK, width * PACK)
-    return ImageInput(tokens[:, :num_tokens].mT, size, timestep * 1000, others, tokens.shape[1] - num_tokens)
+    return ImageInput.of(tokens[:, :num_tokens].mT, size, timestep * 1000, others, tokens.shape[1] - num_tokens)
 
 
 def _merge_keys(x: Tensor, merge: MergedCall) -> Tensor:

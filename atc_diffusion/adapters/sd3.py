@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
+from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import attend
@@ -43,6 +44,9 @@ class SD3Family(TokenFamily):
             f"has a {kind.__module__}.{kind.__name__}: merging in Stable Diffusion 3 needs diffusers'"
             " JointAttnProcessor2_0; set that one, or call remove_patch"
         )
+
+    def noise(self, scheduler: Any) -> NoiseSchedule:
+        return flow("flow")
 
     def project(self, attention: Any, tokens: Tensor, which: Which) -> Tensor:
         """Keys after the model's key norm, if it has one, or values."""

@@ -7,8 +7,10 @@ from diffusers.models.transformers.transformer_z_image import (
     SEQ_MULTI_OF,
     ZSingleStreamAttnProcessor,
 )
+from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer, like
+from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
 
@@ -42,7 +44,17 @@ class ZImageFamily(RotaryFamily):
         num_tokens = height * width // given.get("patch_size", 2) ** 2
         text = max(_padded(len(features)) for features in given["cap_feats"])
         after = _padded(num_tokens) + text - num_tokens
-        return ImageInput(latents, (height, width), 1000 * (1 - timestep), others, after)
+        return ImageInput.of(latents, (height, width), 1000 * (1 - timestep), others, after)
+
+    def noise(self, scheduler: Any) -> NoiseSchedule:
+        return flow("reversed_flow")
+
+    def output(self, returned: Any, latents: Tensor) -> Tensor:
+        return torch.stack(list(returned[0]))
+
+    def returned(self, template: Any, output: Tensor) -> Any:
+        output = output.to(template[0][0].dtype)
+        return like(template, list(output) if isinstance(template[0], list) else output)
 
 
 def _padded(length: int) -> int:

@@ -23,7 +23,7 @@ def prepare(tokens: Tensor, metric: str) -> Tensor:
 def finite(tokens: Tensor) -> Tensor:
     """Tokens with 0 for entries that are not finite, and no entry so large that a distance would not be."""
     if tokens.device.type == "cpu" and tokens.numel() and not is_traced(tokens):
-        low, high = tokens.aminmax()  # a pass that writes nothing; NaN if there is one
+        low, high = (x.numpy() for x in tokens.aminmax())  # a pass that writes nothing; NaN if there is one
         if low >= -LARGEST_ENTRY and high <= LARGEST_ENTRY:
             return tokens
     return tokens.nan_to_num(0, 0, 0).clamp(-LARGEST_ENTRY, LARGEST_ENTRY)

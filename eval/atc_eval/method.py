@@ -23,9 +23,8 @@ BASES: dict[str, Config] = {
 }
 KINDS: dict[str, Any] = {type(base).__name__: type(base) for base in BASES.values()}
 NOT_NAMED = ("r", "r_keys", "t", "schedule", "backend", "record")  # the strength, and what changes no cluster
-# For image sets of earlier versions: renamed fields; fields that they lack, with the values that they were drawn with;
+# For image sets of earlier versions: fields that they lack, with the values that they were drawn with;
 # and removed fields, with the values at which they did nothing.
-RENAMED: Mapping[str, str] = {"share_guidance": "share_across_guidance"}
 ADDED: Mapping[str, Any] = {"forecast_tolerance": 0.0, "widen_heads": False}
 REMOVED: Mapping[str, Any] = {"share_layers": 1}
 
@@ -134,7 +133,7 @@ def _read(values: Mapping[str, Any]) -> Config:
         raise ValueError(f"this version has no {values['kind']}")
     kind = KINDS[values["kind"]]
     known = {field.name for field in fields(kind)}
-    given = {RENAMED.get(name, name): _frozen(value) for name, value in values.items()}
+    given = {name: _frozen(value) for name, value in values.items()}
     for name, value in given.items():
         if name not in known | {"kind"} and value != REMOVED.get(name, ...):
             raise ValueError(f"this version has no {values['kind']}({name}={value!r})")

@@ -148,10 +148,9 @@ def test_a_method_survives_json(method: Method) -> None:
 
 
 def test_what_earlier_versions_wrote_is_read_with_their_defaults() -> None:
-    """They had no forecasting, merged attention in a mask, and called a field otherwise."""
+    """They had no forecasting, and merged attention in a mask."""
     now = Method(ATCConfig(r=0.5)).json["merge"]
     then = {name: value for name, value in now.items() if name not in ("forecast_tolerance", "widen_heads")}
-    then["share_guidance"] = then.pop("share_across_guidance")
     read = Method.from_json({"merge": {**then, "share_layers": 1}, "rival": None})
     assert read == Method(ATCConfig(r=0.5))
     with pytest.raises(ValueError, match=r"this version has no ATCConfig\(share_layers=2\)"):

@@ -19,6 +19,25 @@ RESIDUALS = {  # what a ControlNet returns, by the names under which its network
 }
 
 
+class Calls(list[int]):
+    """One entry for each call; the same list in deep copies of what it counts."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
+        return self
+
+
+class Counted(torch.nn.Module):
+    """A module that counts its calls; a hook might have to see every step, and would keep all from being forecast."""
+
+    def __init__(self, module: torch.nn.Module, calls: Calls) -> None:
+        super().__init__()
+        self.module, self.calls = module, calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(1)
+        return self.module(*args, **kwargs)
+
+
 def draw(pipe: Any, seed: int = 0, steps: int = STEPS, batch: int = 1, **options: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)

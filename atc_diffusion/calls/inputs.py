@@ -1,14 +1,15 @@
 """The arguments of a network's call, how far they have moved since an earlier call, and which items are equal."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_RESIDUALS = re.compile(r"residual|controlnet_(block|single_block)_samples|block_controlnet_hidden_states")
+from atc_diffusion.calls.position import is_transformed
+
+Setting = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -17,25 +18,30 @@ class Inputs:
 
     Attributes:
         moving: tensors that change from step to step, each `[B, C, ...]`; the latents come first.
-        fixed: tensors that are the same in all steps of a picture, such as the text.
+        fixed: tensors that are the same in all steps of an image, such as the text.
         settings: all other arguments that can be compared.
+        state: of the network, as `calls.state.fingerprint` has it.
         inference_mode: whether the call was made under `torch.inference_mode`.
     """
 
     moving: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...] = ()
     settings: tuple[object, ...] = ()
+    state: Hashable = None
     inference_mode: bool = field(default_factory=torch.is_inference_mode_enabled)
 
     @classmethod
-    def of(cls, latents: Tensor, others: Mapping[str, Any]) -> "Inputs":
-        """The latents, and the arguments that a network got besides these and the timestep, by name."""
-        residuals = [list(_leaves(value)) for name, value in others.items() if _RESIDUALS.search(name)]
-        fixed = [leaf for name, value in others.items() if not _RESIDUALS.search(name) for leaf in _leaves(value)]
+    def of(
+        cls, latents: Tensor, residuals: Iterable[Any], others: Mapping[str, Any], state: Hashable = None
+    ) -> "Inputs":
+        """The latents, what a ControlNet adds, and the other arguments of a network besides the timestep, by name."""
         # Of a ControlNet's residuals, the coarsest is enough: it depends on all that the ControlNet was given.
-        moving = [each[-1] for each in residuals if each and isinstance(each[-1], Tensor)]
-        settings = tuple(leaf for leaf in fixed if isinstance(leaf, bool | int | float | str | None))
-        return cls((latents, *moving), tuple(leaf for leaf in fixed if isinstance(leaf, Tensor)), settings)
+        coarsest = [leaves[-1] for each in residuals if (leaves := list(_leaves(each)))]
+        moving = [x.detach() for x in (latents, *coarsest) if x is latents or type(x) is Tensor]
+        leaves = list(_leaves(dict(others)))
+        fixed = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+        settings = (len(coarsest), *(leaf for leaf in leaves if isinstance(leaf, Setting)))
+        return cls(tuple(moving), fixed, settings, state)
 
     def clone(self) -> "Inputs":
         """A copy that survives changes in place."""
@@ -46,24 +52,67 @@ class Inputs:
         return self.moving[0]
 
     @property
+    def num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (*self.moving, *self.fixed))
+
+    @property
     def kind(self) -> object:
         """Only inputs of one kind are compared."""
         tensors = tuple((x.shape, x.dtype, x.device) for x in (*self.moving, *self.fixed))
-        return len(self.moving), tensors, self.settings, self.inference_mode
+        return len(self.moving), tensors, self.settings, self.state, self.inference_mode
 
     @property
     def readable(self) -> bool:
-        """Whether values can be read now: not of tensors without data, nor while a CUDA graph is captured."""
+        """Whether values can be read now: not of tensors without data or under a transform, nor in a CUDA graph."""
         tensors = (*self.moving, *self.fixed)
-        if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors):
+        if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or is_transformed(x) for x in tensors):
             return False
         return not (self.latents.is_cuda and torch.cuda.is_current_stream_capturing())
 
+    def same_latents(self, other: "Inputs") -> bool:
+        """Whether the latents are equal, and the network is in the same state."""
+        return (
+            self.state == other.state
+            and self.inference_mode == other.inference_mode
+            and _equal(self.latents, other.latents)
+        )
+
     def same_conditions(self, other: "Inputs") -> bool:
-        """Whether everything that stays the same throughout a picture is equal."""
-        if len(self.fixed) != len(other.fixed) or self.settings != other.settings:
+        """Whether everything that stays the same throughout an image is equal."""
+        if (self.settings, self.state) != (other.settings, other.state):
             return False
-        return all(map(_equal, self.fixed, other.fixed))
+        return len(self.fixed) == len(other.fixed) and all(map(_equal, self.fixed, other.fixed))
+
+
+class Clock:
+    """Tells the numbers among the settings that merely tell the time: those that have changed at every step so far.
+
+    An application's progress is one. Such a number counts as a condition until it has changed twice in a row, and again
+    from the first step at which it stands still.
+    """
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._settings: tuple[object, ...] = ()
+        self._changes: tuple[int, ...] = ()
+
+    def without_time(self, inputs: Inputs, step: int) -> Inputs:
+        """The inputs of a call at a step, with one and the same word for every number that tells the time."""
+        if step > self._step:
+            self._advance(inputs.settings, step)
+        if len(inputs.settings) != len(self._changes) or max(self._changes, default=0) < 2:
+            return inputs
+        pairs = zip(inputs.settings, self._changes, strict=True)
+        return replace(inputs, settings=tuple("time" if changes > 1 else value for value, changes in pairs))
+
+    def _advance(self, settings: tuple[object, ...], step: int) -> None:
+        old = self._settings if len(self._settings) == len(settings) else settings
+        counts = self._changes if len(self._changes) == len(settings) else (0,) * len(settings)
+        self._changes = tuple(
+            count + 1 if type(new) in (int, float) and new != before else 0
+            for new, before, count in zip(settings, old, counts, strict=True)
+        )
+        self._settings, self._step = settings, step
 
 
 def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:

@@ -9,24 +9,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, ImageSlice, Kwargs, Layer, MergedCall, Projection, first
-from atc_diffusion.call import Call, enter_block, leave_block, present
+from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
-from atc_diffusion.features import make_features
-from atc_diffusion.inputs import Sharing
 from atc_diffusion.merge_map import MergeMap
+from atc_diffusion.merging.call import Call, enter_block, leave_block, present_call
+from atc_diffusion.merging.features import make_features
 
 
 class LayerHooks:
     """Merging in one layer; what changes from call to call is in the `Call`.
 
     Args:
+        owner: the patch of its network.
         layer: the self-attention.
         family: the adapter of its network.
         config: how to merge.
     """
 
-    def __init__(self, layer: Layer, family: Family, config: MergeConfig) -> None:
+    def __init__(self, owner: object, layer: Layer, family: Family, config: MergeConfig) -> None:
+        self.owner = owner
         self.layer = layer
         self.family = family
         self.config = config
@@ -42,7 +44,7 @@ class LayerHooks:
 
     def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
         hidden_states = first(args, kwargs)
-        call = enter_block(self.layer.name, hidden_states)
+        call = enter_block(self.owner, self.layer.name, hidden_states)
         if call is not None and self.config.features == "hidden_states":
             call.hidden_states[self.layer.name] = hidden_states
 
@@ -50,7 +52,7 @@ class LayerHooks:
         leave_block()
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = present.call
+        call = present_call(self.owner)
         if call is None:
             raise ValueError(
                 f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
@@ -61,7 +63,7 @@ class LayerHooks:
         return self.family.merge(attention, args, kwargs, image, cut)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
-        call = present.call
+        call = present_call(self.owner)
         assert call is not None  # or `_merge` would have raised
         call.hidden_states.pop(self.layer.name, None)
         merge = call.merges.get(self.layer.name)
@@ -73,12 +75,12 @@ class LayerHooks:
         An attention that is called several times, such as for portions of the batch, gets clusters for each of them.
         """
         num_tokens = tokens.shape[1]
-        visit = call.visits.get(self.layer.name, 0)
-        call.visits[self.layer.name] = visit + 1
+        nth = call.times_called.get(self.layer.name, 0)
+        call.times_called[self.layer.name] = nth + 1
         kept = self._kept(call, num_tokens)
         merge = MergedCall(image, None, None, weigh=False)
         if min(kept) < num_tokens:
-            key = (self.layer.name, visit, len(tokens))
+            key = (self.layer.name, nth, len(tokens))
             queries, keys = (self._map(call, key, count, tokens, project) for count in kept)
             merge = MergedCall(image, queries, keys, self.config.proportional_attention, self.config.widen_heads)
         call.merges[self.layer.name] = merge

@@ -1,0 +1,159 @@
+"""What a network's output depends on besides its arguments, and foreign code in it that may have to see each step.
+
+A fingerprint is read at every call, in a fraction of a millisecond: everything that is slow to find is found again only
+where the network's modules have been exchanged.
+"""
+
+from collections.abc import Hashable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
+_KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
+_KNOWN_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "diffusers.hooks.hooks")
+_FREEU = ("b1", "b2", "s1", "s2")
+_ADAPTER = ("scaling", "_disable_adapters", "_active_adapter", "merged_adapters")
+
+
+class NetworkState:
+    """Reads the state of one network.
+
+    Args:
+        network: the network; what hangs on it alone, not on its submodules, sees every call in any case.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._structure: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkState":
+        return NetworkState(memo.get(id(self._network), self._network))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NetworkState, (self._network,)
+
+    def fingerprint(self, values: bool) -> Hashable:
+        """Equal as long as weights, adapters, processors and their scales, and FreeU stay as they are.
+
+        Args:
+            values: read one value of each weight too, for which the CPU has to wait until a GPU has caught up.
+        """
+        self._refresh()
+        parameters = [x for x in chain.from_iterable(map(dict.values, self._parameters)) if x is not None]
+        return (
+            self._structure,
+            tuple(map(version, parameters)),
+            () if self._moved else self._places(parameters, values),
+            tuple(_plain(module.__dict__.get(name)) for module in self._adapted for name in _ADAPTER),
+            tuple(_plain(module.__dict__.get(name)) for module in self._network_blocks for name in _FREEU),
+            tuple(_settings(module.processor) for module in self._with_processor),
+        )
+
+    def stranger(self) -> str:
+        """The first hook, processor or replaced forward that may count steps or read features; "" if there is none."""
+        self._refresh()
+        return next(self._strangers(), "")
+
+    def _refresh(self) -> None:
+        """Find again what hangs where, if modules were exchanged."""
+        if self._structure is not None and self._structure == self._ids():
+            return
+        modules = [self._network]
+        for module in modules:  # which grow meanwhile
+            modules += [child for child in module._modules.values() if child is not None]
+        self._modules = modules
+        self._children = [module._modules for module in modules]
+        self._parameters = [module._parameters for module in modules]
+        self._with_processor = [module for module in modules if getattr(module, "processor", None) is not None]
+        self._adapted = [module for module in modules if "_active_adapter" in module.__dict__]
+        self._network_blocks = [*getattr(self._network, "up_blocks", ())]
+        # Weights that are loaded for a call lie elsewhere each time.
+        self._moved = any("_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__ for module in modules)
+        self._views: tuple[Hashable, list[Tensor]] = (None, [])
+        self._structure = self._ids()
+
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(map(id, chain.from_iterable(map(dict.values, self._children))))
+
+    def _places(self, parameters: list[Any], values: bool) -> Hashable:
+        """Where weights lie, and one value of each, which shows writing past PyTorch's count of versions."""
+        plain = [x for x in parameters if type(x) is nn.Parameter and not x.is_meta and x.numel()]
+        places = tuple((id(x), x.data_ptr()) for x in plain)
+        if self._views[0] != places:
+            self._views = places, [x.detach().as_strided((), ()) for x in plain]
+        return places, _values(self._views[1]) if values else ()
+
+    def _strangers(self) -> Iterator[str]:
+        for module in self._with_processor:
+            kind = type(module.processor)
+            if not _source(kind).startswith((*_KNOWN, "diffusers.")):
+                yield f"the attention processor {_name(kind)}"
+        for module in self._modules:
+            attributes = module.__dict__
+            if module is self._network:
+                continue
+            for hook in (*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()):
+                if not _is_known(hook):
+                    yield f"the hook {_name(hook)}"
+            if registry := attributes.get("_diffusers_hook"):
+                for hook in registry.hooks.values():
+                    if not _is_known(type(hook)):
+                        yield f"the hook {_name(type(hook))}"
+            if "forward" in attributes and not _is_known(attributes["forward"]):
+                yield f"the forward {_name(attributes['forward'])}"
+
+
+def _plain(value: Any) -> Hashable:
+    """A value that can be compared, of nested lists, dictionaries, numbers and small tensors; else its identity."""
+    if isinstance(value, dict):
+        return tuple((key, _plain(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    return (id(value), version(value)) if isinstance(value, Tensor) else id(value)
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was written to, as far as PyTorch counts that."""
+    return 0 if x.is_inference() else x._version
+
+
+def _settings(processor: Any) -> Hashable:
+    """Which processor it is, and its settings, such as the scales of an IP-Adapter."""
+    attributes = getattr(processor, "__dict__", {})
+    settings = tuple((name, _plain(value)) for name, value in attributes.items() if not name.startswith("_"))
+    return id(processor), settings
+
+
+def _values(views: list[Tensor]) -> tuple[float, ...]:
+    """The values of scalar tensors, read with one wait for each device and dtype."""
+    kinds: dict[Hashable, list[Tensor]] = {}
+    for view in views:
+        kinds.setdefault((view.device, view.dtype), []).append(view)
+    return tuple(chain.from_iterable(torch.stack(each).float().tolist() for each in kinds.values()))
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__func__", function)
+
+
+def _source(function: Any) -> str:
+    """The module that defines a function or class; `__module__` of a function may name that of a wrapped one."""
+    function = _innermost(function)
+    return str(getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", "")) + "."
+
+
+def _is_known(function: Any) -> bool:
+    return _source(function).startswith((*_KNOWN, *_KNOWN_HOOKS))
+
+
+def _name(function: Any) -> str:
+    function = _innermost(function)
+    return f"{_source(function)}{getattr(function, '__qualname__', type(function).__name__)}"

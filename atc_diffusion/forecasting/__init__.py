@@ -1,0 +1,191 @@
+"""Need this call of a network be made? Not if the clean image that it would see can be forecast well enough.
+
+The clean image is extrapolated from what earlier calls saw, and turned into an output with the present latents. At each
+call that is made, what it sees is compared with the forecast for it. The change of the latents that the next forecast
+would cause is expected from that error, from how far the forecast reaches, and from what the sampler makes of it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.adapters import Family
+from atc_diffusion.adapters.noise import NoiseSchedule
+from atc_diffusion.calls.inputs import Inputs
+from atc_diffusion.calls.position import Position
+from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
+from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
+
+FEWEST_STEPS = 20  # of a run in which anything is forecast; with 15, fewer steps come closer in the same time
+NOISE = 0.25  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
+GROWTH = 1.5, 3.0  # of an error until the image is done: the least, and more in noise, where images take shape
+OUTPUT = 0.25  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
+LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
+MAX_BYTES = 2**28  # of what is kept for images that take turns; the oldest is forgotten beyond 256 MiB
+
+
+def _unchanged(returned: Any) -> Any:
+    return returned
+
+
+@dataclass
+class Decision:
+    """Whether a call is made.
+
+    Attributes:
+        output: what the network returns without running; None: it must run.
+        reason: why it must run; "" otherwise.
+        end: takes what the network returned, and gives what its caller gets.
+    """
+
+    output: Any = None
+    reason: str = ""
+    end: Callable[[Any], Any] = _unchanged
+
+
+class Forecaster:
+    """The forecasts of one run, of any number of images.
+
+    Args:
+        family: the adapter of the network.
+        noise: how noisy the latents are at a timestep.
+        tolerance: how far all forecasts of the run together may be expected to change the latents, relative to these.
+    """
+
+    def __init__(self, family: Family, noise: NoiseSchedule, tolerance: float) -> None:
+        self._family = family
+        self._noise = noise
+        self._tolerance = tolerance
+        self._trajectories: list[Trajectory] = []
+        self._channels: int | None = None  # that are denoised; known from the first output
+
+    def decide(self, inputs: Inputs, position: Position) -> Decision:
+        """Whether a call is made."""
+        if reason := self._never(inputs, position):
+            return Decision(reason=reason)
+        trajectory = self._trajectory(inputs.latents, position)
+        found = trajectory.matching(inputs)
+        series = found[0] if found else Series(inputs.clone(), position.index)
+        if not found:
+            trajectory.series.append(series)
+        jumped = series.take_added(inputs.moving[1:])
+        reason = "what a ControlNet adds has changed" if jumped else self._reason(trajectory, series, position)
+        if any(not torch.equal(each.clean, series.clean) for each in found):
+            reason = "calls that look the same differ"
+        series.index = position.index
+        if reason:
+            return Decision(reason=reason, end=partial(self._learn, trajectory, series, position))
+        return Decision(self._forecast(trajectory, series, position))
+
+    def expects(self, inputs: Inputs, position: Position) -> bool:
+        """Whether the calls that continue those of the step before, with these latents, will be forecast."""
+        if self._never(inputs, position):
+            return False
+        trajectory = self._trajectory(inputs.latents, position)
+        waiting = [each for each in trajectory.series if each.index < position.index]
+        return bool(waiting) and not any(self._reason(trajectory, each, position) for each in waiting)
+
+    def _never(self, inputs: Inputs, position: Position) -> str:
+        """Why no call at a position is forecast; "" if one may be."""
+        if torch.is_grad_enabled() or not inputs.readable or math.isnan(position.time):
+            return "gradients are recorded, or values unreadable"
+        if position.entry is not None and position.entry.are_in_pairs:
+            return "the sampler repeats its timesteps"
+        if position.entry is not None and position.entry.values[0] <= 1:
+            return "the timesteps are not on a scale from 1000 to 0"
+        if position.entry is not None and position.entry.rises:
+            return "the timesteps rise, as in inversion"
+        if position.count < FEWEST_STEPS:
+            return f"nothing is skipped in runs of fewer than {FEWEST_STEPS} steps"
+        return ""
+
+    def _reason(self, trajectory: Trajectory, series: Series, position: Position) -> str:
+        """Why a call is not forecast; "" if it is."""
+        if position.is_last or position.passed < 2 or not position.count >= FEWEST_STEPS:
+            return "the first two steps and the last are computed"
+        if trajectory.fit is None or len(series.computed) < 2:
+            return "the latents or their conditions are not those of a run so far"
+        if trajectory.is_surprising:
+            return "the latents were edited"
+        if len(series.forecast) == min(MAX_SKIPPED, len(series.computed) - 1):
+            return f"no more than {MAX_SKIPPED} steps in a row are skipped, and one after the first two"
+        if trajectory.is_rough:
+            return "the solver weighs several earlier steps, and would magnify errors"
+        steps = [now - later for now, later in pairwise(position.times_around)]
+        if any(later > LONGER * now for now, later in pairwise(steps)):
+            return "the next steps are much longer"
+        if not self._error(series, position) <= self._tolerance * (OUTPUT + trajectory.fit.new):
+            return "forecasts were not accurate enough"
+        change = self._change(series, position)
+        allowed = self._tolerance * (1 / position.count + NOISE * trajectory.fit.new)
+        return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
+
+    def _error(self, series: Series, position: Position) -> float:
+        """The expected error of a forecast output, relative to the latents."""
+        noise = self._noise(position.time)
+        return series.expected_error(position.time, noise.log_ratio) * abs(noise.clean_factor)
+
+    def _change(self, series: Series, position: Position) -> float:
+        """By how much a forecast is expected to change the latents in the end, relative to these."""
+        if position.next_time == position.time:
+            return math.inf
+        noise = self._noise(position.time)
+        taken = (1 - self._kept(position)) * self._noise(position.next_time).alpha
+        growth = GROWTH[0] + GROWTH[1] * noise.sigma
+        return series.expected_error(position.time, noise.log_ratio) * taken * growth
+
+    def _kept(self, position: Position) -> float:
+        """The factor of the latents in the next ones, on a scale where the clean image has the factor 1 in both."""
+        if position.is_last:
+            return 0.0
+        now, later = (self._noise(time).log_ratio for time in (position.time, position.next_time))
+        return math.exp(min(now - later, 0.0))
+
+    def _forecast(self, trajectory: Trajectory, series: Series, position: Position) -> Any:
+        """What the network would return, in the form in which it last did."""
+        series.owed += self._change(series, position)
+        series.clean = series.extrapolated(position.time)
+        noise = self._noise(position.time)
+        series.forecast.append((Seen(position.time, noise.log_ratio, series.clean), self._kept(position)))
+        output = noise.output(trajectory.latents, series.clean)
+        return self._family.returned(series.template, output)
+
+    def _learn(self, trajectory: Trajectory, series: Series, position: Position, returned: Any) -> Any:
+        """Learn from what a call returned; gives it back, changed so that it makes up for forecasts before it."""
+        if len(returned) != 1:
+            return returned
+        output = self._family.output(returned, trajectory.latents)
+        self._channels = min(output.shape[1], trajectory.latents.shape[1])
+        trajectory.narrow(self._channels)
+        latents, noise, kept = trajectory.latents, self._noise(position.time), self._kept(position)
+        seen = Seen(position.time, noise.log_ratio, noise.clean(latents, output[:, : self._channels]))
+        better = series.see(seen, norms(latents), kept, not trajectory.is_rough)
+        series.template, series.clean, series.owed = returned, seen.image if better is None else better, 0.0
+        return returned if better is None else self._family.returned(returned, noise.output(latents, better))
+
+    def _trajectory(self, latents: Tensor, position: Position) -> Trajectory:
+        """The image that `latents` belong to, or a new one."""
+        for trajectory in self._trajectories:
+            if trajectory.is_at(latents, position):
+                return trajectory
+        fits = [(fit, each) for each in self._trajectories if (fit := each.fit_to(latents, position))]
+        fits.sort(key=lambda pair: pair[0].new)
+        if not fits or (len(fits) > 1 and fits[1][0].new < 2 * fits[0][0].new + 1e-3):
+            return self._begin(latents, position)
+        fit, trajectory = fits[0]
+        trajectory.advance(latents, position, fit)
+        return trajectory
+
+    def _begin(self, latents: Tensor, position: Position) -> Trajectory:
+        trajectory = Trajectory.begin(latents, self._channels or latents.shape[1], position)
+        awaited = [each for each in self._trajectories if each.position.index >= position.index - PATIENCE]
+        self._trajectories = [*awaited, trajectory]
+        while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:
+            del self._trajectories[0]
+        return trajectory

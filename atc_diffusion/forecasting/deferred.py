@@ -1,0 +1,120 @@
+"""Puts off the calls of a ControlNet whose network will probably not run: they are made when someone reads them.
+
+What is put off looks like the tensors that the ControlNet returns. A network that is forecast never reads them. Whoever
+does, such as a caller that keeps them for a later step, gets what the ControlNet returns.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from atc_diffusion.calls.inputs import Inputs
+
+MAX_CONDITIONS = 256  # that were seen computed; a loop over more of them forgets the oldest
+
+
+class DeferredTensor(Tensor):
+    """A tensor whose values are made when they are read first.
+
+    Sums and products of such tensors, as of several ControlNets, are put off too.
+    """
+
+    _make: Callable[[], Tensor] | None
+    _value: Tensor | None
+    _derived: list["weakref.ref[DeferredTensor]"]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device, make: Callable[[], Tensor]) -> "DeferredTensor":
+        made = Tensor._make_wrapper_subclass(cls, like.size(), like.stride(), dtype=like.dtype, device=device)
+        made._make, made._value, made._derived = make, None, []
+        return made
+
+    def realized(self) -> Tensor:
+        if self._value is None:
+            assert self._make is not None
+            self._value, self._make = self._make(), None
+        return self._value
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor):
+            x, y = args[:2]
+            are_put_off = all(isinstance(each, DeferredTensor | int | float) for each in (x, y))
+            if are_put_off and isinstance(x, Tensor) and getattr(y, "shape", x.shape) == x.shape:
+                made = DeferredTensor(x, x.device, lambda: func(*realized(args), **kwargs))
+                for each in (x, y):
+                    if isinstance(each, DeferredTensor):
+                        each._derived.append(weakref.ref(made))
+                return made
+        if func._schema.is_mutable:
+            tree_map_only(DeferredTensor, _realize_derived, (args, kwargs))
+        return func(*realized(args), **realized(kwargs))
+
+
+def realized(values: Any) -> Any:
+    """Nested values with tensors that have been made."""
+    return tree_map_only(DeferredTensor, DeferredTensor.realized, values)
+
+
+def is_deferred(values: Any) -> bool:
+    """Whether there is something among nested values that is put off."""
+    return any(isinstance(leaf, DeferredTensor) for leaf in tree_leaves(values))
+
+
+def _realize_derived(tensor: DeferredTensor) -> None:
+    """Make what is to be made of a tensor before that changes."""
+    for reference in tensor._derived:
+        if (derived := reference()) is not None:
+            derived.realized()
+
+
+class Deferrals:
+    """The calls of a ControlNet in one run."""
+
+    def __init__(self) -> None:
+        self._computed: list[Inputs] = []
+        self._returned: dict[object, Any] = {}
+
+    def put_off(self, inputs: Inputs, call: Callable[[], Any]) -> Any:
+        """What `call` returns, put off; None if no call with these conditions was computed yet."""
+        template = self._returned.get(inputs.kind)
+        if template is None or not any(earlier.same_conditions(inputs) for earlier in self._computed):
+            return None
+        made = _Made(call)
+        leaves, spec = tree_flatten(template)
+        put_off = [
+            DeferredTensor(leaf, inputs.latents.device, partial(made.value, index)) for index, leaf in enumerate(leaves)
+        ]
+        return tree_unflatten(put_off, spec)
+
+    def remember(self, inputs: Inputs, returned: Any) -> Any:
+        """That a call with these inputs was computed; gives back what it returned."""
+        if torch.is_grad_enabled():  # nothing is put off in training
+            return returned
+        if not any(earlier.same_conditions(inputs) for earlier in self._computed):
+            self._computed = [*self._computed[1 - MAX_CONDITIONS :], inputs.clone()]
+        self._returned[inputs.kind] = tree_map_only(Tensor, _like, returned)
+        return returned
+
+
+class _Made:
+    """What a call returns, made once."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._values: list[Any] = []
+
+    def value(self, index: int) -> Any:
+        if not self._values:
+            self._values = tree_leaves(self._call())
+        return self._values[index]
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")

@@ -1,0 +1,152 @@
+"""The clean images that a network saw of one image under one condition, and where they go next."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atc_diffusion.calls.inputs import Inputs
+
+MAX_SKIPPED = 2  # calls in a row that may be forecast
+MAX_MENDED = 0.05  # of the norm of the latents: what a computed output is changed by to make up for forecasts
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A clean image `[B, C, ...]`, float32, and when the network saw it: the timestep and log(alpha / sigma)."""
+
+    time: float
+    log_ratio: float
+    image: Tensor
+
+
+@dataclass
+class Series:
+    """The calls for one image under one condition, such as a prompt.
+
+    Attributes:
+        inputs: of its first call.
+        index: the step of its last call.
+        computed: what the network saw in its last computed calls, the newest last.
+        forecast: what it was forecast to see in the calls since, with the factor of the latents in each step.
+        clean: of its last call, computed or forecast.
+        template: what the network last returned; a forecast has the same form.
+        error: of the last forecast that was compared, relative to the latents of the worst item.
+        reach: how far that reached, as a change of the timestep and of log(alpha / sigma).
+        owed: the change of the latents that is expected from the calls that were forecast since.
+        added: what a ControlNet added in the last call; each `[B, C, ...]`.
+        added_change: the largest relative change of that from one step to the next so far; None at the first.
+    """
+
+    inputs: Inputs
+    index: int
+    computed: list[Seen] = field(default_factory=list)
+    forecast: list[tuple[Seen, float]] = field(default_factory=list)
+    clean: Tensor | None = None
+    template: Any = None
+    error: float = math.inf
+    reach: tuple[float, float] = (1.0, 1.0)
+    owed: float = 0.0
+    added: tuple[Tensor, ...] = ()
+    added_change: float | None = None
+
+    def take_added(self, added: tuple[Tensor, ...]) -> bool:
+        """Take in what a ControlNet adds to a call; whether that has changed much more than from step to step before.
+
+        What was put off is not among it: a ControlNet is put off only as long as its own conditions stay.
+        """
+        if not added:
+            return False
+        before, self.added = self.added, tuple(x.float().clone() for x in added)
+        if [x.shape for x in added] != [x.shape for x in before]:
+            return False
+        pairs = zip(self.added, before, strict=True)
+        change = float(torch.stack([(norms(new - old) / norms(old).clamp(min=TINY)).max() for new, old in pairs]).max())
+        usual, self.added_change = self.added_change, max(change, self.added_change or 0.0)
+        return usual is not None and not change <= 2 * usual + 0.05
+
+    def extrapolated(self, time: float) -> Tensor:
+        """The clean image expected at `time`: the last one, moving on as the change before the last let expect.
+
+        The factor by which the change before would have had to be multiplied to give the last one is near 1 with
+        deterministic samplers, and near 0 where a sampler adds noise.
+        """
+        *earlier, last = self.computed
+        if not earlier:
+            return last.image
+        velocity = _velocity(earlier[-1], last)
+        if len(earlier) > 1:
+            before = _velocity(earlier[-2], earlier[-1])
+            factor = _dot(velocity, before) / _dot(before, before).clamp(min=TINY)
+            velocity = velocity * per_item(factor.clamp(0, 1), velocity)
+        return last.image + velocity * (time - last.time)
+
+    def expected_error(self, time: float, log_ratio: float) -> float:
+        """Of the forecast for `time`, relative to the latents; of the worst item.
+
+        Errors grow with how far a forecast reaches, by either measure, and once more where it reaches further than the
+        change that it goes by.
+        """
+        before, last = self.computed[-2:]
+        reach, base = abs(time - last.time), abs(last.time - before.time)
+        further = max(reach / self.reach[0], abs(log_ratio - last.log_ratio) / self.reach[1])
+        return self.error * further * max(1.0, reach / base)
+
+    def see(self, seen: Seen, size: Tensor, factor: float, is_smooth: bool) -> Tensor | None:
+        """Take in what a computed call saw.
+
+        The calls that were forecast before it can now be interpolated, and so the samplers' latents are known to be
+        off. What the next step takes from the output can make up for that.
+
+        Args:
+            seen: the clean image.
+            size: the norm of each item's latents, `[B]`.
+            factor: of the latents in the step that follows, in which the clean image has the factor `1 - factor`.
+            is_smooth: whether the sampler bears an output that jumps.
+
+        Returns:
+            the clean image that makes up for earlier forecasts; None if there is nothing to make up for.
+        """
+        if self.computed and seen.time != self.computed[-1].time:
+            last = self.computed[-1]
+            self.error = float((norms(seen.image - self.extrapolated(seen.time)) / size.clamp(min=TINY)).max())
+            self.reach = abs(seen.time - last.time), max(abs(seen.log_ratio - last.log_ratio), TINY)
+        self.computed = [*self.computed[-2:], seen]
+        off, self.forecast = self._off(), []
+        if off is None or not is_smooth or not 0 < factor < 1:
+            return None
+        off = off * (factor / (1 - factor))
+        limit = (MAX_MENDED * size / norms(off).clamp(min=TINY)).clamp(max=1)
+        return seen.image - off * per_item(limit, off)
+
+    def _off(self) -> Tensor | None:
+        """How far off the latents are because of the calls that were forecast, as a clean image is."""
+        if not self.forecast:
+            return None
+        before, now = self.computed[-2:]
+        off = torch.zeros_like(now.image)
+        for seen, factor in self.forecast:
+            place = (seen.time - before.time) / (now.time - before.time) if now.time != before.time else 1.0
+            off = factor * off + (1 - factor) * (seen.image - torch.lerp(before.image, now.image, place))
+        return off
+
+
+def _velocity(before: Seen, after: Seen) -> Tensor:
+    return (after.image - before.image) / (after.time - before.time)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x.flatten(1) * y.flatten(1)).sum(dim=1)
+
+
+def norms(x: Tensor) -> Tensor:
+    """Of each item, `[B]`."""
+    return x.flatten(1).norm(dim=1)
+
+
+def per_item(values: Tensor, x: Tensor) -> Tensor:
+    """Values `[B]` in a shape that multiplies the items of `x`."""
+    return values.to(x).reshape(-1, *[1] * (x.ndim - 1))

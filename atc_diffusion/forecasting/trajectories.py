@@ -1,0 +1,195 @@
+"""One image on its way from noise: which calls continue it, and what its sampler makes of outputs.
+
+The latents of a step are made of those of the step before, of the clean images that the network saw then (of several
+parts of guidance, as a weighted sum), of those of earlier steps if the solver has a memory, and of new noise. A least
+squares fit tells these apart. It needs their inner products alone, so a step reads few numbers from the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atc_diffusion.calls.inputs import Inputs
+from atc_diffusion.calls.position import Position
+from atc_diffusion.forecasting.series import Series
+
+PATIENCE = 3  # steps that an image, or one of its conditions, may be away: guidance may skip some
+MEMORY = 3  # earlier clean images that solvers of up to fourth order use
+SIGNIFICANT = 6  # standard deviations of the correlation of independent noise
+LEAST_KEPT = 0.1  # correlation
+EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
+EXACT = 1e-9  # of the square of the latents' norm: a remainder that is rounding
+SMOOTH = 3.0  # the largest roughness with which forecasts do no harm
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How latents are made of those of the step before.
+
+    Attributes:
+        kept: the correlation of what is left of the noise in both; of the worst image.
+        new: the norm of what the step before does not explain, relative to the latents; of the worst image.
+        roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
+    """
+
+    kept: float
+    new: float
+    roughness: float
+
+
+@dataclass
+class Trajectory:
+    """One image, or a batch of images that are drawn together.
+
+    Attributes:
+        position: of its last call.
+        latents: those of its last call, `[B, C, ...]`, float32.
+        conditions: channels beside the denoised ones, such as a mask, `[B, ...]`.
+        parts: how many times the batch repeats the same latents, as parts of guidance do.
+        series: one for each condition.
+        past: the clean images of earlier steps, the newest first, each for all parts of guidance, `[M, C, ...]`.
+        fit: of the last step; None at the first.
+        usual: the largest `Fit.new` of the steps before that.
+        roughness: the largest `Fit.roughness` so far.
+    """
+
+    position: Position
+    latents: Tensor
+    conditions: Tensor
+    parts: int
+    series: list[Series] = field(default_factory=list)
+    past: list[list[Tensor]] = field(default_factory=list)
+    fit: Fit | None = None
+    usual: float = math.inf
+    roughness: float = 1.0
+
+    @classmethod
+    def begin(cls, latents: Tensor, channels: int, position: Position) -> "Trajectory":
+        return cls(position, *_split(latents, channels), equal_parts(latents))
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether the solver weighs several earlier steps, and so errors that alternate much more than others.
+
+        Adams-Bashforth of fourth order, as in PLMS, weighs them 6.7 times as much, and DPM-Solver++ 2M twice. How far
+        a memory reaches is not known before it is full.
+        """
+        return self.roughness > SMOOTH or (self.roughness > 1 and len(self.past) < MEMORY)
+
+    def narrow(self, channels: int) -> None:
+        """Learn, of the first output, how many channels are denoised; the others are conditions."""
+        if channels < self.latents.shape[1]:
+            self.conditions = torch.cat([self.latents[:, channels:].to(self.conditions), self.conditions], dim=1)
+            self.latents = self.latents[:, :channels]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that it keeps, all of about one size."""
+        past = sum(x.numel() for each in self.past for x in each)
+        return (self.latents.numel() * (2 + 4 * len(self.series)) + past) * 4
+
+    @property
+    def is_surprising(self) -> bool:
+        """Whether more of the present latents is new than at any step before, as after an edit."""
+        return self.fit is not None and self.fit.new > 2 * self.usual + 0.02
+
+    def is_at(self, latents: Tensor, position: Position) -> bool:
+        """Whether a call with `latents` is of the present step of this image, as for another condition."""
+        return position.index == self.position.index and self._continues(latents) and self._has(latents)
+
+    def fit_to(self, latents: Tensor, position: Position) -> Fit | None:
+        """How the `latents` of a later step would be made of this image; None if they are of something else."""
+        parts = self._parts()
+        if not self.position.index < position.index <= self.position.index + PATIENCE:
+            return None
+        if not parts or not self._continues(latents):
+            return None
+        images = len(latents) // self.parts
+        now, conditions = _split(latents, self.latents.shape[1])
+        if not torch.equal(conditions, self.conditions):
+            return None
+        past = [each for each in self.past if len(each) == len(parts)]
+        fit = _fit(self.latents[:images], [parts, *past], now[:images])
+        enough = max(SIGNIFICANT / math.sqrt(now[0].numel()), LEAST_KEPT)
+        return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
+
+    def advance(self, latents: Tensor, position: Position, fit: Fit) -> None:
+        """Come to the latents of a later step."""
+        self.usual = fit.new if self.fit is None else max(self.fit.new, self.usual if self.usual < math.inf else 0.0)
+        self.past = [self._parts(), *self.past][:MEMORY]
+        self.fit, self.position, self.parts = fit, position, equal_parts(latents)
+        self.roughness = max(self.roughness, fit.roughness)
+        self.latents, self.conditions = _split(latents, self.latents.shape[1])
+        self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
+
+    def matching(self, inputs: Inputs) -> list[Series]:
+        """The conditions that no call of this step has had yet and that a call with these inputs may continue."""
+        waiting = [each for each in self.series if each.index < self.position.index]
+        return [each for each in waiting if each.inputs.same_conditions(inputs)]
+
+    def _continues(self, latents: Tensor) -> bool:
+        """Whether latents are of this shape."""
+        channels = self.latents.shape[1] + self.conditions.shape[1]
+        return latents.shape == (len(self.latents), channels, *self.latents.shape[2:])
+
+    def _has(self, latents: Tensor) -> bool:
+        now, conditions = _split(latents, self.latents.shape[1])
+        return torch.equal(now, self.latents) and torch.equal(conditions, self.conditions)
+
+    def _parts(self) -> list[Tensor]:
+        """The clean images that the sampler got at the last step, one for each part of guidance, `[M, C, ...]`."""
+        last = [each.clean for each in self.series if each.index == self.position.index and each.clean is not None]
+        return [part for clean in last for part in clean.chunk(self.parts)]
+
+
+def equal_parts(latents: Tensor) -> int:
+    """How many times the batch repeats the same latents, as parts of guidance do."""
+    sizes = [parts for parts in range(4, 1, -1) if len(latents) % parts == 0]
+    return next((n for n in sizes if all(torch.equal(latents.chunk(n)[0], x) for x in latents.chunk(n)[1:])), 1)
+
+
+def _split(latents: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Copies of the denoised channels, float32, and of the others."""
+    return latents[:, :channels].detach().float().clone(), latents[:, channels:].detach().clone()
+
+
+def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> Fit | None:
+    """Least squares of `target` by the latents before it and by clean images of `steps`, the newest first.
+
+    All tensors are `[M, ...]`, and all steps have as many clean images, one for each part of guidance.
+    """
+    columns = [latents, *chain.from_iterable(steps), target]
+    flat = torch.stack([column.flatten(1) for column in columns], dim=1)  # [M, K, D]
+    flat = flat if flat.device.type == "mps" else flat.double()  # which has no float64
+    products = (flat @ flat.mT).double().cpu().numpy()
+    if not np.isfinite(products).all() or not products[:, -1, -1].all():
+        return None
+    fits = [_fit_one(each / each[-1, -1], len(steps)) for each in products]
+    return Fit(min(fit.kept for fit in fits), max(fit.new for fit in fits), max(fit.roughness for fit in fits))
+
+
+def _fit_one(products: NDArray[np.float64], steps: int) -> Fit:
+    """Of one image, from the inner products `[K, K]` of all columns, relative to the last one's square."""
+    parts = (len(products) - 2) // steps
+    _, without = _solve(products, range(1, 1 + parts))
+    weights, new = _solve(products, range(1 + parts))
+    kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
+    longer, rest = _solve(products, range(len(products) - 1))
+    if new > EXACT and rest < 0.1 * new:  # the past explains what the present does not: the solver has a memory
+        of_steps = longer[1:].reshape(steps, parts).sum(axis=1)
+        return Fit(kept, math.sqrt(rest), float(np.abs(of_steps).sum() / max(abs(of_steps.sum()), 1e-9)))
+    return Fit(kept, math.sqrt(new), 1.0)
+
+
+def _solve(products: NDArray[np.float64], columns: Sequence[int]) -> tuple[NDArray[np.float64], float]:
+    """The weights of these columns in the last one, and the square of what they leave, relative to its own."""
+    matrix, right = products[np.ix_(columns, columns)], products[columns, -1]
+    scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+    weights = np.linalg.lstsq(matrix / np.outer(scale, scale), right / scale, rcond=1e-12)[0] / scale
+    return weights, max(float(1 - 2 * weights @ right + weights @ matrix @ weights), 0.0)

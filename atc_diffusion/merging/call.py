@@ -1,0 +1,200 @@
+"""The state of one call of a network, which the hooks inside the network find, whichever thread they run in."""
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from atc_diffusion.adapters import MergedCall
+from atc_diffusion.adapters.obstacles import Limit
+from atc_diffusion.calls.position import is_transformed
+from atc_diffusion.calls.state import version
+from atc_diffusion.forecasting import Decision
+from atc_diffusion.merging.reuse import CachedClusters
+from atc_diffusion.report import RunLog
+
+
+@dataclass
+class Call:
+    """One call of a network.
+
+    Attributes:
+        owner: the patch of the network.
+        network: the network, or a replica of it.
+        kept: how many queries and how many keys are kept, by level.
+        fewest: the fewest that its clusters will be asked for, by level.
+        timestep: scalar tensor.
+        log: of the run that the call is part of.
+        size: height and width of the latents.
+        after: how many tokens follow the image's in the sequences of its attentions.
+        items: how many images attend to themselves: the batch, times its frames.
+        step: which step of its run it is, from 0.
+        clusters: those that it reuses; missing ones are added.
+        limits: the layers that merge less than was asked for, and why.
+        outer: the call of another network within which this network was called.
+        decision: whether it runs, and what its caller gets.
+        times_called: how often each layer's attention has been called so far.
+        hidden_states: the input of each layer's block.
+        merges: what was merged, by layer.
+        clustered: the layers that were clustered in this call.
+        frame: in which PyTorch calls the network, by its identity.
+        entered: whether the network's forward has been called.
+        running: whether the network has not returned yet.
+        is_repeated: whether a gradient checkpoint makes it again.
+    """
+
+    owner: object
+    network: nn.Module
+    kept: dict[int, tuple[int, int]]
+    fewest: dict[int, int]
+    timestep: Tensor
+    log: RunLog
+    size: tuple[int, int]
+    after: int
+    items: int
+    step: int
+    clusters: CachedClusters
+    limits: dict[str, Limit]
+    outer: "Call | None" = None
+    decision: Decision = field(default_factory=Decision)
+    times_called: dict[str, int] = field(default_factory=dict)
+    hidden_states: dict[str, Tensor] = field(default_factory=dict)
+    merges: dict[str, MergedCall] = field(default_factory=dict)
+    clustered: dict[str, bool] = field(default_factory=dict)
+    frame: int = field(default_factory=lambda: frame_of_call())
+    entered: bool = False
+    running: bool = True
+    is_repeated: bool = False
+
+    def repeated(self, network: nn.Module, outer: "Call | None") -> "Call":
+        """The same call made again, of which nothing is done yet."""
+        return Call(
+            self.owner, network, self.kept, self.fewest, self.timestep, self.log, self.size, self.after, self.items,
+            self.step, self.clusters, self.limits, outer, is_repeated=True,
+        )  # fmt: skip
+
+
+class _Present(threading.local):
+    """The call that a thread is in. PyTorch traces this in all versions; a `ContextVar` only in the newest."""
+
+    def __init__(self) -> None:
+        self._call: weakref.ref[Call] | None = None
+
+    @property
+    def call(self) -> Call | None:
+        return None if self._call is None else self._call()
+
+    @call.setter
+    def call(self, call: Call | None) -> None:
+        self._call = None if call is None else weakref.ref(call)
+
+
+present = _Present()
+
+
+def present_call(owner: object) -> Call | None:
+    """The call of this owner that a thread is in, or that a checkpoint recomputes; None outside of any.
+
+    An interruption such as Ctrl-C passes hooks by, and leaves its call behind.
+    """
+    call = present.call
+    if call is None or call.owner is not owner or torch.compiler.is_compiling():
+        return call if call is not None and call.owner is owner else None
+    return call if not call.running or call.frame in _frames() else None
+
+
+def frame_of_call() -> int:
+    """The frame in which PyTorch calls the network whose hook this is called from; 0 if that is not found."""
+    return next(_frames(), 0)
+
+
+def _frames() -> Iterator[int]:
+    """The frames on the stack in which PyTorch calls a module, from the inside out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            yield id(frame)
+        frame = frame.f_back
+
+
+def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None:
+    """The call that a layer's block is in, or was in if a checkpoint recomputes it; None outside of any."""
+    call = present_call(owner)
+    if torch.compiler.is_compiling() or is_transformed(hidden_states):
+        return call
+    place = owner, layer, hidden_states.storage_offset(), hidden_states.shape
+    if call is not None and call.running:
+        _blocks.setdefault(hidden_states.untyped_storage(), {})[place] = call, call.times_called.get(layer, 0)
+        return call
+    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place)
+    if known is None:
+        return None
+    call, times_called = known
+    call.times_called[layer] = times_called
+    present.call = call
+    return call
+
+
+def leave_block() -> None:
+    """End what `enter_block` recalled; also where a checkpoint stops a block half-way by an exception."""
+    call = present.call
+    if call is not None and not call.running:
+        present.call = None
+
+
+def is_recomputing() -> bool:
+    """Whether a gradient checkpoint repeats a call: nothing else calls networks within a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Memory:
+    """What calls of one network merged, by their latents, for gradient checkpoints that repeat whole calls.
+
+    A checkpoint keeps the latents, or the graph that it will recompute: each call is remembered as long as either.
+    """
+
+    def __init__(self) -> None:
+        self._by_latents: WeakKeyDictionary[torch.UntypedStorage, dict[object, Call]] = WeakKeyDictionary()
+        self._by_value: WeakValueDictionary[object, Call] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and what is read from a file, remember nothing."""
+        return Memory, ()
+
+    def add(self, call: Call, latents: Tensor, time: float) -> None:
+        if is_transformed(latents):
+            return
+        self._by_latents.setdefault(latents.untyped_storage(), {})[_place(latents, time)] = call
+        if torch.is_grad_enabled():
+            self._by_value[_value(latents, time)] = call
+
+    def find(self, latents: Tensor, time: float) -> Call | None:
+        """The call that one with these latents repeats."""
+        known = self._by_latents.get(latents.untyped_storage(), {}).get(_place(latents, time))
+        return known or self._by_value.get(_value(latents, time))
+
+
+def keep_with_graph(call: Call, returned: Any) -> None:
+    """Keep a call as long as the graph of what it returned."""
+    if isinstance(returned[0], Tensor) and returned[0].grad_fn is not None:
+        returned[0].grad_fn.metadata[id(call)] = call
+
+
+# By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.
+_blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
+
+
+def _place(x: Tensor, time: float) -> object:
+    return x.storage_offset(), x.shape, version(x), time
+
+
+def _value(x: Tensor, time: float) -> object:
+    some = x.detach().flatten()[:: x.numel() // 64 + 1].tolist()
+    return x.shape, time, *some

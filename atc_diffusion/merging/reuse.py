@@ -1,0 +1,97 @@
+"""Which clusters serve a call. Knows nothing of tokens or models.
+
+Clusters are reused by content: by calls whose inputs continue those that the clusters were made from.
+"""
+
+from dataclasses import dataclass, field
+
+from atc_diffusion.adapters.noise import TRAINED
+from atc_diffusion.calls.inputs import Inputs, Sharing, changes
+from atc_diffusion.calls.position import Position
+from atc_diffusion.clustering.tree import Cuttable
+from atc_diffusion.merge_map import MergeMap
+
+PATIENCE = 3  # steps for which clusters wait to serve again: forecasting may skip two in a row, guidance one
+MAX_SOURCES = 128  # a loop that never leaves its timestep forgets its oldest clusters here,
+MAX_BYTES = 2**26  # or where the inputs that are kept to compare with fill 64 MiB
+
+
+@dataclass(frozen=True)
+class CachedClusters:
+    """The clusters made from the tokens of one call.
+
+    Attributes:
+        sharing: which items of the batch share clusters; None: each has its own.
+        trees: by the name of what they cluster.
+        maps: cuts of these trees, by that name and the number of clusters.
+    """
+
+    sharing: Sharing | None = None
+    trees: dict[object, Cuttable] = field(default_factory=dict)
+    maps: dict[tuple[object, int], MergeMap] = field(default_factory=dict)
+
+    def keep_maps(self, counts: set[int]) -> None:
+        """Forget the cuts of other `counts`, so that a schedule of fractions does not pile them up."""
+        for key in [key for key in self.maps if key[1] not in counts]:
+            del self.maps[key]
+
+
+@dataclass
+class Source:
+    """What clusters were made from, and the last step at which they served."""
+
+    inputs: Inputs
+    time: float
+    clusters: CachedClusters
+    served: int
+
+
+class ClusterCache:
+    """The clusters of one run that may serve again."""
+
+    def __init__(self) -> None:
+        self._sources: list[Source] = []
+
+    def find(self, inputs: Inputs, position: Position, threshold: float, share_guidance: bool) -> CachedClusters:
+        """Clusters for a call: those whose inputs have since changed by at most `threshold`, or new ones."""
+        if not inputs.readable:
+            return CachedClusters()
+        self._sources = [each for each in self._sources if position.index - each.served <= PATIENCE]
+        source = self._continued(inputs, position.time, threshold)
+        if source is not None:
+            source.served = position.index
+            return source.clusters
+        clusters = self._shared(inputs, position) if share_guidance else CachedClusters()
+        if threshold:
+            self._keep(Source(inputs.clone(), position.time, clusters, position.index))
+        return clusters
+
+    def _continued(self, inputs: Inputs, time: float, threshold: float) -> Source | None:
+        """The source nearest to `inputs`, if it is near enough, in the latents and in how noisy they are said to be."""
+        candidates = [
+            source
+            for source in self._sources
+            if source.inputs.kind == inputs.kind and not abs(source.time - time) > 2 * threshold * TRAINED
+        ]
+        if not candidates:
+            return None
+        distances = changes(inputs, [source.inputs for source in candidates])
+        nearest = min(distances)
+        return candidates[distances.index(nearest)] if nearest <= threshold else None
+
+    def _shared(self, inputs: Inputs, position: Position) -> CachedClusters:
+        """Clusters for all parts of guidance, which have equal latents, in one batch or in calls one after another.
+
+        At the first step, so have different prompts of one seed.
+        """
+        if not position.passed:
+            return CachedClusters()
+        for source in self._sources:
+            if source.time == position.time and source.inputs.same_latents(inputs):
+                return source.clusters
+        return CachedClusters(Sharing.of(inputs.latents))
+
+    def _keep(self, source: Source) -> None:
+        self._sources = [*self._sources[1 - MAX_SOURCES :], source]
+        while len(self._sources) > 1 and sum(each.inputs.num_bytes for each in self._sources) > MAX_BYTES:
+            del self._sources[0]
