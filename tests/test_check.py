@@ -20,6 +20,7 @@ from atc_diffusion.testing import TINY_NETWORKS
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_on_the_cpu(monkeypatch, capsys):
     one_linkage = partial(check_clusterings, linkages=["average"])
     monkeypatch.setattr(checks, "CHECKS", (one_linkage, *checks.CHECKS[1:]))

@@ -45,6 +45,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_whole_unet_compiles_without_a_graph_break(unet):
     before = unet(*inputs(0)).sample
@@ -69,6 +70,7 @@ def test_every_form_is_traced_whole_and_never_again(unet, config):
         assert close(compiled(*inputs(2)).sample, expected[2])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reuse_compiles_whole_and_settles(unet):
     """Within the first clustering that knows the guidance's parts, here the fourth step at the latest."""
@@ -84,6 +86,7 @@ def test_reuse_compiles_whole_and_settles(unet):
             assert close(compiled(latents + t / 1000, t, prompt).sample, output)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_another_size_compiles(unet):
     apply_patch(unet, r=0.5, r_keys=0.2)
@@ -101,6 +104,7 @@ def test_regional_compilation_works_after_patching(unet):
     assert close(unet(*inputs(0)).sample, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_patching_a_compiled_unet_takes_effect_and_so_does_removal(unet, wrapped):

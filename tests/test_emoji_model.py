@@ -29,6 +29,7 @@ def picture(thing: str) -> Image.Image:
     return Image.open(MODEL / "pictures" / f"{thing.replace(' ', '_')}.webp")
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_without_a_warning():
     command = [sys.executable, "-c", LOAD.format(model=str(MODEL))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -58,6 +59,7 @@ def four_steps(pipe: StableDiffusionPipeline, guidance: float) -> torch.Tensor:
     return pipe(THINGS[0], generator=generator, **arguments).images
 
 
+@pytest.mark.slow
 def test_four_steps_of_the_lora_need_no_guidance():
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)

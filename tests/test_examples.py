@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_the_readmes_code_runs_without_a_warning(block):
     """In a new process, where libraries warn that do so once only."""
@@ -30,6 +31,7 @@ def test_the_readmes_files_exist():
     assert all((ROOT / link).exists() for link in links)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [[], ["--r", "0.5", "--r-keys", "0.25", "--linkage", "ward"]])
 def test_generate_draws_a_labelled_image_and_prints_the_fidelity(tmp_path, capsys, setting):
     out = tmp_path / "a.png"
@@ -60,6 +62,7 @@ generate.main()
 """
 
 
+@pytest.mark.slow
 def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
     options = ["--steps", "3", "--size", "64", "--prompt", "fox", "--r", "0.5"]
     done = subprocess.run(

@@ -149,7 +149,14 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("heading", [heading for heading in RECIPES if heading not in SPECIAL])
+@pytest.mark.parametrize(
+    "heading",
+    [
+        pytest.param(heading, marks=[pytest.mark.slow] * (heading == "torch.compile"))
+        for heading in RECIPES
+        if heading not in SPECIAL
+    ],
+)
 def test_the_recipe_draws_a_merged_image(run, heading):
     variables = run(heading)
     images = variables.get("images") or [variables["image"]]

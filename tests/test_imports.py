@@ -27,6 +27,7 @@ def heavy(modules: set[str]) -> set[str]:
     return {name for name in modules if name.split(".")[0] in HEAVY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code", ["from atc_diffusion import agglomerate, MergeMap", "import atc_diffusion; atc_diffusion.ATCConfig.fast()"]
 )
@@ -36,6 +37,7 @@ def test_the_package_itself_needs_torch_alone(code):
     assert "torch._dynamo" not in modules  # takes as long as the rest of torch
 
 
+@pytest.mark.slow
 def test_a_model_of_no_family_imports_none():
     code = """
 import atc_diffusion
@@ -49,6 +51,7 @@ else:
     assert not heavy(imported_by(code))
 
 
+@pytest.mark.slow
 def test_patching_imports_the_adapter_of_the_models_family_alone():
     adapters = imported_by(f"{TINY_UNET}\nimport atc_diffusion; atc_diffusion.apply_patch(unet)")
     assert "atc_diffusion.adapters.unet" in adapters

@@ -88,6 +88,7 @@ def test_without_a_directory_it_compiles_every_time(
     assert entry(double)(2.0) == 4
 
 
+@pytest.mark.slow
 def test_where_numba_compiles_nothing_plain_torch_clusters_and_says_so_once() -> None:
     code = """
 import warnings, torch

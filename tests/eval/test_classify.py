@@ -63,6 +63,7 @@ def imagenet(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_demo_trains_evaluates_fine_tunes_and_reports(emoji, tmp_path):
     arguments = ["--demo", "--emoji-images", str(emoji), "--epochs", "1", "--out", str(tmp_path / "out")]
     arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50", "--finetune", "50"]

@@ -31,6 +31,7 @@ def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path) ->
     ).split()
 
 
+@pytest.mark.slow
 def test_fid_draws_and_reports(experiment: list[str], tmp_path: Path) -> None:
     is_flux = "100/50" in experiment
     fid([*experiment, "--rival", "steps:0.5", *([] if is_flux else ["todo:2"])])

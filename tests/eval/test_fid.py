@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = "--method paper --rival todo:2 tomesd:50"
 Rows = list[dict[str, str]]
 Run = Callable[..., Rows]
+pytestmark = pytest.mark.xdist_group("experiment")  # one whole experiment, copied by each test
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,7 @@ def draw(sampling: Sampling, images: list[PlannedImage], *methods: Method) -> li
     return [np.asarray(each) for each in drawn]
 
 
+@pytest.mark.slow
 def test_the_report_has_everything(run: Run, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "--method paper tome --rival todo:2 tomesd:50 --with deepcache:2 --show 1 --time 1"
     rows = run(f"{line} --set proportional_attention=off")
@@ -127,6 +129,7 @@ def test_the_report_has_everything(run: Run, out: Path, capsys: pytest.CaptureFi
     assert 0 < float(rows[5]["psnr"]) < 58.9
 
 
+@pytest.mark.slow
 def test_a_rerun_draws_damaged_images_again_and_nothing_else(
     run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_rerun_draws_damaged_images_again_and_nothing_else(
     assert json.loads((out / "results.json").read_text())["results"] == results
 
 
+@pytest.mark.slow
 def test_other_settings_and_weights_are_refused(run: Run, out: Path, model: Path, tmp_path: Path) -> None:
     before = images_in(out)
     with pytest.raises(SystemExit, match=r"out was begun with other settings \(steps: 2, now 3\); give another --out"):
@@ -168,11 +172,13 @@ def test_a_command_that_fails_before_it_draws_does_not_claim_the_folder(
         fid.main([*line, "--steps", "3"])
 
 
+@pytest.mark.slow
 def test_an_incomplete_set_of_an_earlier_command_is_left_out(run: Run, out: Path) -> None:
     next(out.glob("sets/atc*/0001_1.png")).unlink()
     assert [row["method"] for row in run("--method none")] == ["unmerged", "ToDo", "tomesd"]
 
 
+@pytest.mark.slow
 def test_more_methods_are_timed_again_in_turn_with_the_others(run: Run, out: Path) -> None:
     """Rounds that lack a method count no more."""
     rows = run("--method tome --time 1")
@@ -215,6 +221,7 @@ def finish(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_two_machines_share_the_images_and_resume_after_being_killed(
     options: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +261,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_jobs_draw_their_parts_and_a_last_one_scores(
     options: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

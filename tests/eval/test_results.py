@@ -33,6 +33,7 @@ EARLIER = ("speed_cpu.md", "study/report.md")
 PAGES = {str(file.relative_to(RESULTS)): file for file in sorted(RESULTS.rglob("*.md"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [pytest.param(each, marks=[OUTDATED] * (each in EARLIER)) for each in PAGES])
 def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
