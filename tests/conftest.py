@@ -14,7 +14,8 @@ from atc_diffusion.testing import UNET
 from tests.helpers.drawing import VAE
 
 Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
-collect_ignore = [] if find_spec("gradio") else ["test_app.py", "test_clusters.py"]  # the extra `test` is without it
+PAGE = ["examples/test_app.py", "examples/test_clusters.py"]
+collect_ignore = [] if find_spec("gradio") else PAGE  # the extra `test` is without it
 
 
 def pytest_configure() -> None:

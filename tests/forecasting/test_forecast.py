@@ -34,7 +34,7 @@ LONG_MEMORIES = [
     lambda: LMSDiscreteScheduler(),
     lambda: DEISMultistepScheduler(solver_order=3),
 ]
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji_diffusion"
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 
 
 def pipeline(components: dict[str, Any], scheduler: Any = None) -> Any:

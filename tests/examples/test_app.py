@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-APP = Path(__file__).parents[1] / "examples" / "app.py"
+APP = Path(__file__).parents[2] / "examples" / "app.py"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 SECONDS = 60_000  # milliseconds for whatever draws; a image of three steps takes about one second
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-MODEL = Path(__file__).parents[1] / "examples" / "emoji_diffusion"
+MODEL = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 THINGS = (MODEL / "things.txt").read_text().splitlines()
 LOAD = """
 import diffusers, transformers

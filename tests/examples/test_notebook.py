@@ -8,7 +8,7 @@ import pytest
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "atc_diffusion.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "atc_diffusion.ipynb"
 
 
 def texts(notebook: Any) -> str:

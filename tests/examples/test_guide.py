@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from atc_diffusion import summary
 from tests.helpers import tiny_pipelines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "examples/README.md").read_text(encoding="utf-8")
 
 
