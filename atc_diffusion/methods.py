@@ -17,7 +17,7 @@ from atc_diffusion.validation import check_count, is_count
 
 Grid = tuple[int, int]
 
-HALF_OF_THE_STEPS = 0.3  # the tolerance at which about half of 20 DDIM steps are forecast (eval/results)
+HALF_OF_THE_STEPS = 0.3  # the tolerance at which about half of 20 DDIM steps are forecast
 
 
 class OtherOptions(TypedDict, total=False):
@@ -89,7 +89,7 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def faster(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: Unpack[OtherOptions]) -> Self:
-        """`fast`, and forecasts about half of the steps: with deterministic samplers and at least 20 steps."""
+        """`fast`, and forecasts about half of the steps of a run that has at least 20."""
         preset: dict[str, Any] = {"forecast_tolerance": HALF_OF_THE_STEPS}
         return cls.fast(r_keys, r, **preset | dict(options))
 

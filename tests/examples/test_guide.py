@@ -24,16 +24,26 @@ from atc_diffusion import summary
 from tests.helpers import tiny_pipelines
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+GUIDE = ROOT / "examples" / "guide"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(GUIDE.glob("*.md"))}
+(COMMON_LINES,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
 
 
 class Recipe(NamedTuple):
     needs: str
-    code: str
+    own: str
+
+    @property
+    def code(self) -> str:
+        return COMMON_LINES + self.own if "the common lines" in self.needs else self.own
 
 
 _RECIPE = r"^#+ ([^\n]+)\n+(?:[^#`*\n][^\n]*\n+)*\*Needs (.+?)\*\n+```python\n(.*?)```"
-RECIPES = {heading: Recipe(needs, code) for heading, needs, code in re.findall(_RECIPE, GUIDE, re.M | re.S)}
+RECIPES = {
+    heading: Recipe(needs, code)
+    for page in PAGES.values()
+    for heading, needs, code in re.findall(_RECIPE, page, re.M | re.S)
+}
 
 MODELS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -61,6 +71,7 @@ SUBSTITUTIONS = {
 if Version(diffusers.__version__) < Version("0.40"):
     SUBSTITUTIONS[r"\bdtype="] = "torch_dtype="  # as the guide tells users of these versions
 NEEDS = {
+    "the common lines": r"\A(?!(?s:.*)from atc_diffusion import)",
     "an NVIDIA GPU": r'"cuda"|enable_model_cpu_offload',
     "a Mac": '"mps"',
     "download": "|".join([*(name for name in MODELS if not name.startswith("examples/")), "pretrained=True"]),
@@ -172,20 +183,30 @@ def test_the_recipe_for_flux_forecasts_alone(run):
 
 
 def test_every_recipe_is_found():
-    assert len(RECIPES) == GUIDE.count("```python")
+    assert len(RECIPES) + 1 == sum(page.count("```python") for page in PAGES.values())
     assert RECIPES.keys() >= SPECIAL
 
 
 @pytest.mark.parametrize("heading", RECIPES)
 def test_a_recipe_says_what_it_needs(heading):
-    needs, code = RECIPES[heading]
-    assert {need for need in NEEDS if need in needs} == {need for need, use in NEEDS.items() if re.search(use, code)}
+    needs, own = RECIPES[heading]
+    assert {need for need in NEEDS if need in needs} == {need for need, use in NEEDS.items() if re.search(use, own)}
 
 
-def test_links_of_the_guide_lead_to_its_headings():
-    headings = re.findall(r"^#+ (.+)$", GUIDE, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\(#(.+?)\)", GUIDE)) <= anchors
+TEXTS = sorted([ROOT / "README.md", *GUIDE.glob("*.md"), ROOT / "eval/results/README.md"])
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: str(text.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(text):
+    for name, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]+))?\)", text.read_text(encoding="utf-8")):
+        target = (text.parent / name).resolve() if name else text
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_both_networks_of_a_controlnet_pipeline_are_merged(run):
@@ -225,7 +246,7 @@ def test_tuning_leaves_a_patch_and_prints_every_setting(run, capsys):
 
 
 def test_steps_that_are_forecast_are_reported(run, capsys):
-    assert isinstance(run("Forecasting steps")["image"], Image.Image)
+    assert isinstance(run("Skipping steps")["image"], Image.Image)
     assert "steps forecast" in capsys.readouterr().out
 
 
