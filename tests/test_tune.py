@@ -43,6 +43,7 @@ def settings(tuning: Tuning) -> set[str]:
     return {str(row.setting) for row in tuning.rows}
 
 
+@pytest.mark.slow
 def test_it_compares_settings_and_leaves_the_pipeline_alone(pipe):
     attributes, said = set(vars(pipe.unet)), []
     tuning = tune(pipe, "ant", num_inference_steps=20, on_progress=lambda *now: said.append(now), **SIZE)
