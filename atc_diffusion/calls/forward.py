@@ -14,6 +14,9 @@ class Watcher(Protocol):
     def skipped(self) -> Any:
         """What the present call returns without running; None: it must run."""
 
+    def forward(self, inner: Any) -> Any:
+        """The forward of the network that is called, which is `inner` unless that is a replica."""
+
     def finished(self, returned: Any) -> Any:
         """What the caller gets of what the network returned."""
 
@@ -82,7 +85,7 @@ class WatchedForward:
             skipped = self._watcher.skipped()
             if skipped is not None:
                 return skipped
-            return self._watcher.finished(self._inner(*args, **kwargs))
+            return self._watcher.finished(self._watcher.forward(self._inner)(*args, **kwargs))
         except BaseException:
             self._watcher.abandoned()
             raise

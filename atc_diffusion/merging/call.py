@@ -131,15 +131,36 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
         return call
     place = owner, layer, hidden_states.storage_offset(), hidden_states.shape
     if call is not None and call.running:
-        _blocks.setdefault(hidden_states.untyped_storage(), {})[place] = call, call.times_called.get(layer, 0)
+        times_called = call.times_called.get(layer, 0)
+        _blocks.setdefault(hidden_states.untyped_storage(), {})[place] = call, times_called
+        if torch.is_grad_enabled():
+            _remember_sample(owner, layer, hidden_states, call, times_called)
         return call
-    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place)
+    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_sample(owner, layer, hidden_states)
     if known is None:
         return None
     call, times_called = known
     call.times_called[layer] = times_called
     present.call = call
     return call
+
+
+def _remember_sample(owner: object, layer: str, hidden_states: Tensor, call: Call, times_called: int) -> None:
+    """Keep a few values of a block's input: a checkpoint around several blocks makes the inputs of the others anew."""
+    samples = _samples.setdefault(owner, {})
+    alive = [each for each in samples.get(layer, []) if each[0]() is not None]
+    samples[layer] = [*alive, (weakref.ref(call), times_called, _sample(hidden_states))]
+
+
+def _by_sample(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, int] | None:
+    if not is_recomputing():
+        return None
+    sample = _sample(hidden_states)
+    for reference, times_called, known in _samples.get(owner, {}).get(layer, []):
+        call = reference()
+        if call is not None and known.shape == sample.shape and torch.equal(known, sample):
+            return call, times_called
+    return None
 
 
 def leave_block() -> None:
@@ -191,10 +212,17 @@ def keep_with_graph(call: Call, returned: Any) -> None:
 _blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
 
 
+# Of the inputs of each layer's block in calls whose graph is alive: a few of their values.
+_samples: "WeakKeyDictionary[object, dict[str, list[tuple[weakref.ref[Call], int, Tensor]]]]" = WeakKeyDictionary()
+
+
+def _sample(x: Tensor) -> Tensor:
+    return x.detach().flatten()[:: x.numel() // 64 + 1].clone()
+
+
 def _place(x: Tensor, time: float) -> object:
     return x.storage_offset(), x.shape, version(x), time
 
 
 def _value(x: Tensor, time: float) -> object:
-    some = x.detach().flatten()[:: x.numel() // 64 + 1].tolist()
-    return x.shape, time, *some
+    return x.shape, time, *_sample(x).tolist()

@@ -232,6 +232,12 @@ class NetworkPatch:
         return call.decision.output
 
     @torch.compiler.disable
+    def forward(self, inner: Any) -> Any:
+        call = present_call(self)
+        is_replica = call is not None and call.network is not self._network  # as `nn.DataParallel` makes
+        return partial(type(call.network).forward, call.network) if call is not None and is_replica else inner
+
+    @torch.compiler.disable
     def finished(self, returned: Any) -> Any:
         call = present_call(self)
         if call is None:
