@@ -27,14 +27,11 @@ def commands(file: Path) -> list[list[str]]:
     return [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
 
 
-# Measured with earlier versions, whose options these were; remove a page from here once it is measured again.
-OUTDATED = pytest.mark.xfail(raises=SystemExit, strict=True)
-EARLIER = ("speed_cpu.md", "study/report.md")
 PAGES = {str(file.relative_to(RESULTS)): file for file in sorted(RESULTS.rglob("*.md"))}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [pytest.param(each, marks=[OUTDATED] * (each in EARLIER)) for each in PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
         defaults: dict[str, Any] = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else {}
