@@ -308,6 +308,7 @@ def test_fused_projections_of_sd3_are_refused_and_work_again_unfused():
     assert torch.equal(family.run(apply_patch(network, r=0.5)), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["pixart", "sd35", "flux", "flux_kontext", "qwen_image", "z_image"])
 def test_transformers_compile_whole(name):
