@@ -143,6 +143,7 @@ def test_steps_of_every_method_stand_beside_the_unmerged(run: Run) -> None:
     assert [row[4] for row in table[:9]] == ["", "", "", "3", "1", "0", "1", "1", "2.33"]
 
 
+@pytest.mark.slow
 def test_compiled_steps_have_rows_too(run: Run) -> None:
     with torch.compiler.set_stance("force_eager"):
         table = run("--parts compile")

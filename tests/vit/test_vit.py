@@ -264,6 +264,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("method", METHODS)
@@ -279,6 +280,7 @@ def test_the_whole_model_compiles_and_threads_share_it(method):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_trains():
     model = make()
