@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch, remove_patch, summary
@@ -125,3 +127,27 @@ def test_patching_after_regional_compilation_takes_effect(unet):
     before = unet(*inputs(0)).sample
     assert not close(apply_patch(unet)(*inputs(0)).sample, before)
     assert close(remove_patch(unet)(*inputs(0)).sample, before)
+
+
+@torch.no_grad()
+def test_a_lora_is_swapped_without_another_compilation(unet):
+    loras = [lora(seed) for seed in range(2)]
+    unet.enable_lora_hotswap(target_rank=4)
+    unet.load_lora_adapter(loras[0], prefix=None, adapter_name="style")
+    apply_patch(unet, r=0.5, r_keys=0.2)
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    first = [compiled(*inputs(step)).sample for step in range(2)]
+    unet.load_lora_adapter(loras[1], prefix=None, adapter_name="style", hotswap=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        second = [compiled(*inputs(step)).sample for step in range(2)]
+    torch.compiler.reset()
+    assert all(close(output, unet(*inputs(step)).sample) for step, output in enumerate(second))
+    assert not any(map(close, first, second))
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """The weights of an adapter."""
+    torch.manual_seed(seed)
+    twin = UNet2DConditionModel(**SMALL)
+    twin.add_adapter(LoraConfig(r=2 + seed, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    return get_peft_model_state_dict(twin)
