@@ -1,4 +1,4 @@
-"""Every command beside the results is one that these versions of the commands take."""
+"""The commands beside the results can be run, and README gives the results as they are."""
 
 import re
 import subprocess
@@ -27,6 +27,7 @@ def commands(file: Path) -> list[list[str]]:
     return [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {str(file.relative_to(RESULTS)): file for file in sorted(RESULTS.rglob("*.md"))}
 
 
@@ -36,3 +37,12 @@ def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
         defaults: dict[str, Any] = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else {}
         parse(OPTIONS[command], None, arguments, **defaults)
+
+
+def test_the_results_in_the_readme_are_those_of_the_results_page() -> None:
+    """Row by row, without the intervals."""
+    (table,) = re.findall(r"<!-- results -->(.*)<!-- /results -->", README, re.DOTALL)
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    page = re.sub(r" ± [\d.]+", "", PAGES["README.md"].read_text(encoding="utf-8")).splitlines()
+    assert rows
+    assert [row for row in rows if row not in page] == []
