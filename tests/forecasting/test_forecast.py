@@ -69,6 +69,7 @@ def test_a_solver_that_remembers_one_step_is_forecast_once_that_is_known(compone
     assert len(forecast_steps(pipe)) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", LONG_MEMORIES)
 def test_solvers_that_magnify_errors_are_computed(scheduler):
     """They weigh errors that come and go up to seven times as much as others."""
