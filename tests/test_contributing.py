@@ -24,8 +24,7 @@ def below(part: str) -> set[str]:
 
 def allowed(part: str) -> set[str]:
     """What the last column of the map lets a part import."""
-    cell = MAP[part]
-    return below(part) - named(cell) if cell.startswith("all below") else named(cell)
+    return below(part) if MAP[part] == "all below" else named(MAP[part])
 
 
 def part_of(path: Path) -> str:
