@@ -31,7 +31,7 @@ CLUSTERED = {  # at most, of how many calls
     "inpainting": (18, 20),
     "stream_diffusion": (10, 20),
 }
-FORECAST_LOOPS = ("invoke_ai", "multi_diffusion", "sd_next", "inpainting")
+FORECAST_LOOPS = ("invoke_ai", "invoke_ai_in_turn", "multi_diffusion", "sd_next", "inpainting")
 BOTH = ATCConfig(r=0.5, forecast_tolerance=1e9)
 
 loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
@@ -84,14 +84,25 @@ def emoji() -> Iterator[tuple[Any, Tensor]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FORECAST_LOOPS)
-def test_forecasts_stay_close(emoji, name):
+def forecast_error(emoji: tuple[Any, Tensor], model: Any, loop: Loop, steps: int) -> float:
     pipe, text = emoji
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = LOOPS[name](remove_patch(pipe), latents, text, STEPS)
-    drawn = LOOPS[name](apply_patch(pipe, ATCConfig.forecast()), latents, text, STEPS)
+    expected = loop(remove_patch(pipe), latents, text, steps)
+    apply_patch(model, ATCConfig.forecast())
+    return error(loop(pipe, latents, text, steps), expected)
+
+
+@pytest.mark.parametrize("name", FORECAST_LOOPS)
+def test_forecasts_stay_close(emoji, name):
+    pipe, _ = emoji
+    assert forecast_error(emoji, pipe, LOOPS[name], STEPS) < 0.03
     assert len(forecast_steps(pipe)) >= 4
-    assert error(drawn, expected) < 0.03
+
+
+def test_forecasts_stay_close_where_the_pace_alone_tells_how_many_steps_there_are(emoji):
+    pipe, _ = emoji
+    assert forecast_error(emoji, pipe.unet, LOOPS["k_diffusion"], 30) < 0.03
+    assert forecast_steps(pipe)
 
 
 def test_frames_of_a_stream_are_all_computed(pipe):
@@ -142,7 +153,9 @@ def test_an_application_s_own_processors_may_come_and_go_in_a_run(unet):
     with pytest.warns(UserWarning, match=r"stay unmerged: each has a .*\.RegionalAttnProcessor") as warned:
         assert exact_steps(unet, range(6, 12)) == [*range(6, 12)]
     assert len(warned) == 1
-    assert any("RegionalAttnProcessor may have to see every step" in each for each in summary(unet).forecasts.reasons)
+    forecasts = summary(unet).forecasts
+    assert forecasts is not None
+    assert any("RegionalAttnProcessor may have to see every step" in reason for reason in forecasts.reasons)
 
 
 class UNetWithSamples(UNet2DConditionModel):  # type: ignore[misc]  # diffusers is not annotated
