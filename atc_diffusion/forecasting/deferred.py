@@ -42,19 +42,41 @@ class DeferredTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor):
-            x, y = args[:2]
-            are_put_off = all(isinstance(each, DeferredTensor | int | float) for each in (x, y))
-            if are_put_off and isinstance(x, Tensor) and getattr(y, "shape", x.shape) == x.shape:
-                made = DeferredTensor(x, x.device, lambda: func(*realized(args), **kwargs))
-                for each in (x, y):
-                    if isinstance(each, DeferredTensor):
-                        each._derived.append(weakref.ref(made))
-                return made
+        if func in _PUT_OFF and _are_alike(*args[:2]):
+            return args[0]._combined(func, args[1])
         if func._schema.is_mutable:
             tree_map_only(DeferredTensor, _realize_derived, (args, kwargs))
-        return func(*realized(args), **realized(kwargs))
+        return func(*realized(args), **realized(kwargs or {}))
+
+    def _combined(self, func: Any, other: Any) -> "DeferredTensor":
+        """The sum or product of this and another, put off; in the place of this one if `func` works in place."""
+        if func._schema.is_mutable:
+            _realize_derived(self)
+            made, before = self, DeferredTensor(self, self.device, self.realized)
+            before._make, before._value = self._make, self._value
+        else:
+            before = self
+            made = DeferredTensor(self, self.device, self.realized)
+        made._make, made._value = lambda: func(*realized((before, other))), None
+        for each in (before, other):
+            if isinstance(each, DeferredTensor):
+                each._derived.append(weakref.ref(made))
+        return made
+
+
+_PUT_OFF = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.add_.Tensor,
+    torch.ops.aten.mul_.Tensor,
+)
+
+
+def _are_alike(x: Any, y: Any) -> bool:
+    """Whether two things can be added without being known: tensors of one shape that are put off, or a number."""
+    if not isinstance(x, DeferredTensor):
+        return False
+    return isinstance(y, int | float) or (isinstance(y, DeferredTensor) and y.shape == x.shape)
 
 
 def realized(values: Any) -> Any:

@@ -11,7 +11,7 @@ from tests.helpers.loops import LAYERS, MOVES, drift, embedding, labels, sample,
 def test_the_fraction_asked_for_at_a_step_is_the_fraction_kept(unet, config):
     """Between clusterings too: the tree is cut again at every step."""
     apply_patch(unet, recluster_threshold=0.09, **config)
-    drift(unet, MOVES[:5], timesteps(900, 700, 500, 300, 100), sample(), embedding())
+    drift(unet, MOVES[:5], timesteps(900, 890, 880, 870, 860), sample(), embedding())
     rising = (16, 24, 32, 40, 48)
     layer = summary(unet).layers[0]
     assert layer.kept_keys == (rising if "r_keys" in config else rising[::-1])

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch
 from tests.helpers.loops import embedding, sample, timesteps
@@ -44,3 +47,59 @@ def test_an_inference_run_leaves_nothing_that_training_would_trip_over(unet):
     with torch.inference_mode():
         unet(sample(), steps[0], embedding())
     unet(sample(), steps[1], embedding()).sample.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("config", [ATCConfig(r=1.0), ATCConfig(r=0.5), ATCConfig(r=0.5, recluster_threshold=10.0)])
+def test_a_checkpoint_around_the_call_repeats_it_with_the_clusters_it_had(unet, config, reentrant):
+    """As in fine-tuning by a reward; also with the batch made inside, where the checkpoint keeps the graph."""
+    gradients = []
+    for inside, checkpointed in ((False, False), (False, True), *(((True, True),) if not reentrant else ())):
+        net, latents = apply_patch(copy.deepcopy(unet).requires_grad_(True), config), sample().requires_grad_(True)
+        for timestep in timesteps(900, 850, 800):
+            batch = latents if inside else latents.repeat(2, 1, 1, 1)
+            call = Repeated(net, timestep)
+            output = checkpoint(call, batch, use_reentrant=reentrant) if checkpointed else call(batch)
+            latents = latents - 0.1 * output[:1]
+        latents.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+class Repeated:
+    """A call with two equal parts of guidance."""
+
+    def __init__(self, net: Any, timestep: Tensor) -> None:
+        self.net, self.timestep = net, timestep
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        batch = batch if len(batch) == 2 else batch.repeat(2, 1, 1, 1)
+        return self.net(batch, self.timestep, embedding(2)).sample
+
+
+def test_a_checkpoint_around_several_blocks_is_right(unet):
+    config, gradients = ATCConfig(r=0.5), []
+    for wrapped in (False, True):
+        net = copy.deepcopy(unet).requires_grad_(True)
+        if wrapped:
+            apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Transformer2DModel))
+        apply_patch(net, config)
+        net(sample(2), timesteps(900, 800)[0], embedding(2)).sample.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+def test_an_interruption_leaves_no_call_behind(unet):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    apply_patch(unet, r=0.5)
+    expected = unet(sample(), timesteps(900, 800)[0], embedding()).sample
+    handle = unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        unet(sample(), timesteps(900, 800)[0], embedding())
+    handle.remove()
+    with pytest.raises(ValueError, match="was called outside its network's call"):
+        unet.forward(sample(), timesteps(900, 800)[0], embedding())
+    assert torch.equal(unet(sample(), timesteps(900, 800)[0], embedding()).sample, expected)

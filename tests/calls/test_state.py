@@ -1,0 +1,58 @@
+"""What a network's output depends on besides its arguments."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
+from torch import nn
+
+from atc_diffusion.calls.state import NetworkState
+
+
+def with_lora(unet: Any) -> Any:
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    return unet
+
+
+class Counting(AttnProcessor2_0):
+    """Of another package."""
+
+
+CHANGES: dict[str, Any] = {
+    "a weight written in place": lambda unet: unet.conv_out.weight.data.mul_(1.5),
+    "a weight written in place, counted": lambda unet: nn.init.zeros_(unet.conv_out.bias),
+    "a weight exchanged": lambda unet: setattr(unet.conv_out, "bias", nn.Parameter(unet.conv_out.bias.clone())),
+    "a module exchanged": lambda unet: setattr(unet, "conv_out", nn.Conv2d(16, 4, 3, padding=1)),
+    "a LoRA's weight": lambda unet: unet.set_adapters("style", 0.5),
+    "a LoRA switched off": lambda unet: unet.disable_adapters(),
+    "a processor": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
+    "FreeU": lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed_and_nothing_else(unet, change):
+    state = NetworkState(with_lora(unet))
+    before = state.fingerprint(values=True)
+    with torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 12))
+    assert state.fingerprint(values=True) == before
+    with torch.no_grad():
+        CHANGES[change](unet)
+    assert state.fingerprint(values=True) != before
+
+
+def test_hooks_processors_and_forwards_of_others_are_named(unet):
+    state = NetworkState(unet)
+    assert state.stranger() == ""
+    handle = unet.conv_in.register_forward_hook(lambda *_: None)
+    assert "hook tests.calls" in state.stranger()
+    handle.remove()
+    unet.set_attn_processor(Counting())
+    assert "processor tests.calls.test_state.Counting" in state.stranger()
+    unet.set_attn_processor(AttnProcessor2_0())
+    block = unet.down_blocks[0]
+    block.forward = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)
+    assert "forward tests.calls" in state.stranger()

@@ -1,0 +1,117 @@
+"""What forecasting promises: exact where the clean image moves evenly, images told apart, solvers recognised."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atc_diffusion.adapters.noise import diffusion, flow
+from atc_diffusion.adapters.unet import UNetFamily
+from atc_diffusion.calls.inputs import Clock, Inputs
+from atc_diffusion.calls.position import Position
+from atc_diffusion.forecasting import Forecaster
+from atc_diffusion.forecasting.deferred import DeferredTensor
+
+STEPS = 20
+TIMES = torch.linspace(1000, 50, STEPS).tolist()
+LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def position(step: int) -> Position:
+    later = (*TIMES, 0.0)[step + 1]
+    return Position(step, step, TIMES[step], later, STEPS, step == STEPS - 1)
+
+
+def run(clean: Any, tolerance: float, noise: float = 0.0, schedule: Any = None) -> tuple[list[float], Tensor, Tensor]:
+    """Errors of the forecasts, by step, and the last latents, of a network that sees `clean(time)`, and without one."""
+    schedule = schedule or flow("flow")
+    forecaster = Forecaster(UNetFamily(), schedule, tolerance)
+    latents = expected = LATENTS
+    errors = []
+    for step, time in enumerate(TIMES):
+        now, later = schedule(time), schedule(position(step).next_time)
+        decision = forecaster.decide(Inputs((latents,)), position(step))
+        truth = now.output(latents, clean(time))
+        if decision.output is not None:
+            errors.append(float((decision.output[0] - truth).norm() / truth.norm()))
+        returned = decision.output if decision.output is not None else decision.end((truth,))
+        fresh = noise * torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(100 + step))
+        latents = sampled(latents, now.clean(latents, returned[0]), now, later) + fresh
+        expected = sampled(expected, clean(time), now, later) + fresh
+    return errors, latents, expected
+
+
+def sampled(latents: Tensor, clean: Tensor, now: Any, later: Any) -> Tensor:
+    """One step of DDIM, or of Euler's method for rectified flow."""
+    return later.alpha * clean + later.sigma * (latents - now.alpha * clean) / max(now.sigma, 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", [flow("flow"), flow("reversed_flow"), diffusion(None)])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_clean_image_that_moves_evenly_is_forecast_exactly(schedule, noise):
+    base, move = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    errors, latents, expected = run(lambda time: base + time / 1000 * move, 0.3, noise, schedule)
+    assert len(errors) >= 8
+    assert max(errors) < 1e-3
+    torch.testing.assert_close(latents, expected, rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_nothing_is_forecast_beyond_the_tolerance():
+    images = torch.randn(STEPS + 1, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    errors, latents, expected = run(lambda time: images[round(time / 50) % len(images)], 1e-9)
+    assert not errors
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_making_up_for_skipped_steps_halves_their_error_at_least():
+    """Of an image that does not move evenly."""
+    base, move = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    errors, latents, expected = run(lambda time: base + math.sin(time / 200) * move, 3.0)
+    assert len(errors) >= 6
+    assert float((latents - expected).norm() / expected.norm()) < 0.5 * max(errors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_computed(value):
+    def clean(time: float) -> Tensor:
+        image = torch.ones(2, 4, 16, 16)
+        image[1] = value if time < 600 else 1.0
+        return image
+
+    errors, *_ = run(clean, 1e9)
+    assert len(errors) <= 6  # until then, and the call before the change is seen
+
+
+def test_numbers_that_tell_the_time_are_conditions_until_they_have_changed_twice():
+    clock, latents = Clock(), torch.zeros(1, 4, 8, 8)
+    given = [Inputs((latents,), settings=(0.5, progress)) for progress in (0.0, 0.1, 0.2, 0.3, 0.3)]
+    seen = [clock.without_time(inputs, step).settings for step, inputs in enumerate(given)]
+    assert seen == [(0.5, 0.0), (0.5, 0.1), (0.5, "time"), (0.5, "time"), (0.5, 0.3)]
+
+
+def deferred(value: float, calls: list[float]) -> DeferredTensor:
+    def make() -> Tensor:
+        calls.append(value)
+        return torch.full((2, 3), value)
+
+    return DeferredTensor(torch.empty(2, 3, device="meta"), torch.device("cpu"), make)
+
+
+def test_what_is_put_off_is_made_when_it_is_read_and_sums_are_put_off_too():
+    calls: list[float] = []
+    x, y = deferred(1.0, calls), deferred(2.0, calls)
+    x += y
+    scaled = x * 2.0
+    assert scaled.shape == (2, 3)
+    assert not calls
+    assert torch.equal(scaled + 0 * torch.ones(2, 3), torch.full((2, 3), 6.0))
+    assert calls == [1.0, 2.0]
+    x.mul_(torch.full((2, 3), 10.0))
+    assert torch.equal(x + torch.zeros(2, 3), torch.full((2, 3), 30.0))
+    assert torch.equal(scaled + torch.zeros(2, 3), torch.full((2, 3), 6.0))
