@@ -3,7 +3,6 @@
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -44,7 +43,6 @@ class Call:
         hidden_states: the input of each layer's block.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
-        frame: in which PyTorch calls the network, by its identity.
         entered: whether the network's forward has been called.
         running: whether the network has not returned yet.
         is_repeated: whether a gradient checkpoint makes it again.
@@ -68,7 +66,6 @@ class Call:
     hidden_states: dict[str, Tensor] = field(default_factory=dict)
     merges: dict[str, MergedCall] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
-    frame: int = field(default_factory=lambda: frame_of_call())
     entered: bool = False
     running: bool = True
     is_repeated: bool = False
@@ -107,21 +104,18 @@ def present_call(owner: object) -> Call | None:
     call = present.call
     if call is None or call.owner is not owner or torch.compiler.is_compiling():
         return call if call is not None and call.owner is owner else None
-    return call if not call.running or call.frame in _frames() else None
+    return call if not call.running or _is_being_called(call.network) else None
 
 
-def frame_of_call() -> int:
-    """The frame in which PyTorch calls the network whose hook this is called from; 0 if that is not found."""
-    return next(_frames(), 0)
-
-
-def _frames() -> Iterator[int]:
-    """The frames on the stack in which PyTorch calls a module, from the inside out."""
+def _is_being_called(network: nn.Module) -> bool:
+    """Whether PyTorch's call of a network is on the stack of this thread, where it is among the outermost ones."""
     frame: FrameType | None = sys._getframe()
+    frames = []
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
-            yield id(frame)
+            frames.append(frame)
         frame = frame.f_back
+    return any(each.f_locals.get("self") is network for each in reversed(frames))
 
 
 def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None:

@@ -242,8 +242,6 @@ class NetworkPatch:
         call = present_call(self)
         if call is None:
             return returned
-        if torch.is_grad_enabled():
-            keep_with_graph(call, returned)
         return call.decision.end(returned)
 
     @torch.compiler.disable
@@ -261,6 +259,8 @@ class NetworkPatch:
         self.abandoned()
         if output is None or call.is_repeated:
             return
+        if torch.is_grad_enabled():
+            keep_with_graph(call, output)
         if self.config.forecast_tolerance:
             call.log.reasons[call.step] = call.decision.reason
         for name, merge in call.merges.items():
