@@ -111,6 +111,7 @@ def test_an_engine_that_is_asked_for_another_number_of_clusters_gives_another_pa
     assert not same_partition(ours, engines(gaussian(1, 32), 8, "average")["scipy"]()[0])
 
 
+@pytest.mark.slow
 def test_growth_tells_exponents_and_memory_beside_the_matrix(run: Run) -> None:
     table = run("--parts growth")
     assert [row[:2] for row in table] == [["average", "64"], ["average", "128"], ["ward", "64"], ["ward", "128"]]
@@ -118,6 +119,7 @@ def test_growth_tells_exponents_and_memory_beside_the_matrix(run: Run) -> None:
     assert all(int(row[4]) < 100 for row in table)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() -> None:
     torch.ones(2**27)  # 512 MiB, more than the measured growth
     matrix = 4 * 4200**2
@@ -249,6 +251,7 @@ def test_a_table_ends_where_the_memory_of_a_gpu_does() -> None:
     assert list(Table("", "", ["size", "ms"], measure()).lines())[-2:] == ["| small | 1 |", "| out of memory |  |"]
 
 
+@pytest.mark.slow
 def test_all_that_is_printed_is_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "speed.md"
     speed.main(["--parts", "growth", "--growth-tokens", "64", "--repeats", "1", "--out", str(out)])
