@@ -27,6 +27,7 @@ CLUSTERED = {  # at most, of how many calls
     "invoke_ai_in_turn": (20, 40),
     "multi_diffusion": (36, 40),
     "k_diffusion": (18, 20),
+    "k_diffusion_heun": (20, 39),
     "sd_next": (18, 20),
     "inpainting": (18, 20),
     "stream_diffusion": (10, 20),
@@ -103,6 +104,13 @@ def test_forecasts_stay_close_where_the_pace_alone_tells_how_many_steps_there_ar
     pipe, _ = emoji
     assert forecast_error(emoji, pipe.unet, LOOPS["k_diffusion"], 30) < 0.03
     assert forecast_steps(pipe)
+
+
+def test_samplers_that_call_twice_a_step_are_computed(pipe):
+    """Also where the timesteps are not known to come in pairs."""
+    expected = draw(pipe, LOOPS["k_diffusion_heun"], 30)
+    apply_patch(pipe.unet, FORECAST)
+    assert torch.equal(draw(pipe, LOOPS["k_diffusion_heun"], 30), expected)
 
 
 def test_frames_of_a_stream_are_all_computed(pipe):
