@@ -24,8 +24,8 @@ from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
 
 FEWEST_STEPS = 20  # of a run in which anything is forecast; with 15, fewer steps come closer in the same time
 NOISE = 0.25  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
-GROWTH = 1.5, 2.0  # of an error until the image is done: the least, and more in noise, where images take shape
-OUTPUT = 0.4  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
+GROWTH = 1.5, 3.0  # of an error until the image is done: the least, and more in noise, where images take shape
+OUTPUT = 0.25  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
 LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
 MAX_BYTES = 2**28  # of what is kept for images that take turns; the oldest is forgotten beyond 256 MiB
 
@@ -76,7 +76,7 @@ class Forecaster:
             trajectory.series.append(series)
         jumped = series.take_added(inputs.moving[1:])
         reason = "what a ControlNet adds has changed" if jumped else self._reason(trajectory, series, position)
-        if any(not torch.equal(each.clean, series.clean) for each in found):
+        if any(not _same(each.clean, series.clean) for each in found):
             reason = "calls that look the same differ"
         series.index = position.index
         if reason:
@@ -189,3 +189,7 @@ class Forecaster:
         while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:
             del self._trajectories[0]
         return trajectory
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y or (x is not None and y is not None and torch.equal(x, y))

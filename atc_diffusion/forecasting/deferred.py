@@ -41,7 +41,9 @@ class DeferredTensor(Tensor):
         return self._value
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # PyTorch annotates what disables it
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in _PUT_OFF and _are_alike(*args[:2]):
             return args[0]._combined(func, args[1])
         if func._schema.is_mutable:

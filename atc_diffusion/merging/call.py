@@ -199,7 +199,8 @@ class Memory:
 def keep_with_graph(call: Call, returned: Any) -> None:
     """Keep a call as long as the graph of what it returned."""
     if isinstance(returned[0], Tensor) and returned[0].grad_fn is not None:
-        returned[0].grad_fn.metadata[id(call)] = call
+        metadata: Any = returned[0].grad_fn.metadata
+        metadata[id(call)] = call
 
 
 # By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.

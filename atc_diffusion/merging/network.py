@@ -215,7 +215,7 @@ class NetworkPatch:
                     return Decision(put_off)
         return Decision(reason="the denoiser is computed", end=partial(run.deferrals.remember, inputs))
 
-    def _compute(self, network: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def _compute(self, network: Any, args: Args, kwargs: Kwargs) -> Any:
         """What a call that was put off returns."""
         with _forcing(self), torch.no_grad():
             return network(*args, **kwargs)
@@ -255,7 +255,8 @@ class NetworkPatch:
         call = present_call(self)
         if call is None:
             return
-        self._network._forward_pre_hooks.move_to_end(self._handles[0].id)  # to see the last word on the arguments
+        hooks: Any = self._network._forward_pre_hooks
+        hooks.move_to_end(self._handles[0].id)  # to see the last word on the arguments
         self.abandoned()
         if output is None or call.is_repeated:
             return

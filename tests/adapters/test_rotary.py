@@ -222,7 +222,7 @@ def test_gradients_are_the_same_with_checkpoints(name):
 def test_a_mask_is_refused_where_keys_of_flux_merge():
     family = FAMILIES["flux"]
     network = family.make()
-    masked = {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, 29, dtype=torch.bool)}}
+    masked: dict[str, Any] = {"joint_attention_kwargs": {"attention_mask": torch.ones(2, 1, 1, 29, dtype=torch.bool)}}
     before = family.run(network, **masked)
     apply_patch(network, **FEW_KEYS)
     with pytest.raises(ValueError, match=r"merging takes no attention_mask here; leave it out"):

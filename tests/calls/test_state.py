@@ -16,7 +16,7 @@ def with_lora(unet: Any) -> Any:
     return unet
 
 
-class Counting(AttnProcessor2_0):
+class Counting(AttnProcessor2_0):  # type: ignore[misc]  # diffusers is not annotated
     """Of another package."""
 
 

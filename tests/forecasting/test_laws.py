@@ -105,7 +105,8 @@ def deferred(value: float, calls: list[float]) -> DeferredTensor:
 
 def test_what_is_put_off_is_made_when_it_is_read_and_sums_are_put_off_too():
     calls: list[float] = []
-    x, y = deferred(1.0, calls), deferred(2.0, calls)
+    x: Tensor = deferred(1.0, calls)
+    y = deferred(2.0, calls)
     x += y
     scaled = x * 2.0
     assert scaled.shape == (2, 3)
