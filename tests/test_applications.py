@@ -32,7 +32,7 @@ CLUSTERED = {  # at most, of how many calls
     "inpainting": (18, 20),
     "stream_diffusion": (10, 20),
 }
-FORECAST_LOOPS = ("invoke_ai", "invoke_ai_in_turn", "multi_diffusion", "sd_next", "inpainting")
+FORECAST_LOOPS = ("invoke_ai_in_turn", "multi_diffusion", "sd_next", "inpainting")
 BOTH = ATCConfig(r=0.5, forecast_tolerance=1e9)
 
 loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
@@ -129,10 +129,10 @@ def test_concurrent_requests_share_a_network(pipe):
         scoped.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         return draw(scoped, sd_next, STEPS + 2 * seed, seed)
 
-    alone = [request(seed) for seed in range(3)]
+    alone = [request(seed) for seed in range(2)]
     assert forecast_steps(pipe)
-    with ThreadPoolExecutor(3) as executor:
-        together = list(executor.map(request, range(3)))
+    with ThreadPoolExecutor(2) as executor:
+        together = list(executor.map(request, range(2)))
     assert all(map(torch.equal, together, alone))
 
 
