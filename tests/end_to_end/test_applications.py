@@ -20,7 +20,7 @@ from tests.helpers.drawing import PARTS
 from tests.helpers.forecasting import FORECAST, forecast_steps
 from tests.helpers.loops import LAYERS, counts, embedding, sample
 
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji_diffusion"
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 STEPS = 20
 CLUSTERED = {  # at most, of how many calls
     "invoke_ai": (18, 20),
@@ -93,6 +93,7 @@ def forecast_error(emoji: tuple[Any, Tensor], model: Any, loop: Loop, steps: int
     return error(loop(pipe, latents, text, steps), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORECAST_LOOPS)
 def test_forecasts_stay_close(emoji, name):
     pipe, _ = emoji
