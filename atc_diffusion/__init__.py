@@ -41,4 +41,4 @@ __all__ = [
     "summary",
     "tune",
 ]
-__version__ = "0.3.0"
+__version__ = "0.4.0"

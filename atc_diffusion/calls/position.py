@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,17 +44,6 @@ class Entry:
             _values[storage] = _read(timestep, count)
         values = _values[storage]
         return cls(storage, int(timestep.storage_offset()), values) if values else None
-
-    @classmethod
-    def nearest(cls, time: float, scheduler: Any) -> "Entry | None":
-        """The entry of a scheduler's timesteps that `time` was made from, such as by a division; None: of none."""
-        timesteps = getattr(scheduler, "timesteps", None)
-        first = cls.of(timesteps[0]) if isinstance(timesteps, Tensor) and len(timesteps) > 1 else None
-        if first is None:
-            return None
-        index = min(range(len(first.values)), key=lambda i: abs(first.values[i] - time))
-        is_near = abs(first.values[index] - time) <= 0.005 * max(time, 1)  # bfloat16 rounds by up to 0.4 %
-        return cls(first.timesteps, index, first.values) if is_near else None
 
     def progress(self, later: int = 0) -> float:
         """The fraction of the denoising that lies before the entry `later` places on, from 0 (noise) to 1."""

@@ -101,13 +101,14 @@ class Forecaster:
             return "the timesteps are not on a scale from 1000 to 0"
         if position.entry is not None and position.entry.rises:
             return "the timesteps rise, as in inversion"
-        if position.count < FEWEST_STEPS:
-            return f"nothing is skipped in runs of fewer than {FEWEST_STEPS} steps"
+        if position.count < FEWEST_STEPS - 0.5:  # which may be an estimate
+            seems = "which this one seems to be" if position.entry is None else "which this one is"
+            return f"nothing is skipped in runs of fewer than {FEWEST_STEPS} steps, {seems}"
         return ""
 
     def _reason(self, trajectory: Trajectory, series: Series, position: Position) -> str:
         """Why a call is not forecast; "" if it is."""
-        if position.is_last or position.passed < 2 or not position.count >= FEWEST_STEPS:
+        if position.is_last or position.passed < 2 or math.isnan(position.count):
             return "the first two steps and the last are computed"
         if trajectory.fit is None or len(series.computed) < 2:
             return "the latents or their conditions are not those of a run so far"

@@ -114,7 +114,7 @@ class NetworkPatch:
         return None if call.decision.output is not None or not is_deferred((args, kwargs)) else realized((args, kwargs))
 
     def _new(self, network: nn.Module, image: ImageInput, args: Args, kwargs: Kwargs) -> Call:
-        entry, time = locate(image.timestep, self._scheduler)
+        entry, time = locate(image.timestep)
         run = self.runs.at(entry, time)
         position = run.advance(entry, time)
         kept = self._patched.kept(image.size, position.progress)

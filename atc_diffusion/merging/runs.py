@@ -111,14 +111,10 @@ class Runs(threading.local):
         return run if run is not None and run.continues_at(entry, time) else None
 
 
-def locate(timestep: object, scheduler: Any) -> tuple[Entry | None, float]:
+def locate(timestep: object) -> tuple[Entry | None, float]:
     """The entry of a scheduler's timesteps that a call is at, if it is at one, and the value of its timestep.
 
     Timesteps in training are in no order, and an entry of a batch of them tells nothing.
     """
     entry = None if torch.is_grad_enabled() else Entry.of(timestep)
-    if entry is not None:
-        return entry, entry.values[entry.index]
-    time = time_of(timestep)
-    known = None if torch.is_grad_enabled() or math.isnan(time) else Entry.nearest(time, scheduler)
-    return known, time
+    return (None, time_of(timestep)) if entry is None else (entry, entry.values[entry.index])
