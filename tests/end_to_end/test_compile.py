@@ -59,6 +59,7 @@ def test_the_whole_unet_compiles_without_a_graph_break(unet):
     assert {layer.clusterings for layer in summary(compiled).layers} == {2}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "config", [ATCConfig(r=1, r_keys=0.3, features="hidden_states", widen_heads=True), ToMeConfig()]
@@ -129,6 +130,7 @@ def test_patching_after_regional_compilation_takes_effect(unet):
     assert close(remove_patch(unet)(*inputs(0)).sample, before)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_lora_is_swapped_without_another_compilation(unet):
     loras = [lora(seed) for seed in range(2)]
