@@ -110,7 +110,9 @@ class Series:
         Returns:
             the clean image that makes up for earlier forecasts; None if there is nothing to make up for.
         """
-        if self.computed and seen.time != self.computed[-1].time:
+        if self.computed and seen.time == self.computed[-1].time:
+            del self.computed[-1]
+        elif self.computed:
             last = self.computed[-1]
             self.error = float((norms(seen.image - self.extrapolated(seen.time)) / size.clamp(min=TINY)).max())
             self.reach = abs(seen.time - last.time), max(abs(seen.log_ratio - last.log_ratio), TINY)
@@ -129,7 +131,7 @@ class Series:
         before, now = self.computed[-2:]
         off = torch.zeros_like(now.image)
         for seen, factor in self.forecast:
-            place = (seen.time - before.time) / (now.time - before.time) if now.time != before.time else 1.0
+            place = (seen.time - before.time) / (now.time - before.time)
             off = factor * off + (1 - factor) * (seen.image - torch.lerp(before.image, now.image, place))
         return off
 

@@ -77,6 +77,21 @@ def test_making_up_for_skipped_steps_halves_their_error_at_least():
 
 
 @torch.no_grad()
+def test_a_timestep_may_come_twice():
+    """As in loops that go back over a step; the latents have moved, the timestep has not."""
+    base, move = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    schedule = flow("flow")
+    forecaster, latents = Forecaster(UNetFamily(), schedule, 3.0), LATENTS
+    for step in range(STEPS):
+        time, later = TIMES[step - step % 2], (*TIMES, 0.0)[step + 1 - (step + 1) % 2]
+        decision = forecaster.decide(Inputs((latents,)), Position(step, step, time, later, STEPS, step == STEPS - 1))
+        truth = schedule(time).output(latents, base + time / 1000 * move)
+        returned = decision.output if decision.output is not None else decision.end((truth,))
+        assert float((returned[0] - truth).norm() / truth.norm()) < 0.01
+        latents = 0.99 * sampled(latents, schedule(time).clean(latents, returned[0]), schedule(time), schedule(later))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_computed(value):
     def clean(time: float) -> Tensor:
