@@ -172,7 +172,8 @@ class Denoising:
         if not self.is_free:
             self.latents = repeated(torch.randn(self.latents[:1].shape, generator=self.noise)).to(self.latents)
         for timestep in islice(self.timesteps, self.period):
-            self.output = self.network(self.latents, timestep=timestep.expand(BATCH), **self.inputs).sample
+            time = timestep / 1000 if MODELS[self.setting.model].is_rotary else timestep
+            self.output = self.network(self.latents, timestep=time.expand(BATCH), **self.inputs).sample
         self.clusterings = self._clusterings_so_far() - before
 
     def clusterings_per_step(self) -> str:
