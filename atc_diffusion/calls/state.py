@@ -36,18 +36,20 @@ class NetworkState:
     def __reduce__(self) -> tuple[Any, ...]:
         return NetworkState, (self._network,)
 
-    def fingerprint(self, values: bool) -> Hashable:
+    def fingerprint(self, in_place: bool) -> Hashable:
         """Equal as long as weights, adapters, processors and their scales, and FreeU stay as they are.
 
         Args:
-            values: read one value of each weight too, for which the CPU has to wait until a GPU has caught up.
+            in_place: notice writes that PyTorch does not count too, by reading one value of each weight, for which the
+                CPU has to wait until a GPU has caught up.
         """
         self._refresh()
         parameters = [x for x in chain.from_iterable(map(dict.values, self._parameters)) if x is not None]
         return (
             self._structure,
             tuple(map(version, parameters)),
-            () if self._moved else self._places(parameters, values),
+            () if self._moved else tuple(map(id, parameters)),
+            self._places(parameters) if in_place and not self._moved else (),
             tuple(_plain(module.__dict__.get(name)) for module in self._adapted for name in _ADAPTER),
             tuple(_plain(module.__dict__.get(name)) for module in self._network_blocks for name in _FREEU),
             tuple(_settings(module.processor) for module in self._with_processor),
@@ -79,13 +81,13 @@ class NetworkState:
     def _ids(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict.values, self._children))))
 
-    def _places(self, parameters: list[Any], values: bool) -> Hashable:
+    def _places(self, parameters: list[Any]) -> Hashable:
         """Where weights lie, and one value of each, which shows writing past PyTorch's count of versions."""
         plain = [x for x in parameters if type(x) is nn.Parameter and not x.is_meta and x.numel()]
-        places = tuple((id(x), x.data_ptr()) for x in plain)
+        places = tuple(x.data_ptr() for x in plain)
         if self._views[0] != places:
             self._views = places, [x.detach().as_strided((), ()) for x in plain]
-        return places, _values(self._views[1]) if values else ()
+        return places, _values(self._views[1])
 
     def _strangers(self) -> Iterator[str]:
         for module in self._with_processor:

@@ -160,7 +160,7 @@ class NetworkPatch:
 
     def _inputs(self, image: ImageInput, run: Run, position: Position) -> Inputs:
         """What can be compared of the arguments and of the network's state."""
-        state = self._state.fingerprint(values=self._forward is not None)
+        state = self._state.fingerprint(in_place=self._forward is not None)
         inputs = Inputs.of(image.latents, image.residuals, image.others, state)
         return run.clock.without_time(inputs, position.passed)
 

@@ -35,13 +35,13 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed_and_nothing_else(unet, change):
     state = NetworkState(with_lora(unet))
-    before = state.fingerprint(values=True)
+    before = state.fingerprint(in_place=True)
     with torch.no_grad():
         unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 12))
-    assert state.fingerprint(values=True) == before
+    assert state.fingerprint(in_place=True) == before
     with torch.no_grad():
         CHANGES[change](unet)
-    assert state.fingerprint(values=True) != before
+    assert state.fingerprint(in_place=True) != before
 
 
 def test_hooks_processors_and_forwards_of_others_are_named(unet):
