@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_blocks_inside_wrappers_merge_as_they_do_alone(name, wrap, patch_first):
     if not patch_first:
         apply_patch(network, **family.half)
     assert torch.equal(family.run(network), expected)
-    assert summary(network).layers == layers
+    assert [replace(layer, clusterings=1) for layer in summary(network).layers] == list(layers)
     assert torch.equal(family.run(remove_patch(network)), before)
 
 
