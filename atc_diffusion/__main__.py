@@ -120,7 +120,7 @@ def _pipeline(options: argparse.Namespace, device: torch.device, call: dict[str,
 def _load_lora(pipe: Any, lora: str) -> None:
     try:
         pipe.load_lora_weights(lora)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a class that depends on the hub's client and its version
         reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot load --lora {lora} ({reason}); give a folder or a hub id (owner/name)") from error
 
