@@ -27,7 +27,8 @@ NOISE = 0.25  # of the noise that a sampler adds at a step, the part that counts
 GROWTH = 1.5, 3.0  # of an error until the image is done: the least, and more in noise, where images take shape
 OUTPUT = 0.25  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
 LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
-MAX_BYTES = 2**28  # of what is kept for images that take turns; the oldest is forgotten beyond 256 MiB
+MAX_IMAGES = 64  # that take turns; a loop that never leaves its timestep forgets its oldest images here,
+MAX_BYTES = 2**28  # or where what is kept of them fills 256 MiB
 
 
 def _unchanged(returned: Any) -> Any:
@@ -186,7 +187,7 @@ class Forecaster:
     def _begin(self, latents: Tensor, position: Position) -> Trajectory:
         trajectory = Trajectory.begin(latents, self._channels or latents.shape[1], position)
         awaited = [each for each in self._trajectories if each.position.index >= position.index - PATIENCE]
-        self._trajectories = [*awaited, trajectory]
+        self._trajectories = [*awaited[1 - MAX_IMAGES :], trajectory]
         while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:
             del self._trajectories[0]
         return trajectory

@@ -78,6 +78,9 @@ class Call:
         )  # fmt: skip
 
 
+MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is reused; older ones are forgotten
+
+
 class _Present(threading.local):
     """The call that a thread is in. PyTorch traces this in all versions; a `ContextVar` only in the newest."""
 
@@ -126,7 +129,7 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
     place = owner, layer, hidden_states.storage_offset(), hidden_states.shape
     if call is not None and call.running:
         times_called = call.times_called.get(layer, 0)
-        _blocks.setdefault(hidden_states.untyped_storage(), {})[place] = call, times_called
+        _put(_blocks.setdefault(hidden_states.untyped_storage(), {}), place, (call, times_called))
         if torch.is_grad_enabled():
             _remember_sample(owner, layer, hidden_states, call, times_called)
         return call
@@ -186,7 +189,7 @@ class Memory:
     def add(self, call: Call, latents: Tensor, time: float) -> None:
         if is_transformed(latents):
             return
-        self._by_latents.setdefault(latents.untyped_storage(), {})[_place(latents, time)] = call
+        _put(self._by_latents.setdefault(latents.untyped_storage(), {}), _place(latents, time), call)
         if torch.is_grad_enabled():
             self._by_value[_value(latents, time)] = call
 
@@ -209,6 +212,12 @@ _blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]
 
 # Of the inputs of each layer's block in calls whose graph is alive: a few of their values.
 _samples: "WeakKeyDictionary[object, dict[str, list[tuple[weakref.ref[Call], int, Tensor]]]]" = WeakKeyDictionary()
+
+
+def _put(known: dict[Any, Any], key: object, value: object) -> None:
+    known[key] = value
+    if len(known) > MAX_REPEATED:
+        del known[next(iter(known))]
 
 
 def _sample(x: Tensor) -> Tensor:
