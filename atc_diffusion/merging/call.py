@@ -143,7 +143,7 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
 
 
 def _remember_sample(owner: object, layer: str, hidden_states: Tensor, call: Call, times_called: int) -> None:
-    """Keep a few values of a block's input: a checkpoint around several blocks makes the inputs of the others anew."""
+    """Keep a few values of a block's input: a checkpoint around several blocks recomputes all inputs but the first."""
     samples = _samples.setdefault(owner, {})
     alive = [each for each in samples.get(layer, []) if each[0]() is not None]
     samples[layer] = [*alive, (weakref.ref(call), times_called, _sample(hidden_states))]

@@ -160,7 +160,7 @@ def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
 def _follow(clusters: _Clusters, active: Array, parents: Array) -> None:
     """A union is as near as the nearer of its parts: with single linkage the nearest neighbour stays it when it grows.
 
-    So its clusters, which grow by one token at a time, do not make all those near them search anew.
+    So when a cluster grows by one token, as they do there, those near it need not search again.
     """
     for i in active:
         clusters.neighbours[i] = parents[clusters.neighbours[i]]
