@@ -17,7 +17,7 @@ from atc_diffusion.validation import check_count, is_count
 
 Grid = tuple[int, int]
 
-HALF_OF_THE_STEPS = 0.3  # the tolerance at which about half of 20 DDIM steps are forecast
+HALF_OF_THE_STEPS = 0.5  # the tolerance at which about half of 20 DDIM steps are forecast
 
 
 class OtherOptions(TypedDict, total=False):

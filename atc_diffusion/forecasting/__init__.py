@@ -23,9 +23,9 @@ from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
 from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
 
 FEWEST_STEPS = 20  # of a run in which anything is forecast; with 15, fewer steps come closer in the same time
-NOISE = 0.25  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
-GROWTH = 1.5, 3.0  # of an error until the image is done: the least, and more in noise, where images take shape
-OUTPUT = 0.25  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
+NOISE = 0.2  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
+GROWTH = 1.0, 5.0  # of an error until the image is done: the least, and more in noise, where images take shape
+OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
 LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
 MAX_IMAGES = 64  # that take turns; a loop that never leaves its timestep forgets its oldest images here,
 MAX_BYTES = 2**28  # or where what is kept of them fills 256 MiB
@@ -167,7 +167,7 @@ class Forecaster:
         trajectory.narrow(self._channels)
         latents, noise, kept = trajectory.latents, self._noise(position.time), self._kept(position)
         seen = Seen(position.time, noise.log_ratio, noise.clean(latents, output[:, : self._channels]))
-        better = series.see(seen, norms(latents), kept, not trajectory.is_rough)
+        better = series.see(seen, norms(latents), noise.clean_factor, kept, not trajectory.is_rough)
         series.template, series.clean, series.owed = returned, seen.image if better is None else better, 0.0
         return returned if better is None else self._family.returned(returned, noise.output(latents, better))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from atc_diffusion.calls.inputs import Inputs
 
 MAX_SKIPPED = 2  # calls in a row that may be forecast
-MAX_MENDED = 0.05  # of the norm of the latents: what a computed output is changed by to make up for forecasts
+MAX_MENDED = 0.08  # of the norm of the latents: what a computed output may be changed by to make up for forecasts
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -88,14 +88,15 @@ class Series:
         """Of the forecast for `time`, relative to the latents; of the worst item.
 
         Errors grow with how far a forecast reaches, by either measure, and once more where it reaches further than the
-        change that it goes by.
+        change that it goes by. They shrink with the noise.
         """
         before, last = self.computed[-2:]
         reach, base = abs(time - last.time), abs(last.time - before.time)
         further = max(reach / self.reach[0], abs(log_ratio - last.log_ratio) / self.reach[1])
-        return self.error * further * max(1.0, reach / base)
+        less_noise = math.hypot(1.0, math.exp(last.log_ratio)) / math.hypot(1.0, math.exp(log_ratio))
+        return self.error * further * max(1.0, reach / base) * less_noise
 
-    def see(self, seen: Seen, size: Tensor, factor: float, is_smooth: bool) -> Tensor | None:
+    def see(self, seen: Seen, size: Tensor, clean_factor: float, factor: float, is_smooth: bool) -> Tensor | None:
         """Take in what a computed call saw.
 
         The calls that were forecast before it can now be interpolated, and so the samplers' latents are known to be
@@ -104,6 +105,7 @@ class Series:
         Args:
             seen: the clean image.
             size: the norm of each item's latents, `[B]`.
+            clean_factor: of the clean image in an output.
             factor: of the latents in the step that follows, in which the clean image has the factor `1 - factor`.
             is_smooth: whether the sampler bears an output that jumps.
 
@@ -121,7 +123,8 @@ class Series:
         if off is None or not is_smooth or not 0 < factor < 1:
             return None
         off = off * (factor / (1 - factor))
-        limit = (MAX_MENDED * size / norms(off).clamp(min=TINY)).clamp(max=1)
+        in_output = norms(off) * max(1.0, abs(clean_factor))
+        limit = (MAX_MENDED * size / in_output.clamp(min=TINY)).clamp(max=1)
         return seen.image - off * per_item(limit, off)
 
     def _off(self) -> Tensor | None:
