@@ -89,7 +89,7 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def faster(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: Unpack[OtherOptions]) -> Self:
-        """`fast`, and forecasts about half of the steps of a run that has at least 20."""
+        """`fast`, and forecasts about half of the steps of a run that has at least 12."""
         preset: dict[str, Any] = {"forecast_tolerance": HALF_OF_THE_STEPS}
         return cls.fast(r_keys, r, **preset | dict(options))
 

@@ -22,7 +22,7 @@ from atc_diffusion.calls.position import Position
 from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
 from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
 
-FEWEST_STEPS = 20  # of a run in which anything is forecast; with 15, fewer steps come closer in the same time
+FEWEST_STEPS = 12  # of a run in which anything is forecast; with 10, fewer steps come as close in the same time
 NOISE = 0.2  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
 GROWTH = 1.0, 5.0  # of an error until the image is done: the least, and more in noise, where images take shape
 OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise

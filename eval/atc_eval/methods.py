@@ -61,7 +61,8 @@ class Comparison:
     rival: list[str] = HfArg(
         default_factory=list,
         help="other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by "
-        "that factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth)",
+        "that factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
+        "easycache:0.1 (threshold)",
     )
     together: list[str] = HfArg(
         default_factory=list, aliases=["--with"], help="rivals to combine with every merging, such as deepcache:2"

@@ -18,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion import ATCConfig, LayerSummary, patched, summary
+from atc_eval.easy_cache import EasyCache
 from atc_eval.spectrum import Spectrum
 
 Draw = Callable[..., Any]
@@ -104,16 +105,18 @@ def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
 
 
 @contextmanager
-def spectrum(pipe: Any, growth: float) -> Iterator[Draw]:
-    forecasts = Spectrum(pipe.unet, growth)
+def skipped_steps(pipe: Any, strength: float, make: Callable[[Any, float], Spectrum | EasyCache]) -> Iterator[Draw]:
+    skipping = make(pipe.unet, strength)
     try:
-        yield partial(_draw_with_spectrum, pipe, forecasts)
+        yield partial(_draw_skipping, pipe, skipping)
     finally:
-        forecasts.remove()
+        skipping.remove()
 
 
-def _draw_with_spectrum(pipe: Any, forecasts: Spectrum, *args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
-    forecasts.start(num_inference_steps)
+def _draw_skipping(
+    pipe: Any, skipping: Spectrum | EasyCache, *args: Any, num_inference_steps: int, **kwargs: Any
+) -> Any:
+    skipping.start(num_inference_steps)
     return pipe(*args, num_inference_steps=num_inference_steps, **kwargs)
 
 
@@ -174,7 +177,17 @@ KINDS = {
     ),
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
-    "spectrum": _Kind("Spectrum", "window + {:g}".format, spectrum, (0, 10), whole=False, needs_unet=True),
+    "spectrum": _Kind(
+        "Spectrum", "window + {:g}".format, partial(skipped_steps, make=Spectrum), (0, 10), whole=False, needs_unet=True
+    ),
+    "easycache": _Kind(
+        "EasyCache",
+        "threshold {:g}".format,
+        partial(skipped_steps, make=EasyCache),
+        (0.001, 10),
+        whole=False,
+        needs_unet=True,
+    ),
     "pab": _Kind("PAB", "every {:g} steps".format, pyramid_attention_broadcast, (2, 1000), needs_unet=True),
 }
 
@@ -187,7 +200,7 @@ class Rival:
         name: a key of `KINDS`.
         strength: fraction of the denoising steps ("steps"); side of the cells of keys that become one ("todo",
             "pooled"); percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of
-            an attention ("pab") serves; growth of the window ("spectrum").
+            an attention ("pab") serves; growth of the window ("spectrum"); change of the output ("easycache").
 
     Raises:
         ValueError: if there is no such rival, the strength is out of range, or the rival's package is not installed.

@@ -28,7 +28,7 @@ def draw(pipe: Callable[..., Any], steps: int = 4) -> np.ndarray[Any, Any]:
     return pipe("ant", num_inference_steps=steps, generator=generator, output_type="np").images
 
 
-RIVALS = ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2", "spectrum:0.75"]
+RIVALS = ["steps:0.5", "todo:2", "pooled:2", "tomesd:50", "deepcache:2", "pab:2", "spectrum:0.75", "easycache:0.5"]
 
 
 @pytest.mark.parametrize("text", RIVALS)

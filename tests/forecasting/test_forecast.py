@@ -126,7 +126,7 @@ def fidelity(latents: Tensor, expected: Tensor) -> float:
     ("scheduler", "steps", "reason"),
     [
         (HeunDiscreteScheduler(), STEPS, "repeats its timesteps"),
-        (DDIMScheduler(clip_sample=False), 19, "fewer than 20 steps"),
+        (DDIMScheduler(clip_sample=False), 11, "fewer than 12 steps"),
     ],
 )
 def test_second_order_and_short_runs_are_computed(components, scheduler, steps, reason):

@@ -16,13 +16,16 @@ from atc_eval.checks import check_number, check_source
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
 FULL_SIZE = 10**9  # bytes of weights; Stable Diffusion 1.5 has 2 to 5 times as many
+# Karras spacing, which begins at the largest noise, would spend its steps there if that were (nearly) infinite.
+KARRAS = {"use_karras_sigmas": True, "rescale_betas_zero_snr": False}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
-    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler-karras": ("EulerDiscreteScheduler", KARRAS),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", KARRAS),
+    "dpm++-sde-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"} | KARRAS),
 }
 
 
