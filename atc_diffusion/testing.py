@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from torch import Tensor, nn
+
+from atc_diffusion.adapters.lookup import is_supported
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -209,17 +204,21 @@ def progress(timestep: Tensor) -> dict[str, Tensor]:
 
 
 KEYS_ONLY: dict[str, Any] = {"level": 2, "timestep": noise_level, "merges_queries": False}
-TINY_NETWORKS = {
-    "sd15": TinyNetwork(lambda: UNet2DConditionModel(**UNET), unet_inputs, layers=3, level=1),
-    "sdxl": TinyNetwork(lambda: UNet2DConditionModel(**SDXL), sdxl_inputs, layers=8, level=2),
-    "pixart": TinyNetwork(lambda: PixArtTransformer2DModel(**PIXART), pixart_inputs, layers=2, level=2),
-    "sd3": TinyNetwork(lambda: SD3Transformer2DModel(**SD3), sd3_inputs, layers=3, level=2),
-    "sd35": TinyNetwork(lambda: SD3Transformer2DModel(**SD35), sd3_inputs, layers=4, level=2),
-    "flux": TinyNetwork(lambda: FluxTransformer2DModel(**FLUX), flux_inputs, layers=4, **KEYS_ONLY),
+_ALL = {
+    "sd15": TinyNetwork(lambda: diffusers.UNet2DConditionModel(**UNET), unet_inputs, layers=3, level=1),
+    "sdxl": TinyNetwork(lambda: diffusers.UNet2DConditionModel(**SDXL), sdxl_inputs, layers=8, level=2),
+    "pixart": TinyNetwork(lambda: diffusers.PixArtTransformer2DModel(**PIXART), pixart_inputs, layers=2, level=2),
+    "sd3": TinyNetwork(lambda: diffusers.SD3Transformer2DModel(**SD3), sd3_inputs, layers=3, level=2),
+    "sd35": TinyNetwork(lambda: diffusers.SD3Transformer2DModel(**SD35), sd3_inputs, layers=4, level=2),
+    "flux": TinyNetwork(lambda: diffusers.FluxTransformer2DModel(**FLUX), flux_inputs, layers=4, **KEYS_ONLY),
     "qwen_image": TinyNetwork(
-        lambda: QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_inputs, layers=2, **KEYS_ONLY
+        lambda: diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_inputs, layers=2, **KEYS_ONLY
     ),
     "z_image": TinyNetwork(
-        lambda: ZImageTransformer2DModel(**Z_IMAGE), z_image_inputs, layers=2, **KEYS_ONLY | {"timestep": progress}
+        lambda: diffusers.ZImageTransformer2DModel(**Z_IMAGE),
+        z_image_inputs,
+        layers=2,
+        **KEYS_ONLY | {"timestep": progress},
     ),
 }
+TINY_NETWORKS = {name: network for name, network in _ALL.items() if is_supported(name)}

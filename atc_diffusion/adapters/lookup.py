@@ -3,6 +3,8 @@
 import pkgutil
 from functools import cache
 
+import diffusers
+from packaging.version import Version
 from torch import nn
 
 from atc_diffusion.adapters import Family
@@ -18,10 +20,16 @@ _ADAPTERS = {
     "SD3Transformer2DModel": "sd3:SD3Family",
     "ZImageTransformer2DModel": "z_image:ZImageFamily",
 }
+# Families whose networks or processors are made differently in earlier versions of diffusers.
+_NEEDS_DIFFUSERS = {"qwen_image": Version("0.39"), "z_image": Version("0.39")}
 
 
 def family_of(network: nn.Module) -> Family | None:
-    """The adapter of a diffusers network or of a subclass of one; None for anything else."""
+    """The adapter of a diffusers network or of a subclass of one; None for anything else.
+
+    Raises:
+        ValueError: if this version of diffusers is too old for it.
+    """
     for kind in type(network).__mro__:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in _ADAPTERS:
             return _load(_ADAPTERS[kind.__name__])
@@ -30,4 +38,15 @@ def family_of(network: nn.Module) -> Family | None:
 
 @cache
 def _load(adapter: str) -> Family:
+    module, _, _ = adapter.partition(":")
+    if not is_supported(module):
+        raise ValueError(
+            f"{module} needs diffusers {_NEEDS_DIFFUSERS[module]} or newer, and this is {diffusers.__version__}; run:"
+            " pip install -U diffusers"
+        )
     return pkgutil.resolve_name(f"atc_diffusion.adapters.{adapter}")()
+
+
+def is_supported(module: str) -> bool:
+    """Whether the installed diffusers is new enough for the adapter in `module`."""
+    return Version(diffusers.__version__).release >= _NEEDS_DIFFUSERS.get(module, Version("0")).release

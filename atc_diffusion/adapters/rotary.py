@@ -180,7 +180,7 @@ def _merge_mask(mask: Tensor, merge: MergedCall) -> Tensor:
 
 def _unsuitable_backend(processor: Any) -> str | None:
     """What to say of attention through a backend, or over several devices, where keys cannot merge; None: they can."""
-    if processor._parallel_config is not None:
+    if getattr(processor, "_parallel_config", None) is not None:  # which diffusers has since 0.36
         return (
             "shares its sequence between devices, which merging cannot do; load the model without enable_parallelism,"
             " or remove_patch"

@@ -4,6 +4,7 @@ What is put off looks like the tensors that the ControlNet returns. A network th
 does, such as a caller that keeps them for a later step, gets what the ControlNet returns.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -105,12 +106,12 @@ class Deferrals:
         self._computed: list[Inputs] = []
         self._returned: dict[object, Any] = {}
 
-    def put_off(self, inputs: Inputs, call: Callable[[], Any]) -> Any:
-        """What `call` returns, put off; None if no call with these conditions was computed yet."""
+    def put_off(self, inputs: Inputs, call: partial[Any], owner: object) -> Any:
+        """What the `call` of an `owner` returns, put off; None if no call with these conditions was computed yet."""
         template = self._returned.get(inputs.kind)
         if template is None or not any(earlier.same_conditions(inputs) for earlier in self._computed):
             return None
-        made = _Made(call)
+        made = _Made(call, owner)
         leaves, spec = tree_flatten(template)
         put_off = [
             DeferredTensor(leaf, inputs.latents.device, partial(made.value, index)) for index, leaf in enumerate(leaves)
@@ -127,16 +128,36 @@ class Deferrals:
         return returned
 
 
-class _Made:
-    """What a call returns, made once."""
+class _Forced(threading.local):
+    """Whose call has to be made, because someone reads what was put off."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call = call
+    by: object = None
+
+
+_forced = _Forced()
+
+
+def is_forced(owner: object) -> bool:
+    return _forced.by is owner
+
+
+class _Made:
+    """What the call of an owner returns, made once; of what its arguments are now."""
+
+    def __init__(self, call: partial[Any], owner: object) -> None:
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (call.args, call.keywords))
+        self._call = partial(call.func, *args, **kwargs)
+        self._owner = owner
         self._values: list[Any] = []
 
     def value(self, index: int) -> Any:
         if not self._values:
-            self._values = tree_leaves(self._call())
+            before, _forced.by = _forced.by, self._owner
+            try:
+                with torch.no_grad():
+                    self._values = tree_leaves(self._call())
+            finally:
+                _forced.by = before
         return self._values[index]
 
 

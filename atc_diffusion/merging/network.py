@@ -1,16 +1,13 @@
 """The patch of one network: follows the network's calls and holds the hooks of its layers."""
 
 import inspect
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
@@ -22,7 +19,7 @@ from atc_diffusion.calls.state import NetworkState
 from atc_diffusion.calls.tracing import refuse_tracing
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecasting import Decision, Forecaster
-from atc_diffusion.forecasting.deferred import is_deferred, realized
+from atc_diffusion.forecasting.deferred import is_deferred, is_forced, realized
 from atc_diffusion.merging.call import Call, Memory, is_recomputing, keep_with_graph, present, present_call
 from atc_diffusion.merging.layer import LayerHooks
 from atc_diffusion.merging.layers import PatchedLayers
@@ -178,7 +175,7 @@ class NetworkPatch:
         return next(reversed(hooks)) == own
 
     def _decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
-        if not self.config.forecast_tolerance or _forced.by is self:
+        if not self.config.forecast_tolerance or is_forced(self):
             return Decision()
         if reason := self._never():
             return Decision(reason=reason)
@@ -209,16 +206,10 @@ class NetworkPatch:
         if served is not None and served.forecasts is not None and inputs.readable and not torch.is_grad_enabled():
             coming = served.position_at(position.entry, position.time)
             if not denoiser._never() and served.forecasts.expects(inputs, coming):
-                kept = tree_map_only(torch.Tensor, torch.Tensor.clone, (call.args, call.keywords))
-                put_off = run.deferrals.put_off(inputs, partial(self._compute, call.func, *kept))
+                put_off = run.deferrals.put_off(inputs, call, self)
                 if put_off is not None:
                     return Decision(put_off)
         return Decision(reason="the denoiser is computed", end=partial(run.deferrals.remember, inputs))
-
-    def _compute(self, network: Any, args: Args, kwargs: Kwargs) -> Any:
-        """What a call that was put off returns."""
-        with _forcing(self), torch.no_grad():
-            return network(*args, **kwargs)
 
     @torch.compiler.disable
     def skipped(self) -> Any:
@@ -276,24 +267,6 @@ class NetworkPatch:
             if merge := call.merges.get(layer.name):
                 grid = layer.grid(call.size)
                 yield RecordedMerge(self.name, layer.name, call.step, grid, merge.queries, merge.keys)
-
-
-class _Forced(threading.local):
-    """Whose calls have to be made, because someone reads what was put off."""
-
-    by: object = None
-
-
-_forced = _Forced()
-
-
-@contextmanager
-def _forcing(patch: NetworkPatch) -> Iterator[None]:
-    before, _forced.by = _forced.by, patch
-    try:
-        yield
-    finally:
-        _forced.by = before
 
 
 def _parameters(kind: type) -> list[str]:

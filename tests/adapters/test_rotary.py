@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_z_image
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from torch import Tensor
@@ -18,7 +17,10 @@ from atc_diffusion.testing import TinyNetwork, draw
 from tests.helpers.attentions import attentions, recorded_calls, recorded_results
 from tests.helpers.families import FAMILIES, ROTARY
 
-MODULES = {"flux": transformer_flux, "qwen": transformer_qwenimage, "z": transformer_z_image}
+FUNCTIONS = {
+    kind: f"diffusers.models.transformers.transformer_{module}.dispatch_attention_fn"
+    for kind, module in {"flux": "flux", "qwen": "qwenimage", "z": "z_image"}.items()
+}
 TEXT = {"flux": 5, "qwen": 5, "z": 0}  # tokens ahead of the picture's, in the sequence that is attended to
 NUM_TOKENS = 24
 FEW_KEYS: dict[str, Any] = {"r": 1, "r_keys": 0.25}
@@ -45,7 +47,7 @@ def test_attention_is_that_to_means_of_clusters(monkeypatch, name, weigh, featur
     assert len(maps) == family.layers
     for attention, merge_map in maps.items():
         reference = Reference(merge_map, TEXT[kind], weigh)
-        monkeypatch.setattr(MODULES[kind], "dispatch_attention_fn", reference)
+        monkeypatch.setattr(FUNCTIONS[kind], reference)
         args, kwargs = calls[attention]
         actual, expected = results[attention], attention(*args, **kwargs)
         for part, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
@@ -130,7 +132,7 @@ def test_a_backend_that_cannot_weigh_keys_is_refused_by_the_patch_and_leaves_its
 def test_attention_of_another_package_is_refused(name, monkeypatch):
     family = FAMILIES[name]
     network = family.make()
-    monkeypatch.setattr(MODULES[name.split("_")[0]], "dispatch_attention_fn", ring_attention)
+    monkeypatch.setattr(FUNCTIONS[name.split("_")[0]], ring_attention)
     with pytest.raises(ValueError, match=f"attends by code of {__name__}, not by diffusers' dispatch_attention_fn; un"):
         apply_patch(network, **FEW_KEYS)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     ControlNetModel,
@@ -11,14 +12,13 @@ from diffusers import (
     FluxTransformer2DModel,
     MotionAdapter,
     MultiControlNetModel,
-    QwenImageControlNetModel,
-    QwenImageTransformer2DModel,
     SD3ControlNetModel,
     UNet2DConditionModel,
     UNetControlNetXSModel,
     UNetMotionModel,
 )
 
+from atc_diffusion.adapters.lookup import is_supported
 from atc_diffusion.testing import (
     FLUX,
     KEYS_ONLY,
@@ -133,7 +133,7 @@ def animatediff() -> UNetMotionModel:
     return UNetMotionModel.from_unet2d(unet(), adapter)
 
 
-FAMILIES = TINY_NETWORKS | {
+_ALL = TINY_NETWORKS | {
     "controlnet": TinyNetwork(controlnet, controlnet_inputs, layers=1, level=1),
     "multi_controlnet": TinyNetwork(
         lambda: MultiControlNetModel([controlnet(), controlnet()]), multi_controlnet_inputs, layers=2, level=1
@@ -150,10 +150,11 @@ FAMILIES = TINY_NETWORKS | {
     "flux_kontext": TinyNetwork(lambda: FluxTransformer2DModel(**FLUX), kontext_inputs, layers=4, **KEYS_ONLY),
     "flux_controlnet": TinyNetwork(lambda: FluxControlNetModel(**FLUX), flux_controlnet_inputs, layers=4, **KEYS_ONLY),
     "qwen_image_edit": TinyNetwork(
-        lambda: QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_edit_inputs, layers=2, **KEYS_ONLY
+        lambda: diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE), qwen_image_edit_inputs, layers=2, **KEYS_ONLY
     ),
     "qwen_image_controlnet": TinyNetwork(
-        lambda: QwenImageControlNetModel(**QWEN_IMAGE), qwen_image_controlnet_inputs, layers=2, **KEYS_ONLY
+        lambda: diffusers.QwenImageControlNetModel(**QWEN_IMAGE), qwen_image_controlnet_inputs, layers=2, **KEYS_ONLY
     ),
 }
+FAMILIES = {name: family for name, family in _ALL.items() if "qwen" not in name or is_supported("qwen_image")}
 ROTARY = [name for name, family in FAMILIES.items() if not family.merges_queries]
