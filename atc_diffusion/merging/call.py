@@ -19,6 +19,14 @@ from atc_diffusion.forecasting import Decision
 from atc_diffusion.merging.reuse import CachedClusters
 from atc_diffusion.report import RunLog
 
+MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is reused; older ones are forgotten
+
+# By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.
+_blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
+
+# Of the inputs of each layer's block in calls whose graph is alive: a few of their values.
+_samples: "WeakKeyDictionary[object, dict[str, list[tuple[weakref.ref[Call], int, Tensor]]]]" = WeakKeyDictionary()
+
 
 @dataclass
 class Call:
@@ -76,9 +84,6 @@ class Call:
             self.owner, network, self.kept, self.fewest, self.timestep, self.log, self.size, self.after, self.items,
             self.step, self.clusters, self.limits, outer, is_repeated=True,
         )  # fmt: skip
-
-
-MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is reused; older ones are forgotten
 
 
 class _Present(threading.local):
@@ -204,14 +209,6 @@ def keep_with_graph(call: Call, returned: Any) -> None:
     if isinstance(returned[0], Tensor) and returned[0].grad_fn is not None:
         metadata: Any = returned[0].grad_fn.metadata
         metadata[id(call)] = call
-
-
-# By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.
-_blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
-
-
-# Of the inputs of each layer's block in calls whose graph is alive: a few of their values.
-_samples: "WeakKeyDictionary[object, dict[str, list[tuple[weakref.ref[Call], int, Tensor]]]]" = WeakKeyDictionary()
 
 
 def _put(known: dict[Any, Any], key: object, value: object) -> None:
