@@ -4,6 +4,9 @@ Clusters are reused by content: by calls whose inputs continue those that the cl
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
+
+from torch import Tensor
 
 from atc_diffusion.adapters.noise import TRAINED
 from atc_diffusion.calls.inputs import Inputs, Sharing, changes
@@ -13,7 +16,7 @@ from atc_diffusion.merge_map import MergeMap
 
 PATIENCE = 3  # steps for which clusters wait to serve again: forecasting may skip two in a row, guidance one
 MAX_SOURCES = 128  # a loop that never leaves its timestep forgets its oldest clusters here,
-MAX_BYTES = 2**26  # or where the inputs that are kept to compare with fill 64 MiB
+MAX_BYTES = 2**28  # or where they and the inputs that are kept to compare with fill 256 MiB
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class CachedClusters:
     trees: dict[object, Cuttable] = field(default_factory=dict)
     maps: dict[tuple[object, int], MergeMap] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        kept = [
+            value
+            for each in (*self.trees.values(), *self.maps.values())
+            for value in getattr(each, "__dict__", {}).values()
+        ]
+        return sum(x.numel() * x.element_size() for x in kept if isinstance(x, Tensor))
+
     def keep_maps(self, counts: set[int]) -> None:
         """Forget the cuts of other `counts`, so that a schedule of fractions does not pile them up."""
         for key in [key for key in self.maps if key[1] not in counts]:
@@ -44,6 +56,10 @@ class Source:
     time: float
     clusters: CachedClusters
     served: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.inputs.num_bytes + self.clusters.num_bytes
 
 
 class ClusterCache:
@@ -93,5 +109,5 @@ class ClusterCache:
 
     def _keep(self, source: Source) -> None:
         self._sources = [*self._sources[1 - MAX_SOURCES :], source]
-        while len(self._sources) > 1 and sum(each.inputs.num_bytes for each in self._sources) > MAX_BYTES:
+        while len(self._sources) > 1 and sum(each.num_bytes for each in self._sources) > MAX_BYTES:
             del self._sources[0]

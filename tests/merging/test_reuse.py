@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
 from atc_diffusion import apply_patch
+from atc_diffusion.merging import reuse
 from tests.helpers.drawing import PARTS, draw, text
 from tests.helpers.loops import LAYERS, MOVES, counts, drift, embedding, run, sample, timesteps
 
@@ -42,6 +43,16 @@ def test_the_error_of_reuse_falls_with_the_threshold(unet, threshold):
     )
     assert counts(unet) == [1] * LAYERS
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(reused, exact, strict=True)) < threshold
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2**28, 2), (10_000, 3)])
+def test_clusters_that_would_fill_too_much_memory_are_forgotten(unet, monkeypatch, most, expected):
+    """Inputs of 1.3 kB, and clusters of some 20 kB."""
+    monkeypatch.setattr(reuse, "MAX_BYTES", most)
+    apply_patch(unet, recluster_threshold=0.3)
+    for latents in (sample(), -sample(), sample()):
+        unet(latents, timesteps(900)[0], embedding())
+    assert counts(unet) == [expected] * LAYERS
 
 
 def test_a_text_encoded_again_at_every_step_does_not_matter(unet):
