@@ -35,12 +35,8 @@ class CachedClusters:
 
     @property
     def num_bytes(self) -> int:
-        kept = [
-            value
-            for each in (*self.trees.values(), *self.maps.values())
-            for value in getattr(each, "__dict__", {}).values()
-        ]
-        return sum(x.numel() * x.element_size() for x in kept if isinstance(x, Tensor))
+        kept = [getattr(each, "__dict__", {}).values() for each in (*self.trees.values(), *self.maps.values())]
+        return sum(x.numel() * x.element_size() for x in chain.from_iterable(kept) if isinstance(x, Tensor))
 
     def keep_maps(self, counts: set[int]) -> None:
         """Forget the cuts of other `counts`, so that a schedule of fractions does not pile them up."""
