@@ -1,5 +1,6 @@
 """The commands beside the results can be run, and README gives the results as they are."""
 
+import csv
 import re
 import subprocess
 from pathlib import Path
@@ -37,6 +38,40 @@ def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
         defaults: dict[str, Any] = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else {}
         parse(OPTIONS[command], None, arguments, **defaults)
+
+
+FOLDERS = {
+    "DDIM": "ddim",
+    "Euler ancestral": "euler-ancestral",
+    "DPM++ 2M Karras": "dpm-karras",
+    "DPM++ 2M SDE Karras": "dpm-sde-karras",
+    "four steps": "four-steps",
+}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def measured(folder: str) -> set[tuple[str, str]]:
+    """Times and PSNR as the tables of the page give them."""
+    with (RESULTS / folder / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["psnr"]]
+    ratios = [f"{float(row['ratio']):.2f}" if row["ratio"] else "" for row in rows]
+    fidelity = [f"{float(row['psnr']):.1f} ± {float(row['psnr_margin']):.1f}" for row in rows]
+    return set(zip(ratios, fidelity, strict=True))
+
+
+def test_the_tables_of_the_study_are_those_of_the_reports() -> None:
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    tables = re.findall(r"^(\|.*: time \|.*)\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert tables
+    for header, body in tables:
+        folders = [FOLDERS[name.removesuffix(": time")] for name in cells(header)[1::2]]
+        for row in body.splitlines():
+            _, *values = [cell.strip() for cell in row.split("|")[1:-1]]
+            for folder, time, psnr in zip(folders, values[::2], values[1::2], strict=True):
+                assert not psnr or (time, psnr) in measured(folder), row
 
 
 def test_the_results_in_the_readme_are_those_of_the_results_page() -> None:
