@@ -105,8 +105,9 @@ class NetworkState:
                 for hook in registry.hooks.values():
                     if not _is_known(type(hook)):
                         yield f"the hook {_name(type(hook))}"
-            if "forward" in attributes and not _is_known(attributes["forward"]):
-                yield f"the forward {_name(attributes['forward'])}"
+            forward = attributes.get("forward")  # its own one is there where others have put it back
+            if forward is not None and _innermost(forward) is not type(module).forward and not _is_known(forward):
+                yield f"the forward {_name(forward)}"
 
 
 def _plain(value: Any) -> Hashable:
