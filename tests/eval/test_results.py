@@ -50,7 +50,7 @@ FOLDERS = {
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("| ").split("|")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def measured(folder: str) -> set[tuple[str, str]]:
@@ -69,7 +69,7 @@ def test_the_tables_of_the_study_are_those_of_the_reports() -> None:
     for header, body in tables:
         folders = [FOLDERS[name.removesuffix(": time")] for name in cells(header)[1::2]]
         for row in body.splitlines():
-            _, *values = [cell.strip() for cell in row.split("|")[1:-1]]
+            _, *values = cells(row)
             for folder, time, psnr in zip(folders, values[::2], values[1::2], strict=True):
                 assert not psnr or (time, psnr) in measured(folder), row
 
