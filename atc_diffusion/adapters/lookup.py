@@ -2,8 +2,8 @@
 
 import pkgutil
 from functools import cache
+from importlib.metadata import version
 
-import diffusers
 from packaging.version import Version
 from torch import nn
 
@@ -41,7 +41,7 @@ def _load(adapter: str) -> Family:
     module, _, _ = adapter.partition(":")
     if not is_supported(module):
         raise ValueError(
-            f"{module} needs diffusers {_NEEDS_DIFFUSERS[module]} or newer, and this is {diffusers.__version__}; run:"
+            f"{module} needs diffusers {_NEEDS_DIFFUSERS[module]} or newer, and this is {version('diffusers')}; run:"
             " pip install -U diffusers"
         )
     return pkgutil.resolve_name(f"atc_diffusion.adapters.{adapter}")()
@@ -49,4 +49,4 @@ def _load(adapter: str) -> Family:
 
 def is_supported(module: str) -> bool:
     """Whether the installed diffusers is new enough for the adapter in `module`."""
-    return Version(diffusers.__version__).release >= _NEEDS_DIFFUSERS.get(module, Version("0")).release
+    return Version(version("diffusers")).release >= _NEEDS_DIFFUSERS.get(module, Version("0")).release
