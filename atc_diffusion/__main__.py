@@ -14,7 +14,7 @@ import torch
 
 from atc_diffusion.commands import one_sentence
 from atc_diffusion.devices import devices_found
-from atc_diffusion.loading import load_pipeline, quiet
+from atc_diffusion.loading import load_lora, load_pipeline, quiet
 from atc_diffusion.tuning import Tuning, tune
 
 NAME = "python -m atc_diffusion"
@@ -109,20 +109,12 @@ def _pipeline(options: argparse.Namespace, device: torch.device, call: dict[str,
     dtype = options.dtype or ("float32" if device.type == "cpu" else "float16")
     pipe = load_pipeline(options.model, getattr(torch, dtype))
     if options.lora:
-        _load_lora(pipe, options.lora)
+        load_lora(pipe, options.lora)
     if options.scheduler:
         pipe.scheduler = _scheduler(options.scheduler, pipe.scheduler)
     if options.image:
         pipe, call = _from_image(pipe, options.image, call)
     return pipe.to(device), call
-
-
-def _load_lora(pipe: Any, lora: str) -> None:
-    try:
-        pipe.load_lora_weights(lora)
-    except Exception as error:  # of a class that depends on the hub's client and its version
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot load --lora {lora} ({reason}); give a folder or a hub id (owner/name)") from error
 
 
 def _scheduler(name: str, present: Any) -> Any:

@@ -32,6 +32,14 @@ def quiet() -> Iterator[None]:
                 each.enable_progress_bar()
 
 
+def check_source(source: str, kind: str) -> bool:
+    """Whether `source` is a folder with a `kind`, and not its hub id; raises ValueError if it can be neither."""
+    is_folder = Path(source).is_dir()
+    if not is_folder and (source.count("/") != 1 or source[0] in "/.~"):
+        raise ValueError(f"there is no folder {source}; give a folder with a {kind}, or a hub id (owner/name)")
+    return is_folder
+
+
 def load_pipeline(model: str, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
     """Load a diffusers pipeline to the CPU; neither loading nor calling it shows a progress bar.
 
@@ -45,9 +53,7 @@ def load_pipeline(model: str, dtype: torch.dtype, **options: Any) -> "DiffusionP
     """
     from diffusers import DiffusionPipeline
 
-    is_local = Path(model).is_dir()
-    if not is_local and (model.count("/") != 1 or model[0] in "/.~"):
-        raise ValueError(f"there is no folder {model}; give a folder with a pipeline, or a hub id (owner/name)")
+    is_local = check_source(model, "pipeline")
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
@@ -58,3 +64,22 @@ def load_pipeline(model: str, dtype: torch.dtype, **options: Any) -> "DiffusionP
         raise ValueError(f"cannot load {model!r}: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_lora(pipe: Any, lora: str) -> None:
+    """Load a LoRA into a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        lora: folder of the LoRA's weights, or its hub id.
+
+    Raises:
+        ValueError: if there is no such LoRA, the hub cannot be reached, or the LoRA does not fit the pipeline.
+    """
+    is_local = check_source(lora, "LoRA")
+    try:
+        pipe.load_lora_weights(lora)
+    except Exception as error:  # of a class that depends on the hub's client and its version
+        reason = str(error).partition("\n")[0]
+        hint = "" if is_local else f"; if it was never downloaded, connect once and run: hf download {lora}"
+        raise ValueError(f"cannot load the LoRA {lora!r}: {reason}{hint}") from error

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from atc_diffusion import load_pipeline
+from atc_diffusion.loading import load_lora
 from tests.helpers.tiny_pipelines import EMOJI
 
 
@@ -39,3 +40,17 @@ def test_progress_bars_that_were_off_stay_off():
         assert not transformers.utils.logging.is_progress_bar_enabled()
     finally:
         transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("nowhere", r"^there is no folder nowhere; give a folder with a LoRA, or a hub id \(owner/name\)$"),
+        (str(EMOJI / "unet"), r"^cannot load the LoRA '.*unet': [^\n]+$"),
+        ("no/lora", r"^cannot load the LoRA 'no/lora': [^\n]+; .* connect once and run: hf download no/lora$"),
+    ],
+)
+def test_a_lora_that_cannot_be_loaded_is_named_in_one_sentence(monkeypatch, lora, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message):
+        load_lora(load_pipeline(str(EMOJI), torch.float32), lora)

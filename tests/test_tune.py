@@ -225,7 +225,7 @@ def test_the_command_tunes_image_to_image_with_another_scheduler(model, tmp_path
         ("--size 63", "`height` and `width` have to be divisible by 8"),
         ("--scheduler Euler", "--scheduler Euler does not fit this model; these do: .*DDIMScheduler, "),
         ("--device moon", "there is no device 'moon' here, only cpu"),
-        ("--lora nowhere", "cannot load --lora nowhere .*; give a folder or a hub id"),
+        ("--lora nowhere", "there is no folder nowhere; give a folder with a LoRA, or a hub id"),
         ("--image nowhere.png", "No such file or directory: 'nowhere.png'"),
         ("--min-psnr -1", "min_psnr must be a number from 0 up, got -1.0"),
     ],

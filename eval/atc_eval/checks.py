@@ -81,13 +81,3 @@ def read_names(option: str, path: Path) -> list[str]:
         where = f"line {empty[0]} of {path} is empty" if empty else f"{path} is empty"
         raise ValueError(f"{where}; write one name on each line")
     return names
-
-
-def check_source(source: str | None, kind: str, pattern: str) -> None:
-    """Checks that `source` is a folder with a pipeline or LoRA, or could be a hub id, which is looked up later."""
-    if source is not None:
-        path = Path(source).expanduser()
-        if path.is_dir() and not any(path.glob(pattern)):
-            raise ValueError(f"the folder {source} holds no diffusers {kind}: it has no {pattern}")
-        if not path.is_dir() and (source.count("/") != 1 or source[0] in "/.~"):
-            raise ValueError(f"there is no folder {source}; give a folder with a {kind}, or a hub id (owner/name)")

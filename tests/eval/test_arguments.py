@@ -45,10 +45,10 @@ def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, mo
     [
         ("--model /nonexistent", "there is no folder /nonexistent"),
         ("--model ./nonexistent", "there is no folder ./nonexistent"),
-        ("--model empty", "the folder empty holds no diffusers pipeline: it has no model_index.json"),
-        ("--lora empty", r"the folder empty holds no diffusers LoRA: it has no \*.safetensors"),
+        ("--model empty", "cannot load 'empty': .*model_index.json"),
+        ("--lora empty", "cannot load the LoRA 'empty': .*pytorch_lora_weights"),
         ("--model no/model", "cannot load 'no/model'"),
-        ("--lora no/lora", "cannot load --lora no/lora"),
+        ("--lora no/lora", "cannot load the LoRA 'no/lora': .*; if it was never downloaded, .*: hf download no/lora"),
         ("--reference nowhere", "there is no folder nowhere"),
         ("--reference few", "few has 3 images; at least 4 are needed"),
         ("--reference damaged", r"unreadable images: damaged/3\.png$"),

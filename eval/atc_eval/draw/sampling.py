@@ -11,7 +11,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
-from atc_eval.checks import check_number, check_source
+from atc_diffusion.loading import check_source, load_lora
+from atc_eval.checks import check_number
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
@@ -49,8 +50,9 @@ class Sampling:
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="auto: the fastest there is")
 
     def __post_init__(self) -> None:
-        check_source(self.model, "pipeline", "model_index.json")
-        check_source(self.lora, "LoRA", "*.safetensors")
+        check_source(self.model, "pipeline")
+        if self.lora:
+            check_source(self.lora, "LoRA")
         for name in ("steps", "size", "batch_size"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name))
 
@@ -117,20 +119,10 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
     dtype = getattr(torch, sampling.dtype_on(device))
     pipe: Any = atc_diffusion.load_pipeline(sampling.model, dtype, safety_checker=None, requires_safety_checker=False)
     if sampling.lora:
-        _load_lora(pipe, sampling.lora)
+        load_lora(pipe, sampling.lora)
     if sampling.scheduler:
         pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
     return pipe.to(device)
-
-
-def _load_lora(pipe: Any, lora: str) -> None:
-    try:
-        pipe.load_lora_weights(lora)
-    except Exception as error:  # of a class that depends on the hub's client and its version
-        raise ValueError(
-            f"cannot load --lora {lora}: it is no folder with its weights, and the hub gave none; give a folder, or "
-            f"connect once and run: hf download {lora}"
-        ) from error
 
 
 def make_scheduler(name: str, own: Any) -> Any:
