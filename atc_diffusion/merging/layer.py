@@ -14,7 +14,6 @@ from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.merging.call import Call, enter_block, leave_block, present_call
-from atc_diffusion.merging.features import make_features
 
 
 class LayerHooks:
@@ -117,12 +116,15 @@ class LayerHooks:
 
     def _features(self, call: Call, tokens: Tensor, project: Projection) -> Tensor:
         """The features `[B, N, D]` by which the clustered items of `tokens` `[B, N, C]` are compared."""
-        sharing, which = _sharing(call, tokens), self.config.features
+        sharing = _sharing(call, tokens)
         pick = sharing.pick if sharing else _all
-        if which != "hidden_states":
-            return make_features(which, project, pick)
-        # Of several images, the one to merge comes first.
-        return pick(call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]])
+        match self.config.features:
+            case "hidden_states":  # of several images, the one to merge comes first
+                return pick(call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]])
+            case "keys_values":
+                return torch.cat([_unit_deviation(project(which, pick)) for which in ("keys", "values")], dim=2)
+            case which:
+                return project(which, pick)
 
     def _grid(self, call: Call, tokens: Tensor) -> tuple[int, int]:
         height, width = self.layer.grid(call.size)
@@ -141,3 +143,8 @@ def _all(x: Tensor) -> Tensor:
 def _sharing(call: Call, tokens: Tensor) -> Sharing | None:
     """Which items of `tokens` `[B, N, C]` share clusters; None: none do, or these are a portion of the items."""
     return call.clusters.sharing if len(tokens) == call.items else None
+
+
+def _unit_deviation(x: Tensor) -> Tensor:
+    """Each item of `x` `[B, N, C]` divided by its standard deviation."""
+    return x / x.float().std(dim=(1, 2), keepdim=True).clamp(min=1e-12).to(x.dtype)
