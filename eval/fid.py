@@ -39,21 +39,25 @@ with one_sentence("fid.py", extra="eval"):
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.checks import check_new_folder, check_number
-    from atc_eval.command_line import parse
-    from atc_eval.draw.image_set import check_folder_settings, claim_folder
+    from atc_eval.command_line import check_new, check_number, parse
     from atc_eval.draw.images import PlannedImage, Prompts
-    from atc_eval.draw.sampler import Part, Sampler, read_records
+    from atc_eval.draw.sampler import Part, Sampler, Times, read_records
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
-    from atc_eval.draw.sets import DRAWN, Sets, complete_sets, make_sets, note_command
-    from atc_eval.draw.times import Times
+    from atc_eval.draw.sets import (
+        DRAWN,
+        Sets,
+        check_folder_settings,
+        claim_folder,
+        complete_sets,
+        make_sets,
+        note_command,
+    )
     from atc_eval.environment import in_words
     from atc_eval.method import Method
     from atc_eval.methods import Comparison
     from atc_eval.report.results import Result, Study
     from atc_eval.report.sections import write_report
-    from atc_eval.score.scorer import Scorer
-    from atc_eval.score.scoring import Scoring
+    from atc_eval.score.scorer import Scorer, Scoring
 
 Plan = dict[Method, list[PlannedImage]]
 DEMO = {  # a small experiment, on the model of this repository
@@ -91,8 +95,8 @@ class Output:
     )
 
     def __post_init__(self) -> None:
-        check_new_folder("--out", self.out)
-        check_new_folder("--report", self.report)
+        check_new("--out", self.out)
+        check_new("--report", self.report)
         check_number("--time", self.time, least=0)
         Part.parse(self.part)
 

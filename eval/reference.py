@@ -7,19 +7,24 @@ The official download has all 50 000 images in one folder; the file with their c
 one folder for each class, leave out --ground-truth. The 5000 images are copied unchanged.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from atc_diffusion.commands import one_sentence
 
 with one_sentence("reference.py", extra="eval"):
+    from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.checks import check_file, check_folder, check_new_folder
-    from atc_eval.command_line import parse
-    from atc_eval.files import list_images
-    from atc_eval.score.reference_images import gather, shortened
+    from atc_eval.command_line import check_exists, check_new, parse
+    from atc_eval.files import image_mode, list_images
+
+NUM_CLASSES = 1000
+PER_CLASS = 5
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Gathering:
     )
 
     def __post_init__(self) -> None:
-        check_folder("--imagenet-val", self.imagenet_val)
-        check_new_folder("--out", self.out)
-        check_file("--ground-truth", self.ground_truth)
+        check_exists("--imagenet-val", self.imagenet_val, "folder")
+        check_new("--out", self.out)
+        check_exists("--ground-truth", self.ground_truth, "file")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +49,84 @@ def main(arguments: Sequence[str] | None = None) -> None:
         converted = gather(wanted.imagenet_val, wanted.ground_truth, wanted.out)
     count, names = len(list_images(wanted.out)), shortened(converted)
     print(f"{count} images in {wanted.out}; not RGB, converted when read: {names}")
+
+
+def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
+    """Copy the reference images from `source` to a new folder `out`.
+
+    Args:
+        source: folder with a folder of images for each class, or with all images.
+        ground_truth: for the latter, a file whose line `i` is the class of the `i`-th image by name.
+        out: the new folder, written completely or not at all.
+
+    Returns:
+        Names and modes of the images that are not RGB.
+
+    Raises:
+        ValueError: naming the images that are missing or unreadable.
+    """
+    if out.exists():
+        raise ValueError(f"--out {out} already exists; give a new folder")
+    classes = by_folder(source) if ground_truth is None else by_ground_truth(source, ground_truth)
+    chosen = first_of_each(classes)
+    with ThreadPoolExecutor() as threads:
+        found = tqdm(threads.map(image_mode, chosen), total=len(chosen), unit="image")
+        modes = dict(zip(chosen, found, strict=True))
+    unreadable = [path.name for path, mode in modes.items() if mode is None]
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} images are unreadable: {shortened(unreadable)}")
+    copy_all(chosen, out)
+    return [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
+
+
+def by_folder(source: Path) -> Mapping[str, Sequence[Path]]:
+    """Images of every class folder in `source`, sorted by name."""
+    folders = [folder for folder in sorted(source.iterdir()) if folder.is_dir()]
+    if not folders and (count := len(list_images(source))):
+        raise ValueError(
+            f"{source} holds {count} images and no class folders; add --ground-truth {GROUND_TRUTH}, a file in the "
+            "data folder of ImageNet's development kit (ILSVRC2012_devkit_t12)"
+        )
+    return {folder.name: list_images(folder) for folder in folders}
+
+
+def by_ground_truth(source: Path, ground_truth: Path) -> Mapping[str, Sequence[Path]]:
+    """Images in `source` by class: line `i` of `ground_truth` is the class of the i-th image by name."""
+    paths, labels = list_images(source), ground_truth.read_text().split()
+    if len(paths) != len(labels):
+        raise ValueError(f"{source} has {len(paths)} images, but {ground_truth} has {len(labels)} lines")
+    classes: dict[str, list[Path]] = {label: [] for label in sorted(labels, key=int)}
+    for path, label in zip(paths, labels, strict=True):
+        classes[label].append(path)
+    return classes
+
+
+def first_of_each(classes: Mapping[str, Sequence[Path]]) -> list[Path]:
+    """The first five images of each of the 1000 classes."""
+    if len(classes) != NUM_CLASSES:
+        raise ValueError(
+            f"found {len(classes)} classes instead of {NUM_CLASSES}; give --imagenet-val a folder of {NUM_CLASSES} "
+            f"class folders, or a folder of all images together with --ground-truth {GROUND_TRUTH}"
+        )
+    short = [f"{name} has {len(paths)}" for name, paths in classes.items() if len(paths) < PER_CLASS]
+    if short:
+        raise ValueError(f"{len(short)} classes have fewer than {PER_CLASS} images: {shortened(short)}")
+    return [path for paths in classes.values() for path in paths[:PER_CLASS]]
+
+
+def copy_all(paths: Iterable[Path], out: Path) -> None:
+    """Copy `paths`, numbered, to the new folder `out`, which appears when it is complete."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, path in enumerate(paths):
+        shutil.copy(path, partial / f"{number:04d}_{path.name}")
+    partial.rename(out)
+
+
+def shortened(names: Sequence[str], count: int = 20) -> str:
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return (", ".join(names[:count]) or "none") + rest
 
 
 if __name__ == "__main__":

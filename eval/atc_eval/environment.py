@@ -4,6 +4,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import atc_diffusion
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity", "scipy")
 
 
+@cache
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of this package, with its commit, of Python, and of those `packages` that are installed."""
     ours = " ".join(filter(None, [atc_diffusion.__version__, commit()]))

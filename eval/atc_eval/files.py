@@ -32,11 +32,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: naming the file, if it is damaged.
-    """
+    """The value in a JSON file; if that is damaged, the error names it."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

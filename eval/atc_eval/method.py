@@ -74,11 +74,7 @@ class Method:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Method":
-        """Read what this or an earlier version wrote.
-
-        Raises:
-            ValueError: if this version has no such method.
-        """
+        """Read what this or an earlier version wrote."""
         config, rival = values["merge"], values["rival"]
         return cls(_read(config) if config else None, Rival(**rival) if rival else None)
 
@@ -133,13 +129,9 @@ def _read(values: Mapping[str, Any]) -> Config:
         raise ValueError(f"this version has no {values['kind']}")
     kind = KINDS[values["kind"]]
     known = {field.name for field in fields(kind)}
-    given = {name: _frozen(value) for name, value in values.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in given.items():
         if name not in known | {"kind"} and value != REMOVED.get(name, ...):
             raise ValueError(f"this version has no {values['kind']}({name}={value!r})")
     added = {name: value for name, value in ADDED.items() if name in known}
     return kind(**added | {name: value for name, value in given.items() if name in known})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ import yaml
 from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
-from atc_eval.checks import parse_fraction
+from atc_eval.command_line import parse_fraction
 from atc_eval.method import Method
 from atc_eval.rivals import Rival
 
@@ -105,9 +105,6 @@ def grid(names: Iterable[str], keeps: Iterable[Fractions], options: Mapping[str,
     """The unmerged model, then the configurations of every name at all fractions kept, with all options that they have.
 
     ToMe is left out where it cannot keep so few tokens, and merging where it keeps all and forecasts nothing.
-
-    Raises:
-        ValueError: for a value that a configuration refuses.
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     configs = [

@@ -4,22 +4,20 @@ A rival is a context manager over a pipeline. It yields the callable that draws,
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import PyramidAttentionBroadcastConfig, UNet2DConditionModel, apply_pyramid_attention_broadcast
 from diffusers.hooks import HookRegistry
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion import ATCConfig, LayerSummary, patched, summary
-from atc_eval.easy_cache import EasyCache
-from atc_eval.spectrum import Spectrum
+from atc_eval.skipped_steps import EasyCache, SkippedSteps, Spectrum
 
 Draw = Callable[..., Any]
 Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -36,35 +34,28 @@ def _draw_fewer_steps(pipe: Any, fraction: float, *args: Any, num_inference_step
 
 @contextmanager
 def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
-    handles = hook_keys(pipe, int(factor), downsample)
-    try:
-        yield pipe
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def hook_keys(model: Any, factor: int, downsample: Downsample) -> list[RemovableHandle]:
     """Downsample the keys and values of self-attention on their square grid, in the layers that ATC merges by default.
 
     With nearest neighbours this is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
     `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
 
     Args:
-        model: a pipeline or a network.
+        pipe: a pipeline or a network.
         factor: side of the cells of tokens that become one.
         downsample: makes a grid `[B, C, H, W]` of the size given.
     """
-    layers = merged_layers(model)
-    networks = [getattr(model, layer.network) if layer.network else model for layer in layers]
-    attentions = [network.get_submodule(layer.name) for network, layer in zip(networks, layers, strict=True)]
-    hook = partial(_downsample_input, factor, downsample)
-    return [each.register_forward_pre_hook(hook) for attn in attentions for each in (attn.to_k, attn.to_v)]
+    hook = partial(_downsample_input, int(factor), downsample)
+    with ExitStack() as hooks:
+        for layer in merged_layers(pipe):
+            attn = (getattr(pipe, layer.network) if layer.network else pipe).get_submodule(layer.name)
+            for projection in (attn.to_k, attn.to_v):
+                hooks.enter_context(projection.register_forward_pre_hook(hook))
+        yield pipe
 
 
-def merged_layers(model: Any) -> tuple[LayerSummary, ...]:
-    """The layers that ATC merges by default, in a pipeline or a network."""
-    with patched(model, ATCConfig(r=1.0, r_keys=0.5)):
+def merged_layers(model: Any, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
+    """The layers that `ATCConfig(levels=levels)` merges, in a pipeline or a network."""
+    with patched(model, ATCConfig(r=1.0, r_keys=0.5, levels=levels)):
         return summary(model).layers
 
 
@@ -105,34 +96,27 @@ def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
 
 
 @contextmanager
-def skipped_steps(pipe: Any, strength: float, make: Callable[[Any, float], Spectrum | EasyCache]) -> Iterator[Draw]:
+def skipped_steps(pipe: Any, strength: float, make: Callable[[Any, float], SkippedSteps]) -> Iterator[Draw]:
     skipping = make(pipe.unet, strength)
     try:
-        yield partial(_draw_skipping, pipe, skipping)
+        yield partial(skipping.draw, pipe)
     finally:
         skipping.remove()
-
-
-def _draw_skipping(
-    pipe: Any, skipping: Spectrum | EasyCache, *args: Any, num_inference_steps: int, **kwargs: Any
-) -> Any:
-    skipping.start(num_inference_steps)
-    return pipe(*args, num_inference_steps=num_inference_steps, **kwargs)
 
 
 @contextmanager
 def pyramid_attention_broadcast(pipe: Any, interval: float) -> Iterator[Draw]:
     """PAB (Zhao et al. 2024) by diffusers: each attention's output serves `interval` steps in the middle of a run."""
-    steps: list[int] = [0]  # the timestep of the current call
+    timesteps: list[int] = []  # of the calls so far
     network = pipe.unet
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=int(interval),
         cross_attention_block_skip_range=int(interval),
-        current_timestep_callback=lambda: steps[0],
+        current_timestep_callback=lambda: timesteps[-1],
     )
     before = {module: set(vars(module)) for module in network.modules()}
     apply_pyramid_attention_broadcast(network, config)
-    hook = network.register_forward_pre_hook(partial(_note_timestep, steps))
+    hook = network.register_forward_pre_hook(lambda unet, args: timesteps.append(int(args[1])))
     registry = HookRegistry.check_if_exists_or_initialize(network)
     try:
         yield partial(_draw_with_pab, pipe, registry)
@@ -147,11 +131,6 @@ def pyramid_attention_broadcast(pipe: Any, interval: float) -> Iterator[Draw]:
 def _draw_with_pab(pipe: Any, registry: HookRegistry, *args: Any, **kwargs: Any) -> Any:
     registry.reset_stateful_hooks()
     return pipe(*args, **kwargs)
-
-
-def _note_timestep(steps: list[int], network: torch.nn.Module, args: tuple[Any, ...]) -> None:
-    """UNet pipelines give the timestep as the second argument."""
-    steps[0] = int(args[1])
 
 
 @dataclass(frozen=True)
@@ -201,9 +180,6 @@ class Rival:
         strength: fraction of the denoising steps ("steps"); side of the cells of keys that become one ("todo",
             "pooled"); percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of
             an attention ("pab") serves; growth of the window ("spectrum"); change of the output ("easycache").
-
-    Raises:
-        ValueError: if there is no such rival, the strength is out of range, or the rival's package is not installed.
     """
 
     name: str
@@ -243,11 +219,7 @@ class Rival:
         return self.kind.setting(self.strength)
 
     def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
-        """Apply the rival to `pipe` within a `with` block; yields the callable that draws.
-
-        Raises:
-            ValueError: if the rival needs a UNet and `pipe` has none.
-        """
+        """Apply the rival to `pipe` within a `with` block; yields the callable that draws."""
         if self.kind.needs_unet and not hasattr(pipe, "unet") and not isinstance(pipe, UNet2DConditionModel):
             raise ValueError(f"{self.name} needs a UNet, and {type(pipe).__name__} has none; leave it out")
         return self.kind.apply(pipe, self.strength)

@@ -11,13 +11,12 @@ import pytest
 import fid
 import speed
 from atc_eval.command_line import parse
-from atc_eval.draw.image_set import check_folder_settings
 from atc_eval.draw.images import Prompts
-from atc_eval.draw.sampler import Sampler
-from atc_eval.draw.times import Times
+from atc_eval.draw.sampler import Sampler, Times
+from atc_eval.draw.sets import check_folder_settings
 
 ROOT = Path(__file__).parents[2]
-OURS = re.compile(r"atc_eval(\.|$)|(overlay|comparison|display|form)$")
+OURS = re.compile(r"atc_eval(\.|$)|(comparison|display)$")
 Refused = Callable[..., str]
 
 

@@ -15,12 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 import classify
 from atc_diffusion import ViTConfig
-from atc_eval.classification import emoji as demo
-from atc_eval.classification.cluster_figures import cluster_labels
-from atc_eval.classification.evaluation import mean_by_subject
-from atc_eval.classification.reductions import Reductions, Trial
+from atc_eval.classification import demo
+from atc_eval.classification.accuracy import cluster_labels
+from atc_eval.classification.evaluation import Reductions, mean_by_subject
 from atc_eval.method import Method
-from atc_eval.score.bootstrap import bootstrap_draws
+from atc_eval.score.statistics import bootstrap_draws
 
 GROUPS = ("Animals & Nature", "Food & Drink")
 
@@ -64,12 +63,11 @@ def imagenet(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_demo_trains_evaluates_fine_tunes_and_reports(emoji, tmp_path):
+def test_demo_trains_evaluates_and_reports(emoji, tmp_path):
     arguments = ["--demo", "--emoji-images", str(emoji), "--epochs", "1", "--out", str(tmp_path / "out")]
-    arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50", "--finetune", "50"]
+    arguments += ["--method", "atc", "tome", "--linkage", "average", "--keep", "50"]
     classify.main(arguments)
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## Trained further with the reduction in place" in report
     assert "| ViTConfig() over the best merging |" in report
     files = [file.name for file in (tmp_path / "out").iterdir()]
     assert {"clusters-1.svg", "results.csv", "report.html", "model.pt"} <= set(files)
@@ -80,7 +78,7 @@ def test_a_rerun_reads_what_is_there(imagenet):
     arguments = ["--imagenet-val", str(imagenet / "val"), "--weights", str(imagenet / "weights.pt"), "--out", str(out)]
     arguments += ["--model", "vit_of_this_test", "--method", "topk", "--keep", "25", "--remove", "1", "--device", "cpu"]
     classify.main(arguments)
-    file = out / "methods" / Trial(Method(ViTConfig(method="topk", r=0.25))).file
+    file = out / "methods" / f"{Method(ViTConfig(method='topk', r=0.25)).folder}.json"
     record = json.loads(file.read_text())
     assert len(record["correct"]) == 6
     file.write_text(json.dumps(record | {"correct": [1, 1, 1, 0, 0, 0]}))
@@ -97,7 +95,6 @@ def test_a_rerun_reads_what_is_there(imagenet):
             ["--demo", "--emoji-images", "nowhere"],
             "lacks noto, twemoji, fluent; for noto: npm pack emoji-datasource-g",
         ),
-        (["--finetune", "25"], "--finetune is for --demo"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(arguments, message, tmp_path, refused):
@@ -120,9 +117,9 @@ def test_models_that_are_not_there(imagenet, arguments, message, refused):
 
 
 def test_every_method_at_every_reduction_that_it_can_do():
-    given: dict[str, Any] = {"keep": ["25", "50"], "remove": [8], "schedule": ["linear"], "finetune": ["50"]}
-    trials = Reductions(method=["atc", "tome"], linkage=["average", "single"], **given).trials()
-    rows = [(each.method.label, each.method.setting) for each in trials if not each.finetuned]
+    given: dict[str, Any] = {"keep": ["25", "50"], "remove": [8], "schedule": ["linear"]}
+    methods = Reductions(method=["atc", "tome"], linkage=["average", "single"], **given).methods()
+    rows = [(each.label, each.setting) for each in methods]
     settings = ("25 %", "50 %", "linear, t = 8")
     assert rows == [
         ("unmerged", ""),
@@ -130,9 +127,7 @@ def test_every_method_at_every_reduction_that_it_can_do():
         *(("ViTConfig(linkage='single')", each) for each in settings),
         *(("ViTConfig(method='tome')", each) for each in settings[1:]),
     ]
-    further = [each.method.setting for each in trials if each.finetuned]
-    assert further == ["", "50 %", "50 %", "50 %"]
-    assert len({each.file for each in trials}) == len(trials)
+    assert len({each.folder for each in methods}) == len(methods)
 
 
 def test_intervals_count_images_of_one_subject_as_one():

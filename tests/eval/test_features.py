@@ -13,15 +13,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.transforms.functional import pil_to_tensor
 
 from atc_eval.files import list_images
-from atc_eval.score import feature_networks
-from atc_eval.score.feature_networks import (
+from atc_eval.score import features
+from atc_eval.score.features import (
     EfficientNetLite0,
+    Features,
     InceptionV3,
     find_inception_weights,
     resize_clean,
     resize_tensorflow,
 )
-from atc_eval.score.image_features import Features
 
 CPU = torch.device("cpu")
 Draw = Callable[..., Path]
@@ -40,7 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inception_gives_torch_fidelitys_features(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_networks, "find_inception_weights", str)
+    monkeypatch.setattr(features, "find_inception_weights", str)
     theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
     ours = InceptionV3(weights)
     images = torch.randint(256, (2, 3, 40, 30), dtype=torch.uint8)
@@ -54,7 +54,7 @@ def test_weights_with_another_hash_are_refused(weights: Path) -> None:
 
 
 def test_weights_with_the_right_hash_are_taken(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_networks, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
     assert find_inception_weights(weights) == str(weights)
 
 
@@ -65,7 +65,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(feature_networks, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")  # nobody listens there
     with pytest.raises(ValueError, match=rf"download http://127.*put it at {tmp_path}/checkpoints/weights-inception"):
         find_inception_weights()
 

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from atc_diffusion import ATCConfig
-from atc_eval.draw.image_set import ImageSet, check_folder_settings, claim_folder
 from atc_eval.draw.images import PlannedImage, plan, select_classes
-from atc_eval.draw.sets import complete_sets, make_sets
+from atc_eval.draw.sets import ImageSet, check_folder_settings, claim_folder, complete_sets, make_sets
 from atc_eval.files import write_json
 from atc_eval.method import Method
 

@@ -8,15 +8,14 @@ import pytest
 from PIL import Image
 
 from atc_eval.files import list_images
-from atc_eval.score.reference_images import gather
-from reference import main
+from reference import gather, main
 
 CLASSES, IMAGES = 3, 7  # images of each class, of which five are wanted
 
 
 @pytest.fixture(autouse=True)
 def _few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atc_eval.score.reference_images.NUM_CLASSES", CLASSES)
+    monkeypatch.setattr("reference.NUM_CLASSES", CLASSES)
 
 
 @pytest.fixture

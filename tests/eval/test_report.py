@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from atc_diffusion import ATCConfig
-from atc_eval.draw.image_set import ImageSet
 from atc_eval.draw.images import plan
+from atc_eval.draw.sets import ImageSet
 from atc_eval.method import Method
 from atc_eval.methods import grid
 from atc_eval.report.plots import LINE_HEIGHT, on_frontier, spread
 from atc_eval.report.results import Result, Study
 from atc_eval.report.sections import make_page, write_report
 from atc_eval.rivals import Rival
-from atc_eval.score.bootstrap import Estimate, bootstrap_draws
 from atc_eval.score.scorer import Fidelity, Scores
+from atc_eval.score.statistics import Estimate, bootstrap_draws
 
 IMAGES = plan(["ant", "bee"], [0, 1], 2, "{}", 0)
 RECORD: dict[str, Any] = {"peak_memory_bytes": None, "devices": ["cpu"], "versions": {}}

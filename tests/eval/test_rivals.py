@@ -13,7 +13,7 @@ from torch import Tensor
 from atc_diffusion import ATCConfig
 from atc_eval.method import Method
 from atc_eval.rivals import Rival
-from atc_eval.spectrum import Spectrum
+from atc_eval.skipped_steps import Spectrum
 
 
 @pytest.fixture

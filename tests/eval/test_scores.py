@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from atc_eval.score.bootstrap import Estimate, bootstrap_draws
-from atc_eval.score.distances import FrechetDistance, kernel_distance, precision_recall
-from atc_eval.score.similarity import psnr
+from atc_eval.score.scorer import psnr
+from atc_eval.score.statistics import Estimate, FrechetDistance, bootstrap_draws, kernel_distance, precision_recall
 
 
 def fid(features: Tensor, reference: Tensor) -> float:

@@ -13,14 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import speed
 from atc_diffusion import ATCConfig
 from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
-from atc_eval.benchmark.arithmetic import self_attention
-from atc_eval.benchmark.choices import Benchmark
-from atc_eval.benchmark.engines import engines, gaussian, same_partition
+from atc_eval.benchmark.clustering import engines, gaussian, peak_bytes, same_partition
 from atc_eval.benchmark.full_size import MODELS, load, make_inputs
-from atc_eval.benchmark.markdown import Table
-from atc_eval.benchmark.memory import peak_bytes
-from atc_eval.benchmark.step import METHODS, Denoising, Setting, select, share_weights
-from atc_eval.benchmark.turns import take_turns
+from atc_eval.benchmark.step import METHODS, Denoising, Setting, select, self_attention, share_weights
+from atc_eval.benchmark.timing import table, take_turns
 from atc_eval.method import Method
 
 TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
@@ -83,19 +79,13 @@ def test_self_attention_is_counted_as_pytorch_counts_it(model: str, levels: tupl
     assert counted == sum(self_attention(network, 64, level) for level in levels)
 
 
-def test_clustering_names_every_engine_and_all_agree(run: Run) -> None:
-    table = run("--parts clustering")
-    assert len(table) == 4 * 4
-    assert [row[1] for row in table[:4]] == ["atc_diffusion", "fastcluster", "scipy", "scikit-learn"]
-    assert {row[4] for row in table} == {"yes"}
-
-
-def test_small_problems_stand_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atc_eval.benchmark.clustering.SMALL", (24, 32))
+def test_small_and_large_problems_stand_beside_the_quickest_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "SMALL", [(1, 24, 64), (16, 32, 384)])
     monkeypatch.setattr("atc_eval.benchmark.clustering.DISTANCES", 1)
-    table = run("--parts small")
-    assert len(table) == 2 * 2 * 2 * 4
-    assert table[-1][:2] == ["16 x 32 x 384", "ward"]
+    table = run("--parts small clustering")
+    assert [row[0] for row in table[::4]] == ["1 x 24 x 64", "16 x 32 x 384", "1 x 64 x 320"]
+    assert [row[1] for row in table] == ["average", "complete", "single", "ward"] * 3
+    assert {row[3] for row in table} <= {"fastcluster", "scipy", "scikit-learn"}
     assert {row[6] for row in table} == {"yes"}
 
 
@@ -248,7 +238,7 @@ def test_a_table_ends_where_the_memory_of_a_gpu_does() -> None:
         yield ["small", "1"]
         raise torch.OutOfMemoryError
 
-    assert list(Table("", "", ["size", "ms"], measure()).lines())[-2:] == ["| small | 1 |", "| out of memory |  |"]
+    assert list(table("", "", ["size", "ms"], measure()))[-2:] == ["| small | 1 |", "| out of memory |  |"]
 
 
 @pytest.mark.slow
@@ -278,7 +268,7 @@ def test_what_does_not_fit_is_named(line: str, text: str, refused: Callable[...,
 
 
 def test_the_device_gives_the_defaults_and_what_is_asked_stays() -> None:
-    gpu, cpu = Benchmark(device="cuda", keep=["50"]), Benchmark()
+    gpu, cpu = speed.Benchmark(device="cuda", keep=["50"]), speed.Benchmark()
     assert gpu.fractions == [0.5]
     assert [(each.model, each.size) for each in gpu.settings()] == [
         ("sd15", 512),

@@ -8,10 +8,9 @@ from accelerate import PartialState
 
 from atc_diffusion import ATCConfig
 from atc_eval.draw.images import PlannedImage
-from atc_eval.draw.sampler import Sampler
+from atc_eval.draw.sampler import Sampler, Times
 from atc_eval.draw.sampling import Sampling
 from atc_eval.draw.sets import make_sets
-from atc_eval.draw.times import Times
 from atc_eval.method import Method
 from atc_eval.rivals import Rival
 

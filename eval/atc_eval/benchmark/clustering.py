@@ -1,56 +1,48 @@
-"""Tables of the clustering alone: beside other exact engines, and as the tokens grow."""
+"""Tables of the clustering alone, of Gaussian tokens: beside other exact engines, and as the tokens grow."""
 
 import math
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
-from atc_diffusion import agglomerate
-from atc_diffusion.clustering import LINKAGES
-from atc_eval.benchmark.engines import CHANNELS, OTHERS, OURS, engines, gaussian, num_kept, same_partition
-from atc_eval.benchmark.markdown import Row, Table, mebibytes
-from atc_eval.benchmark.memory import peak_bytes
-from atc_eval.benchmark.turns import Timing, take_turns, time_alone
+import fastcluster
+import numpy as np
+import torch
+from scipy.cluster import hierarchy
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import squareform
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
 
-SMALL = (196, 256, 576, 1024)
-DISTANCES = 10**6  # at least so many are computed in one timing of small problems
+from atc_diffusion import ATCConfig, agglomerate
+from atc_diffusion.clustering import LINKAGES
+from atc_eval.benchmark.timing import Call, Row, mebibytes, table, take_turns
+
+CHANNELS = 320
+OURS = "atc_diffusion"
+OTHERS = ("fastcluster", "scipy", "scikit-learn")  # each clusters one problem at a time, on the CPU
+SMALL = list(product((1, 16), (196, 256, 576, 1024), (64, 384)))  # as in windows and vision transformers
+DISTANCES = 10**6  # at least so many are computed in one timing
 MATRIX_FREE = ("average", "ward")
 
 
-def peers_table(num_tokens: int, keep: float, repeats: int) -> Table:
-    return Table(
-        f"One clustering of {num_tokens} x {CHANNELS} Gaussian tokens to {keep:.0%}",
-        f"From tokens to labels, median of {repeats}; 'same': the partition is that of {OURS}.",
-        ("linkage", "engine", "seconds", "times ours", "same"),
-        _beside_peers(num_tokens, num_kept(num_tokens, keep), repeats),
-    )
-
-
-def _beside_peers(num_tokens: int, num_clusters: int, repeats: int) -> Iterator[Row]:
-    tokens = gaussian(1, num_tokens)
-    for linkage in LINKAGES:
-        candidates = engines(tokens, num_clusters, linkage)
-        labels = {name: cluster()[0] for name, cluster in candidates.items()}
-        timings = take_turns(candidates, repeats, "cpu", warm_ups=0)
-        for name, timing in timings.items():
-            ratio = timing.seconds / timings[OURS].seconds
-            same = "yes" if same_partition(labels[OURS], labels[name]) else "no"
-            yield linkage, name, f"{timing.seconds:.3f}", f"{ratio:.2f}", same
-
-
-def small_table(keep: float, repeats: int) -> Table:
-    """Small problems, as in windows and vision transformers."""
-    return Table(
-        f"Small problems: one clustering, or 16 in a batch, of Gaussian tokens to {keep:.0%}",
+def engines_table(title: str, shapes: Iterable[tuple[int, int, int]], keep: float, repeats: int) -> Iterator[str]:
+    """Problems of `shapes` [B, N, C], beside the quickest of the other engines."""
+    return table(
+        f"{title}, of Gaussian tokens to {keep:.0%}",
         "From tokens to labels. The other engines cluster the problems of a batch one after the other. Milliseconds, "
         f"medians of {repeats} rounds of several calls. Ratio: the fastest of {', '.join(OTHERS)}, divided by ours.",
         ("tokens", "linkage", OURS, "quickest other", "ms", "ratio", "same"),
-        _beside_quickest(keep, repeats),
+        _beside_quickest(shapes, keep, repeats),
     )
 
 
-def _beside_quickest(keep: float, repeats: int) -> Iterator[Row]:
-    for batch, num_tokens, channels, linkage in product((1, 16), SMALL, (64, 384), LINKAGES):
+def _beside_quickest(shapes: Iterable[tuple[int, int, int]], keep: float, repeats: int) -> Iterator[Row]:
+    for (batch, num_tokens, channels), linkage in product(shapes, LINKAGES):
         candidates = engines(gaussian(batch, num_tokens, channels), num_kept(num_tokens, keep), linkage)
         labels = candidates[OURS]()
         others = (zip(labels, candidates[name](), strict=True) for name in OTHERS)
@@ -63,8 +55,61 @@ def _beside_quickest(keep: float, repeats: int) -> Iterator[Row]:
         yield f"{batch} x {num_tokens} x {channels}", linkage, *figures, "yes" if same else "no"
 
 
-def growth_table(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Table:
-    return Table(
+def engines(tokens: Tensor, num_clusters: int, linkage: str) -> dict[str, Call]:
+    """Clustering of `tokens` `[B, N, C]` to labels `[B, N]` by each engine."""
+    metric = "euclidean" if linkage == "ward" else "cosine"
+    sklearn = AgglomerativeClustering(num_clusters, metric=metric, linkage=linkage)
+    others: tuple[Callable[[Tensor], np.ndarray], ...] = (
+        lambda x: cut(
+            fastcluster.linkage(condensed_distances(x, linkage), linkage, preserve_input=False), num_clusters
+        ),
+        lambda x: cut(hierarchy.linkage(condensed_distances(x, linkage), linkage), num_clusters),
+        lambda x: sklearn.fit_predict(x.numpy()),
+    )
+    ours: dict[str, Call] = {OURS: lambda: agglomerate(tokens, num_clusters, linkage).numpy()}
+    return ours | {name: partial(_one_by_one, each, tokens) for name, each in zip(OTHERS, others, strict=True)}
+
+
+def _one_by_one(cluster: Callable[[Tensor], np.ndarray], tokens: Tensor) -> np.ndarray:
+    return np.stack([cluster(item) for item in tokens])
+
+
+def condensed_distances(tokens: Tensor, linkage: str) -> np.ndarray:
+    """Distances of tokens `[N, C]` as SciPy and fastcluster take them, `[N (N - 1) / 2]`, by one matrix product."""
+    if linkage == "ward":
+        distances = torch.cdist(tokens, tokens)
+    else:
+        x = torch.nn.functional.normalize(tokens, dim=1)
+        distances = 1 - x @ x.T
+    return squareform(distances.numpy(), checks=False)
+
+
+def cut(merges: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Labels `[N]` after the first merges, which are replayed: SciPy's `fcluster` would dominate small problems."""
+    num_tokens = len(merges) + 1
+    first = merges[: num_tokens - num_clusters, :2].astype(np.int32)
+    size = num_tokens + len(first)
+    parents = np.repeat(np.arange(num_tokens, size), 2)
+    edges = coo_array((np.ones(2 * len(first)), (first.ravel(), parents)), (size, size))
+    return connected_components(edges, directed=False)[1][:num_tokens]
+
+
+def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([a, b]), axis=1).shape[1]
+    return pairs == len(np.unique(a)) == len(np.unique(b))
+
+
+def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
+    return torch.randn(batch, num_tokens, channels, generator=torch.Generator().manual_seed(0))
+
+
+def num_kept(num_tokens: int, keep: float) -> int:
+    """How many of `num_tokens` keys ATC keeps at a fraction `keep`."""
+    return ATCConfig(r=keep).num_kept(num_tokens, 1, None)[1]
+
+
+def growth_table(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Iterator[str]:
+    return table(
         f"Growth: one clustering of N x {CHANNELS} Gaussian tokens to {keep:.0%}, on {device}",
         f"Seconds: median of {repeats}. Exponent: growth of the time from one size to the next. Peak: memory of the "
         "clustering without the tokens; on a CPU, in a separate process (accurate to a few MiB).",
@@ -77,16 +122,32 @@ def _grow(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Itera
     for linkage in LINKAGES if device == "cuda" else MATRIX_FREE:
         before: tuple[int, float] | None = None
         for n in sizes:
-            timing = _time_one(n, keep, linkage, repeats, device)
+            cluster = partial(agglomerate, gaussian(1, n).to(device), num_kept(n, keep), linkage)
+            [timing] = take_turns({f"{linkage} {n}": cluster}, repeats, device).values()
+            peak = timing.peak if device == "cuda" else peak_bytes(n, CHANNELS, num_kept(n, keep), linkage)
             exponent = f"{math.log(timing.seconds / before[1], n / before[0]):.2f}" if before else ""
-            yield linkage, str(n), f"{timing.seconds:.3f}", exponent, mebibytes(timing.peak), mebibytes(4 * n**2)
+            yield linkage, str(n), f"{timing.seconds:.3f}", exponent, mebibytes(peak), mebibytes(4 * n**2)
             before = n, timing.seconds
 
 
-def _time_one(num_tokens: int, keep: float, linkage: str, repeats: int, device: str) -> Timing:
-    num_clusters = num_kept(num_tokens, keep)
-    cluster = partial(agglomerate, gaussian(1, num_tokens).to(device), num_clusters, linkage)
-    timing = time_alone(f"{linkage} {num_tokens}", cluster, repeats, device)
-    if device == "cuda":
-        return timing
-    return Timing(timing.seconds, peak_bytes(num_tokens, CHANNELS, num_clusters, linkage))
+def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) -> int:
+    """Bytes by which one clustering on the CPU raises the peak memory of a fresh process that holds the tokens."""
+    # Forked from a small server: otherwise the process would inherit the peak of the one that starts it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["atc_diffusion"])
+    with context.Pool(1) as pool:
+        return pool.apply(_growth_of_peak, (num_tokens, channels, num_clusters, linkage, torch.get_num_threads()))
+
+
+def _growth_of_peak(num_tokens: int, channels: int, num_clusters: int, linkage: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    tokens = torch.randn(1, num_tokens, channels)
+    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # loads everything that is loaded once
+    before = _peak()
+    agglomerate(tokens, num_clusters, linkage)
+    return _peak() - before
+
+
+def _peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -140,8 +140,7 @@ def load(model: str, device: str, dtype: torch.dtype, blocks: int | None = None)
 
 
 def make_inputs(model: str, network: Any, pixels: int) -> tuple[Tensor, Inputs]:
-    """A image's latents, equal in both halves of the batch, and its text."""
-
+    """An image's latents, equal in both halves of the batch, and its text."""
     draw = partial(torch.randn, device=network.device, dtype=network.dtype)
     return repeated(draw(1, *MODELS[model].shape(pixels))), MODELS[model].text(network, draw, pixels)
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from atc_eval.benchmark.full_size import make_inputs
-from atc_eval.benchmark.markdown import Row, Table, mebibytes
 from atc_eval.benchmark.step import Setting, select, share_weights
-from atc_eval.benchmark.turns import take_turns
+from atc_eval.benchmark.timing import Row, mebibytes, table, take_turns
 from atc_eval.method import Method
 
 TRAINED = ("tomesd", "atc", "atc-fast")
@@ -25,10 +24,10 @@ NOTE = (
 COLUMNS = ["checkpointing", "method", "setting", "seconds a step", "ratio to unmerged", "saved, MiB"]
 
 
-def training_table(setting: Setting, keeps: Sequence[float], repeats: int) -> Table:
+def training_table(setting: Setting, keeps: Sequence[float], repeats: int) -> Iterator[str]:
     """Methods in turn, on networks that share their weights."""
     rows = _in_turns(setting, select(keeps, TRAINED, setting.model), repeats)
-    return Table(setting.title.replace("A step", "LoRA training"), NOTE.format(repeats), COLUMNS, rows)
+    return table(setting.title.replace("A step", "LoRA training"), NOTE.format(repeats), COLUMNS, rows)
 
 
 def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator[Row]:
@@ -37,12 +36,9 @@ def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator
         runs = {each: Training(setting, share_weights(network), each, checkpointing) for each in methods}
         timings = take_turns({each.folder: run.step for each, run in runs.items()}, repeats, setting.device)
         for method, run in runs.items():
-            seconds, ratio = (
-                timings[method.folder].seconds,
-                timings[method.folder].seconds / timings[methods[0].folder].seconds,
-            )
+            seconds, unmerged = timings[method.folder].seconds, timings[methods[0].folder].seconds
             named = "on" if checkpointing else "off", method.label, method.setting
-            yield *named, f"{seconds:.3g}", f"{ratio:.2f}", mebibytes(run.saved_bytes())
+            yield *named, f"{seconds:.3g}", f"{seconds / unmerged:.2f}", mebibytes(run.saved_bytes())
 
 
 class Training:

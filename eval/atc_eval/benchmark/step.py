@@ -1,4 +1,4 @@
-"""Tables of a network's denoising steps: unmerged, merged by this project, and by rivals.
+"""Tables of a network's denoising step: its arithmetic, and its time unmerged, merged by this project, and by rivals.
 
 Steps that reuse a clustering are faster than the step that makes it, so the unit of timing is a *period*: the steps of
 one long run that a clustering serves, of which the first clusters because its latents are new. A method warms up for
@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from atc_diffusion import ATCConfig, LayerSummary, MergeConfig, ToMeConfig, patched, summary
+from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig, summary
 from atc_eval.benchmark.full_size import BATCH, MODELS, Model, load, make_inputs, repeated
-from atc_eval.benchmark.markdown import Row, Table, mebibytes
-from atc_eval.benchmark.turns import Timing, take_turns, time_alone
+from atc_eval.benchmark.timing import Row, Timing, mebibytes, table, take_turns
 from atc_eval.method import Method
-from atc_eval.rivals import Rival
+from atc_eval.rivals import Rival, merged_layers
 
 STEPS_A_CLUSTERING = 3  # about as many as one serves in a run of 20 steps
 UNMERGED = Method()
@@ -41,6 +40,11 @@ OF_TRANSFORMERS = ("tome",)
 OF_ROTARY = ("atc-fast", "atc-fast-wide")
 COMPILED = ("atc", "atc-fast")
 KEEP_AT_LEAST = {"tomesd": 0.25, "tome": 0.25}
+ARITHMETIC = (
+    "The products of queries with keys and of attention weights with values, 4 N² C operations per attention, as a "
+    "fraction of the operations that PyTorch counts for the whole network. Merging saves at most 1 - r · r_keys of a "
+    "level's fraction. Time follows only roughly, because attention may run slower per operation than convolutions do."
+)
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,28 @@ class Setting:
         return load(self.model, self.device, self.dtype, self.blocks)
 
 
-def step_table(setting: Setting, keeps: Sequence[float], names: Sequence[str], repeats: int) -> Table:
+def step_table(setting: Setting, keeps: Sequence[float], names: Sequence[str], repeats: int) -> Iterator[str]:
     """Methods in turn, on networks that share their weights."""
+    is_rotary = MODELS[setting.model].is_rotary
+    legend = "Only keys are merged." if is_rotary else "With recluster_threshold=inf, clustering time is excluded."
     rows = _in_turns(setting, select(keeps, names, setting.model), repeats)
-    return Table(setting.title, f"{_note(repeats)} {_legend(setting.model)}", _columns(setting.device), rows)
+    return table(setting.title, f"{_note(repeats)} {legend}", _columns(setting.device), rows)
 
 
-def compiled_table(setting: Setting, keep: float, repeats: int) -> Table:
+def compiled_table(setting: Setting, keep: float, repeats: int) -> Iterator[str]:
     """One method after another, each compiled separately, because patching resets the compiler."""
     rows = _compiled(setting, select([keep], COMPILED, setting.model), repeats)
     note = f"{_note(repeats)} Compiled one after another, not in turns."
-    return Table(f"{setting.title}, torch.compile", note, _columns(setting.device), rows)
+    return table(f"{setting.title}, torch.compile", note, _columns(setting.device), rows)
 
 
 def select(keeps: Sequence[float], names: Sequence[str], model: str) -> list[Method]:
     """The unmerged network, then each method that suits the model and can keep so few, without repetitions."""
-    fitting = [name for name in names if _fits(name, MODELS[model])]
-    chosen = [
-        METHODS[name](keep, MODELS[model]) for keep in keeps for name in fitting if keep >= KEEP_AT_LEAST.get(name, 0)
-    ]
+    network = MODELS[model]
+    unfit = set(METHODS) - set(OF_ROTARY) if network.is_rotary else OF_UNETS if network.blocks else OF_TRANSFORMERS
+    fitting = [name for name in names if name not in unfit]
+    chosen = [METHODS[name](keep, network) for keep in keeps for name in fitting if keep >= KEEP_AT_LEAST.get(name, 0)]
     return list(dict.fromkeys([UNMERGED, *chosen]))
-
-
-def _fits(name: str, model: Model) -> bool:
-    if model.is_rotary:
-        return name in OF_ROTARY
-    return name not in (OF_UNETS if model.blocks else OF_TRANSFORMERS)
 
 
 def _note(repeats: int) -> str:
@@ -97,12 +97,6 @@ def _note(repeats: int) -> str:
         f"Mean over the {STEPS_A_CLUSTERING} steps that one clustering serves (1 where every step clusters), median of "
         f"{repeats}; all layers' clusterings are counted."
     )
-
-
-def _legend(model: str) -> str:
-    if MODELS[model].is_rotary:
-        return "Only keys are merged."
-    return "With recluster_threshold=inf, clustering time is excluded."
 
 
 def _columns(device: str) -> list[str]:
@@ -126,7 +120,7 @@ def _compiled(setting: Setting, methods: list[Method], repeats: int) -> Iterator
         run = Denoising(setting, share_weights(network), method)
         run.network.compile()
         # Three periods meet all that is compiled: clustering and reuse, before and after guidance is recognised.
-        timing = time_alone(method.folder, run.turn, repeats, setting.device, warm_ups=3)
+        [timing] = take_turns({method.folder: run.turn}, repeats, setting.device, warm_ups=3).values()
         unmerged = unmerged or timing
         yield _cells(run, timing, unmerged)
 
@@ -188,12 +182,27 @@ class Denoising:
             raise ValueError(f"the output of {name} is not finite, so its time is meaningless")
 
 
-def levels(network: nn.Module) -> tuple[int, ...]:
-    """The levels that have self-attention, the finest first."""
-    return tuple(sorted({layer.level for layer in layers(network, "all")}))
+def arithmetic_table(settings: Sequence[Setting]) -> Iterator[str]:
+    """How much self-attention could save: its fraction of a network's arithmetic."""
+    title = f"What there is to save: the arithmetic of a step, batch {BATCH}"
+    return table(title, ARITHMETIC, ["network", "image", "TFLOP", "finest level", "second level"], _count(settings))
 
 
-def layers(network: nn.Module, levels: Literal["finest", "all"] = "finest") -> tuple[LayerSummary, ...]:
-    """The layers that `ATCConfig(levels=levels)` merges."""
-    with patched(network, ATCConfig(r=1.0, r_keys=0.5, levels=levels)):
-        return summary(network).layers
+def _count(settings: Sequence[Setting]) -> Iterator[Row]:
+    for setting in settings:
+        model, size = setting.model, setting.size
+        with torch.device("meta"):
+            network = MODELS[model].build()
+        latents, inputs = make_inputs(model, network, size)
+        with FlopCounterMode(display=False) as counter:
+            network(latents, timestep=torch.zeros(BATCH, device="meta"), **inputs)
+        total, finest = counter.get_total_flops(), min(layer.level for layer in merged_layers(network, "all"))
+        fractions = [f"{self_attention(network, size, level) / total:.1%}" for level in (finest, 2 * finest)]
+        yield MODELS[model].title, f"{size} x {size}", f"{total / 1e12:.3g}", *fractions
+
+
+def self_attention(network: Any, size: int, level: int) -> int:
+    """Operations of the products of queries, keys and values at one level; 0 if it has no self-attention."""
+    num_tokens = (size // 8 // level) ** 2
+    widths = [layer.channels for layer in merged_layers(network, "all") if layer.level == level]
+    return sum(4 * BATCH * num_tokens**2 * width for width in widths)

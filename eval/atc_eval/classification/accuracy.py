@@ -4,21 +4,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from accelerate import PartialState
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from atc_diffusion import ViTConfig
-from atc_eval.classification.cluster_figures import plot_clusters
-from atc_eval.classification.evaluation import Evaluation, Task, evaluate, mean_by_subject
-from atc_eval.classification.reductions import MERGING, PRUNING, Trial
-from atc_eval.draw.sets import this_command
+from atc_diffusion.painting import paint_clusters
+from atc_eval.classification.evaluation import MERGING, PRUNING, Evaluation, Task, mean_by_subject
 from atc_eval.environment import in_words, versions
 from atc_eval.files import write_atomically
 from atc_eval.method import Method
 from atc_eval.report.page import Page, Section
 from atc_eval.report.plots import label_ends, plot
-from atc_eval.score.bootstrap import Estimate, bootstrap_draws
+from atc_eval.score.statistics import Estimate, bootstrap_draws
 
 DRAWS = 1000
 UNMERGED = Method().label
@@ -45,17 +48,6 @@ Median over the batches, on one device, clustering included; rough if other proc
 {:.0f}."""
 
 
-def evaluate_and_report(
-    task: Task, trials: Sequence[Trial], out: Path, folder: Path, batch_size: int, device: str
-) -> None:
-    """Evaluate the trials that `out` lacks, then report to `folder`."""
-    state = PartialState(cpu=device == "cpu")
-    evaluations = [evaluate(task, trial, out, batch_size, state) for trial in trials]
-    if state.is_main_process:
-        write_report(evaluations, task, this_command(), str(state.device), folder)
-        print(f"wrote {folder / 'report.md'}")
-
-
 def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, device: str, folder: Path) -> None:
     """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
     table = frame(evaluations, task)
@@ -64,7 +56,7 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
         *accuracy_sections(evaluations, table, task),
         *paper_section(table),
         speed_section(table),
-        Section("Accuracy by fraction kept", figure=plot_accuracy(table)),
+        accuracy_plot(table),
         *(
             Section(f"Clusters {number}", figure=figure)
             for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
@@ -75,14 +67,13 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
 
 
 def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
-    """A row for each trial, the unreduced model first."""
+    """A row for each method, the unreduced model first."""
     draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
     rows = [
         {
-            "label": each.trial.method.label,
-            "column": each.trial.method.setting,
-            "finetuned": each.trial.finetuned,
-            "keep": each.trial.method.keep,
+            "label": each.method.label,
+            "column": each.method.setting,
+            "keep": each.method.keep,
             "accuracy": each.accuracy,
             "margin": mean_by_subject(100.0 * each.correct, task.subjects, draws).margin,
             "images_per_second": each.images_per_second,
@@ -93,14 +84,10 @@ def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
 
 
 def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
-    """Top-1 of each method, and ATC's lead; off the shelf, then trained further."""
-    for finetuned, title in ((False, "Off the shelf"), (True, "Trained further with the reduction in place")):
-        rows = table[table.finetuned == finetuned]
-        if len(rows):
-            text = f"{ACCURACY_TEXT} Unmerged: {_written(rows.iloc[0])}."
-            yield Section(title, text, table=_pivot(rows[1:], [_written(row) for _, row in rows[1:].iterrows()]))
-            own = [each for each in evaluations if each.trial.finetuned == finetuned]
-            yield Section(f"ATC's lead, {title[0].lower()}{title[1:]}", LEAD_TEXT, table=leads(own, task))
+    """Top-1 of each method, and ATC's lead."""
+    text, rows = f"{ACCURACY_TEXT} Unmerged: {_written(table.iloc[0])}.", table[1:]
+    yield Section("Off the shelf", text, table=_pivot(rows, [_written(row) for _, row in rows.iterrows()]))
+    yield Section("ATC's lead, off the shelf", LEAD_TEXT, table=leads(evaluations, task))
 
 
 def paper_section(table: pd.DataFrame) -> Iterator[Section]:
@@ -111,7 +98,7 @@ def paper_section(table: pd.DataFrame) -> Iterator[Section]:
 
 
 def speed_section(table: pd.DataFrame) -> Section:
-    rows = table[(table.label != UNMERGED) & ~table.finetuned]
+    rows = table[(table.label != UNMERGED)]
     speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
     return Section("Images per second", SPEED_TEXT.format(table.images_per_second.iloc[0]), table=speeds)
 
@@ -122,27 +109,27 @@ def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
     cells: dict[str, dict[str, str]] = {}
     for own in evaluations:
         for kind, names in BASELINES.items() if _name(own) == "atc" else ():
-            setting = own.trial.method.setting
-            others = [each for each in evaluations if _name(each) in names and each.trial.method.setting == setting]
+            setting = own.method.setting
+            others = [each for each in evaluations if _name(each) in names and each.method.setting == setting]
             if others:
                 best = max(others, key=lambda each: each.accuracy)
                 gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
-                row = cells.setdefault(f"{own.trial.method.label} over the best {kind}", {})
+                row = cells.setdefault(f"{own.method.label} over the best {kind}", {})
                 row[setting] = f"{gain:+.1f}{gain.star} ({_name(best)})"
     return _named(pd.DataFrame(cells).T.fillna(""))
 
 
 def _name(evaluation: Evaluation) -> str | None:
     """As in `ViTConfig`; None for the unreduced model."""
-    config = evaluation.trial.method.config
+    config = evaluation.method.config
     return config.method if isinstance(config, ViTConfig) else None
 
 
-def plot_accuracy(table: pd.DataFrame) -> Figure | None:
+def accuracy_plot(table: pd.DataFrame) -> Section:
     """Accuracy against the fraction kept, a line for each method, as in the paper's Figure 4."""
-    names = table.label + table.finetuned.map({True: ", fine-tuned", False: ""})
-    points = table.assign(method=names, x=table.keep, y=table.accuracy).dropna(subset="keep")
-    return plot(label_ends(points), "tokens kept at each stage (%)", "top-1 (%)", table.accuracy.iloc[0], True)
+    points = label_ends(table.assign(method=table.label, x=table.keep, y=table.accuracy).dropna(subset="keep"))
+    figure = plot(points, "tokens kept at each stage (%)", "top-1 (%)", table.accuracy.iloc[0], True)
+    return Section("Accuracy by fraction kept", figure=figure)
 
 
 def _written(row: Any) -> str:
@@ -158,3 +145,42 @@ def _pivot(rows: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
 def _named(table: pd.DataFrame) -> pd.DataFrame:
     """The table with its row names as first column."""
     return table.rename_axis(index=None, columns=None).reset_index(names="")
+
+
+STAGES = (4, 7, 10)
+MOST_ROWS = 4  # of methods
+PIXELS = 288  # a side of an image in the figure
+
+
+def plot_clusters(evaluations: Sequence[Evaluation], task: Task) -> list[Figure]:
+    """A figure for each image to show: a row for each method at the lowest fraction kept, a column for each stage."""
+    methods = [each.method for each in evaluations]
+    lowest = min((each.keep for each in methods if each.keep is not None), default=None)
+    chosen = [each for each in methods if each.keep == lowest][:MOST_ROWS]
+    return [_figure(task, chosen, number) for number in task.shown] if lowest is not None else []
+
+
+def _figure(task: Task, methods: Sequence[Method], number: int) -> Figure:
+    image, _ = task.images[number]
+    shown = Image.fromarray((255 * task.visible(image)).round().astype(np.uint8)).resize((PIXELS, PIXELS))
+    figure = Figure(figsize=(6.5, 1.6 * len(methods) + 0.3), layout="constrained", dpi=100)
+    grid = figure.subplots(len(methods), len(STAGES) + 1, squeeze=False)
+    for axes, title in zip(grid[0], ["image", *(f"after block {stage}" for stage in STAGES)], strict=True):
+        axes.set_title(title, fontsize="small")
+    for row, method in zip(grid, methods, strict=True):
+        row[0].set_ylabel(f"{method.label.removeprefix('ViTConfig')}\n{method.setting}", fontsize="small")
+        painted = [paint_clusters(shown, labels, PIXELS) for labels in cluster_labels(task.model, method, image)]
+        for axes, content in zip(row, [shown, *painted], strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(content, interpolation="nearest")
+    return figure
+
+
+@torch.no_grad()
+def cluster_labels(model: VisionTransformer, method: Method, image: Tensor) -> list[NDArray[np.int64]]:
+    """The cluster of each patch after each stage, `[h, w]`: patches of one cluster have equal features."""
+    image, indices = image[None].to(next(model.parameters()).device), [stage - 1 for stage in STAGES]
+    with method.applied(model):
+        maps = model.forward_intermediates(image, indices=indices, intermediates_only=True)
+    labels = (each[0].flatten(1).unique(dim=1, return_inverse=True)[1].view(each.shape[2:]) for each in maps)
+    return [each.cpu().numpy() for each in labels]

@@ -1,4 +1,4 @@
-"""Top-1 accuracy of a model: the images it classifies correctly, in one file for each method."""
+"""Which reductions of a vision transformer's tokens are compared, and the images that each classifies correctly."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +15,69 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
-from atc_eval.classification.reductions import Trial
+from atc_diffusion import ViTConfig
+from atc_diffusion.clustering import LINKAGES
+from atc_eval.command_line import check_number, parse_fraction
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
-from atc_eval.score.bootstrap import Draws, Estimate
+from atc_eval.score.statistics import Draws, Estimate
+
+RESULTS = "methods/*.json"
+MERGING, PRUNING = ("atc", "tome", "kmedoids", "dpc_knn"), ("topk", "evit")
+SCHEDULES = ("constant", "linear")
+TOME_KEEPS = 0.5  # at least
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """Which methods are compared with the unreduced model."""
+
+    _argument_group_name = "reductions of the tokens"
+    method: list[str] = HfArg(
+        default_factory=lambda: [*MERGING, *PRUNING],
+        metadata={"choices": [*MERGING, *PRUNING]},
+        help="methods to compare (default: all)",
+    )
+    linkage: list[str] = HfArg(
+        default_factory="average complete single".split,
+        metadata={"choices": list(LINKAGES)},
+        help="linkages of atc (default: average complete single)",
+    )
+    keep: list[str] = HfArg(
+        default_factory=list,
+        help="percentages of the tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90; none with --remove)",
+    )
+    remove: list[int] = HfArg(
+        default_factory=list,
+        help="tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)",
+    )
+    schedule: list[str] = HfArg(
+        default_factory=lambda: list(SCHEDULES),
+        metadata={"choices": SCHEDULES},
+        help="schedules of --remove (default: both)",
+    )
+
+    def __post_init__(self) -> None:
+        for number in self.remove:
+            check_number("--remove", number)
+        self.methods()  # raises ValueError for percentages that do not fit
+
+    def methods(self) -> list[Method]:
+        """The unreduced model, and every method at every strength that it supports."""
+        return [Method(), *map(Method, self._configs())]
+
+    def _configs(self) -> Iterator[ViTConfig]:
+        keeps = self.keep or ([] if self.remove else ["25", "50", "70", "90"])
+        strengths: list[dict[str, Any]] = [{"r": parse_fraction(text)} for text in keeps]
+        strengths += [{"t": number, "schedule": schedule} for number in self.remove for schedule in self.schedule]
+        for method in self.method:
+            for linkage in self.linkage if method == "atc" else ["average"]:
+                for strength in strengths:
+                    if method != "tome" or strength.get("r", 1) >= TOME_KEEPS:
+                        options: dict[str, Any] = {"method": method, "linkage": linkage, **strength}
+                        yield ViTConfig(**options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +90,6 @@ class Task:
         subjects: `[n]`, what each image shows; the bootstrap draws images of one subject together.
         shown: indices of the images whose clusters are shown.
         visible: makes an image visible, `[H, W, 3]` from 0 to 1.
-        finetune: trains a copy of the model with a reduction in place; None if it cannot be trained.
     """
 
     name: str
@@ -41,14 +98,13 @@ class Task:
     subjects: NDArray[np.int64]
     shown: list[int]
     visible: Callable[[torch.Tensor], NDArray[np.floating[Any]]]
-    finetune: Callable[[Method], VisionTransformer] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One trial: whether each image was classified correctly, `[n]`, and its speed on one device."""
+    """One method: whether each image was classified correctly, `[n]`, and its speed on one device."""
 
-    trial: Trial
+    method: Method
     correct: NDArray[np.bool_]
     images_per_second: float
 
@@ -58,24 +114,21 @@ class Evaluation:
         return float(100 * self.correct.mean())
 
 
-def evaluate(task: Task, trial: Trial, out: Path, batch_size: int, state: PartialState) -> Evaluation:
+def evaluate(task: Task, method: Method, out: Path, batch_size: int, state: PartialState) -> Evaluation:
     """Classify all images, unless the file of an earlier run is there."""
-    file = out / "methods" / trial.file
+    file = out / "methods" / f"{method.folder}.json"
     if not file.exists():
-        model = task.finetune(trial.method) if trial.finetuned and task.finetune else task.model
-        correct, images_per_second = _classify(model, task, trial.method, batch_size, state)
+        correct, images_per_second = _classify(task, method, batch_size, state)
         if state.is_main_process:
             write_json(file, {"images_per_second": images_per_second, "correct": correct})
         state.wait_for_everyone()
     record = read_json(file)
-    return Evaluation(trial, np.array(record["correct"], bool), record["images_per_second"])
+    return Evaluation(method, np.array(record["correct"], bool), record["images_per_second"])
 
 
-def _classify(
-    model: nn.Module, task: Task, method: Method, batch_size: int, state: PartialState
-) -> tuple[list[int], float]:
+def _classify(task: Task, method: Method, batch_size: int, state: PartialState) -> tuple[list[int], float]:
     numbers = range(state.process_index, len(task.subjects), state.num_processes)
-    model = model.to(state.device).eval()
+    model = task.model.to(state.device)
     with method.applied(model):
         seconds, correct = zip(*_batches(model, task.images, numbers, batch_size, state), strict=True)
     own = dict(zip(numbers, (entry for batch in correct for entry in batch), strict=True))

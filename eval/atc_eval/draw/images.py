@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from atc_eval.checks import check_number, read_names
+from atc_eval.command_line import check_number, read_names
 from atc_eval.files import FEWEST_IMAGES
 
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
@@ -82,11 +82,7 @@ def plan(names: Sequence[str], classes: Sequence[int], per_class: int, template:
 
 
 def select_classes(text: str, count: int) -> list[int]:
-    """Class indices in `text`: "all", a number ("10": the first ten) or a list ("3,7" or "3,").
-
-    Raises:
-        ValueError: if `text` is none of these, or names a class that is not there.
-    """
+    """Class indices in `text`: "all", a number ("10": the first ten) or a list ("3,7" or "3,")."""
     if text == "all":
         return list(range(count))
     try:

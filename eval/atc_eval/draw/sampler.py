@@ -1,4 +1,4 @@
-"""Draws sets of images with a diffusers pipeline: resumable, and divided between processes and jobs."""
+"""Draws and times sets of images with a diffusers pipeline: resumable, and divided between processes and jobs."""
 
 import time
 from collections.abc import Sequence
@@ -7,15 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from atc_eval.draw.image_set import ImageSet
+from atc_diffusion.clustering import on_compilation
 from atc_eval.draw.images import PlannedImage
 from atc_eval.draw.sampling import Sampling, load_pipeline
+from atc_eval.draw.sets import ImageSet, Sets
 from atc_eval.environment import device_name, versions
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
@@ -111,11 +113,7 @@ class Sampler:
     def _record(self) -> dict[str, Any]:
         device = self.state.device
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        return {"peak_memory_bytes": memory, "device": device_name(device), "versions": self._versions}
-
-    @cached_property
-    def _versions(self) -> dict[str, str]:
-        return versions()
+        return {"peak_memory_bytes": memory, "device": device_name(device), "versions": versions()}
 
     def draw(self, method: Method, batch: Sequence[PlannedImage], steps: int | None = None) -> list[Image.Image]:
         """Draw each image from noise of its own seed, made on the CPU."""
@@ -139,3 +137,49 @@ def read_records(folder: Path) -> dict[str, Any]:
         "devices": sorted({record["device"] for record in records}),
         "versions": records[-1]["versions"] if records else versions(),
     }
+
+
+class Times:
+    """Rounds of one batch with each method, in a JSON file to which later runs add; keys are names of sets' folders."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rounds: list[dict[str, float]] = read_json(path) if path.exists() else []
+
+    def of(self, sets: Sets) -> pd.DataFrame:
+        """Seconds per image: a row for each round in which all `sets` were timed, a column for each."""
+        return pd.DataFrame(self.rounds, columns=[each.folder.name for each in sets.values()]).dropna()
+
+    def medians(self, sets: Sets) -> pd.DataFrame:
+        """Median "seconds", and median "ratio" to the unmerged model in the same round, by folder's name."""
+        times = self.of(sets)
+        ratios = times.div(times[sets[Method()].folder.name], axis=0)
+        return pd.DataFrame({"seconds": times.median(), "ratio": ratios.median()}).dropna()
+
+    def measure(self, sampler: Sampler, sets: Sets, images: Sequence[PlannedImage], rounds: int) -> None:
+        """Add rounds until so many have all `sets`; nothing else should be running."""
+        missing = max(0, rounds - len(self.of(sets)))
+        size = sampler.sampling.batch_size
+        with tqdm(total=missing * len(sets), desc="timing", unit="batch", disable=not missing) as bar:
+            for number in range(missing):
+                batch = [images[(number * size + index) % len(images)] for index in range(size)]
+                if number == 0:
+                    warm_up(sampler, list(sets), batch, bar)
+                times = {drawn.folder.name: self._time(sampler, each, batch, bar) for each, drawn in sets.items()}
+                self.rounds.append(times)
+                write_json(self.path, self.rounds)
+
+    def _time(self, sampler: Sampler, method: Method, batch: Sequence[PlannedImage], bar: tqdm) -> float:
+        start = time.perf_counter()
+        sampler.draw(method, batch)
+        bar.update()
+        return (time.perf_counter() - start) / sampler.sampling.batch_size
+
+
+def warm_up(sampler: Sampler, methods: Sequence[Method], batch: Sequence[PlannedImage], bar: tqdm) -> None:
+    """Draw two steps with each method, so that everything is compiled and tuned."""
+    with on_compilation(lambda: bar.set_description("compiling (once)")):
+        for method in methods:
+            bar.set_description("warming up")
+            sampler.draw(method, batch, steps=2)
+    bar.set_description("timing")

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 import atc_diffusion
 from atc_diffusion.loading import check_source, load_lora
-from atc_eval.checks import check_number
+from atc_eval.command_line import check_number
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
@@ -82,9 +82,6 @@ class Sampling:
 
         Batch size and number of CPU threads belong to it because they change how matrix products are rounded, and so
         which tokens are the most similar. A digest stands for the weights, which may be trained further.
-
-        Raises:
-            ValueError: if `device` is not the one asked for.
         """
         if self.device not in ("auto", device.type):
             raise ValueError(f"--device {self.device}, but the device here is {device.type}")
@@ -111,11 +108,7 @@ def weights_digest(model: str) -> str:
 
 
 def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
-    """The pipeline of `sampling` on `device`, without a safety checker.
-
-    Raises:
-        ValueError: if the model or the LoRA cannot be loaded, or the scheduler does not fit the model.
-    """
+    """The pipeline of `sampling` on `device`, without a safety checker."""
     dtype = getattr(torch, sampling.dtype_on(device))
     pipe: Any = atc_diffusion.load_pipeline(sampling.model, dtype, safety_checker=None, requires_safety_checker=False)
     if sampling.lora:

@@ -1,20 +1,113 @@
-"""The sets of images in an experiment's folder, and the commands that made them."""
+"""The sets of images in an experiment's folder, whose images are whole and stamped, and the commands that made them."""
 
+import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from atc_eval.draw.image_set import ImageSet, read_stamp
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from atc_eval.draw.images import PlannedImage
-from atc_eval.files import write_atomically
+from atc_eval.files import load_image, read_json, write_atomically, write_json
 from atc_eval.method import Method
 
-Sets = dict[Method, ImageSet]
 COMMANDS = "commands.txt"
 DRAWN = "sets/*/*.png"
+STAMP = "atc_diffusion"  # the PNG text field of the stamp
+ADDED: Mapping[str, Any] = {"lora": None, "scheduler": None}  # settings that older stamps lack, and what they were
+
+
+class ImageSet:
+    """The images of one method, in a folder.
+
+    An image is written whole or not at all. Only a whole file with the right stamp counts; other files are ignored.
+
+    Args:
+        folder: the folder, made at the first `save`.
+        images: the images of the set.
+        origin: what made the set (model, steps, method, ...); part of every stamp.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[PlannedImage], origin: dict[str, Any]) -> None:
+        self.folder = folder
+        self.images = list(images)
+        self.origin = origin
+
+    def path(self, image: PlannedImage) -> Path:
+        return self.folder / image.file
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path(image) for image in self.images]
+
+    def missing(self) -> list[PlannedImage]:
+        """The images that are not there, or damaged; a whole one with another stamp must not be overwritten."""
+        return [image for image in self.images if not self._holds(image)]
+
+    def save(self, image: PlannedImage, drawn: Image.Image) -> None:
+        stamp = PngInfo()
+        stamp.add_text(STAMP, json.dumps(self._stamp(image), sort_keys=True))
+        file = BytesIO()
+        drawn.save(file, "png", pnginfo=stamp)
+        write_atomically(self.path(image), file.getvalue())
+
+    def load(self, image: PlannedImage) -> Image.Image:
+        return load_image(self.path(image))
+
+    def _stamp(self, image: PlannedImage) -> dict[str, Any]:
+        return self.origin | {"prompt": image.prompt, "seed": image.seed}
+
+    def _holds(self, image: PlannedImage) -> bool:
+        stamp = read_stamp(self.path(image))
+        if stamp is not None and (difference := differences(stamp, self._stamp(image))):
+            path = self.path(image)
+            raise ValueError(
+                f"{path} was drawn with other settings ({difference}); give another --out, or move it away"
+            )
+        return stamp is not None
+
+
+def read_stamp(path: Path) -> dict[str, Any] | None:
+    """The stamp of the PNG at `path`, as this version writes it (empty if it has none).
+
+    None if there is no file, or it is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.verify()  # the checksums of all chunks, without decoding
+            stamp = json.loads(image.info.get(STAMP, "{}"))
+    except (OSError, SyntaxError):
+        return None
+    return {**ADDED, **stamp, "way": Method.from_json(stamp["way"]).json} if "way" in stamp else stamp
+
+
+def check_folder_settings(folder: Path, settings: Mapping[str, Any], results: str) -> None:
+    """Checks that `folder` has no `results`, a pattern of files, that were made with other settings."""
+    path = folder / "settings.json"
+    if path.exists() and any(folder.glob(results)) and (changed := differences(ADDED | read_json(path), settings)):
+        raise ValueError(f"{folder} was begun with other settings ({changed}); give another --out")
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], results: str) -> None:
+    """Note in `folder` the settings of all `results` in it, unless others are there."""
+    check_folder_settings(folder, settings, results)
+    write_json(folder / "settings.json", dict(settings))
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The settings in which two JSON objects differ, in words; empty if they are equal."""
+    wanted = json.loads(json.dumps(wanted))  # lists for tuples
+    there = json.loads(json.dumps(there))
+    changed = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}: {there.get(name)!r}, now {wanted.get(name)!r}" for name in changed)
+
+
+Sets = dict[Method, ImageSet]
 
 
 def make_sets(out: Path, methods: Iterable[Method], images: Sequence[PlannedImage], settings: dict[str, Any]) -> Sets:

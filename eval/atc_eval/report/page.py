@@ -65,11 +65,6 @@ class Page:
         """The page, which loads nothing else."""
         return _environment(escape=True).get_template("report.html.jinja").render(page=self)
 
-    @property
-    def markdown(self) -> str:
-        """The page as Markdown, which links to the figures and images that `write` puts beside it."""
-        return _environment(escape=False).get_template("report.md.jinja").render(page=self)
-
     def write(self, folder: Path, name: str = "report") -> None:
         """Write `name`.html, `name`.md, and the figures and images of the latter."""
         for section in self.sections:
@@ -77,7 +72,8 @@ class Page:
                 write_atomically(folder / f"{section.slug}.svg", svg(section.figure).encode())
             if section.images:
                 write_atomically(folder / f"{section.slug}.png", contact_sheet(section.images))
-        write_atomically(folder / f"{name}.md", self.markdown.encode())
+        markdown = _environment(escape=False).get_template("report.md.jinja").render(page=self)
+        write_atomically(folder / f"{name}.md", markdown.encode())
         write_atomically(folder / f"{name}.html", self.html.encode())
 
 

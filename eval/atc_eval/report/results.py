@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from atc_eval.draw.image_set import ImageSet
 from atc_eval.draw.images import PlannedImage
+from atc_eval.draw.sets import ImageSet
 from atc_eval.method import Method
-from atc_eval.score.bootstrap import Draws, Estimate
 from atc_eval.score.scorer import Fidelity, Scores
+from atc_eval.score.statistics import Draws, Estimate
 
 
 @dataclass(frozen=True)

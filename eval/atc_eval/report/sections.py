@@ -11,7 +11,7 @@ from atc_eval.files import write_atomically
 from atc_eval.report.page import Page, Section, Shown
 from atc_eval.report.plots import on_frontier, plot_fid, plot_fidelity
 from atc_eval.report.results import Result, Study
-from atc_eval.score.bootstrap import Estimate
+from atc_eval.score.statistics import Estimate
 
 PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
     "ToMe": {100: 33.80, 90: 33.77, 80: 33.61, 70: 33.59, 60: 33.57, 50: 33.63, 40: 33.67},

@@ -1,19 +1,66 @@
-"""All scores of a set of images: distances to the reference, and fidelity to the unmerged images."""
+"""Scores of a set of images: distances to the reference, and fidelity to the unmerged images."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
+import atc_diffusion
 from atc_diffusion import ssim
-from atc_eval.draw.image_set import ImageSet
+from atc_eval.command_line import check_exists, check_number
 from atc_eval.draw.images import PlannedImage
-from atc_eval.score.bootstrap import Array, Estimate, bootstrap_draws
-from atc_eval.score.distances import FrechetDistance, kernel_distance, precision_recall
-from atc_eval.score.image_features import Features
-from atc_eval.score.similarity import Lpips, pixels, psnr
+from atc_eval.draw.sets import ImageSet
+from atc_eval.files import FEWEST_IMAGES, list_images
+from atc_eval.score.features import Features
+from atc_eval.score.statistics import (
+    Array,
+    Estimate,
+    FrechetDistance,
+    bootstrap_draws,
+    kernel_distance,
+    precision_recall,
+)
+
+Pixels = NDArray[np.uint8]
+EQUAL = 10 * np.log10(12 * 255**2)  # 58.9 dB, the PSNR of rounding to 8 bits
+
+
+def pixels(image: Image.Image) -> Pixels:
+    return np.asarray(image.convert("RGB"))
+
+
+def psnr(image: Pixels, other: Pixels) -> float:
+    """Peak signal-to-noise ratio in dB; `EQUAL` if there is no difference, so that means stay finite."""
+    found = atc_diffusion.psnr(image, other)
+    return found if np.isfinite(found) else float(EQUAL)
+
+
+class Lpips:
+    """LPIPS (Zhang et al. 2018) by its authors' package, with AlexNet."""
+
+    def __init__(self) -> None:
+        import lpips
+
+        try:
+            self.network = lpips.LPIPS(net="alex", verbose=False)
+        except OSError as error:
+            raise ValueError(
+                f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out"
+            ) from error
+
+    def __call__(self, image: Pixels, other: Pixels) -> float:
+        pair = [torch.from_numpy(each).float().movedim(2, 0)[None] / 127.5 - 1 for each in (image, other)]
+        with torch.inference_mode():
+            return float(self.network(*pair))
 
 
 @dataclass(frozen=True)
@@ -97,3 +144,39 @@ class Scorer:
         """PSNR, SSIM and LPIPS (NaN if left out) of one image to the unmerged one."""
         pair = pixels(images.load(image)), pixels(self.unmerged.load(image))
         return psnr(*pair), ssim(*pair), self.lpips(*pair) if self.lpips else float("nan")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored."""
+
+    _argument_group_name = "scoring"
+    reference: Path | None = HfArg(
+        default=None, help="folder of the reference images; eval/reference.py makes the paper's"
+    )
+    features: Literal["inception", "efficientnet-lite0"] = HfArg(
+        default="inception", help="network whose features are compared"
+    )
+    inception_weights: Path | None = HfArg(default=None, help="torch-fidelity's weights (default: downloaded)")
+    resize: Literal["clean", "tensorflow"] = HfArg(
+        default="clean", help="clean: as in clean-fid and the paper; tensorflow: as for the original FID"
+    )
+    bootstrap: int = HfArg(default=200, help="bootstrap draws for the intervals")
+    lpips: bool = HfArg(default=False, help="LPIPS too, with AlexNet's weights, which are downloaded")
+
+    def __post_init__(self) -> None:
+        check_exists("--reference", self.reference, "folder")
+        check_exists("--inception-weights", self.inception_weights, "file")
+        check_number("--bootstrap", self.bootstrap, least=2)
+        if self.reference and (count := len(list_images(self.reference))) < FEWEST_IMAGES:
+            raise ValueError(f"{self.reference} has {count} images; at least {FEWEST_IMAGES} are needed")
+
+    def prepare(self, cache: Path, device: torch.device) -> Callable[[ImageSet], Scorer]:
+        """A function that makes the scorer from the unmerged set; everything else is loaded now."""
+        if self.reference is None:
+            raise ValueError(
+                "--reference DIR is needed; eval/reference.py makes it from ImageNet's validation images; or try --demo"
+            )
+        features = Features(self.features, self.resize, cache, device, self.inception_weights)
+        lpips = Lpips() if self.lpips else None
+        return partial(Scorer, features, features(list_images(self.reference)), bootstrap=self.bootstrap, lpips=lpips)

@@ -1,16 +1,23 @@
-"""The networks that compute features, their weights, and the methods to resize images for them."""
+"""Features of sets of images by a network, cached by content."""
 
 import hashlib
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torchvision.transforms.functional import pil_to_tensor
+
+from atc_eval.files import image_mode, load_image, write_atomically
 
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256 = "6726825d"  # the first digits, with which the file's name ends
@@ -64,17 +71,8 @@ class EfficientNetLite0(nn.Module):
         return self.network.extract_features((images - 127) / 128).mean(dim=(2, 3))
 
 
-def make_network(name: str, inception_weights: Path | None) -> InceptionV3 | EfficientNetLite0:
-    network = InceptionV3(inception_weights) if name == "inception" else EfficientNetLite0()
-    return network.eval().requires_grad_(False)
-
-
 def find_inception_weights(path: Path | None = None) -> str:
-    """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder.
-
-    Raises:
-        ValueError: if the file does not exist and cannot be downloaded, or has another hash.
-    """
+    """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder."""
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path is None and not file.exists():
         _download_inception(file)
@@ -98,3 +96,55 @@ def _download_inception(file: Path) -> None:
             f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
             f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
         ) from error
+
+
+class Features:
+    """Features of sets of images by one network and one way of resizing, computed once for each set.
+
+    Args:
+        network: "inception" or "efficientnet-lite0".
+        resize: "tensorflow" or "clean".
+        cache: folder of the features, named by the content of the images.
+        device: where the network runs.
+        inception_weights: torch-fidelity's weights file. None: the downloaded file; it is downloaded if missing.
+    """
+
+    def __init__(
+        self, network: str, resize: str, cache: Path, device: torch.device, inception_weights: Path | None = None
+    ) -> None:
+        found = InceptionV3(inception_weights) if network == "inception" else EfficientNetLite0()
+        self.network = found.eval().requires_grad_(False).to(device)
+        self.name = f"{network}, {resize} resizing"  # as reports name it
+        self.load = partial(load_images, RESIZERS[resize], self.network.size)
+        self.cache = cache
+        self.device = device
+
+    def __call__(self, paths: Sequence[Path]) -> Tensor:
+        """Features `[n, C]` of the images at `paths`, in this order."""
+        path = self.cache / f"{self._digest(paths)}.npy"
+        if not path.exists():
+            file = BytesIO()
+            np.save(file, self._compute(paths).numpy())
+            write_atomically(path, file.getvalue())
+        return torch.from_numpy(np.load(path))
+
+    def _digest(self, paths: Sequence[Path]) -> str:
+        digest = hashlib.sha256(self.name.encode())
+        for path in paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:32]
+
+    @torch.no_grad()
+    def _compute(self, paths: Sequence[Path]) -> Tensor:
+        workers = 4 if self.device.type == "cuda" else 0
+        loader: Any = DataLoader(paths, batch_size=32, collate_fn=self.load, num_workers=workers)  # type: ignore[arg-type]
+        try:
+            return torch.cat([self.network(images.to(self.device)).cpu() for images in loader])
+        except (OSError, SyntaxError) as error:
+            unreadable = ", ".join(str(path) for path in paths if image_mode(path) is None)
+            raise ValueError(f"unreadable images: {unreadable or error}") from error
+
+
+def load_images(resize: Callable[[Tensor, int], Tensor], size: int, paths: Sequence[Path]) -> Tensor:
+    """The images at `paths` as `[B, 3, size, size]` in 0..255."""
+    return torch.stack([resize(pil_to_tensor(load_image(path)), size) for path in paths])
