@@ -20,8 +20,7 @@ with one_sentence("app.py", extra="app"):
     import gradio as gr
 
     from comparison import Comparison, Settings, Studio
-    from display import SIDE, TABLE, clusters, past, select, show
-    from form import FIRST, PRESETS, check, configure, fields
+    from display import FIRST, PRESETS, SIDE, TABLE, check, clusters, configure, fields, past, select, show
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
 from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, load
+from pipeline import EMOJI, draw_images, load
 
 with one_sentence("clusters.py", extra="app"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from atc_diffusion.painting import paint_clusters
-    from partitions import Partition, at_step, partitions, path
+    from pipeline import Partition, at_step, partitions, path
 
 METHODS: dict[str, Callable[..., MergeConfig]] = {
     **{f"atc-{linkage}": partial(ATCConfig, linkage=linkage, window_size=None) for linkage in LINKAGES},
@@ -81,14 +80,7 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
     with patched(pipe, config):
-        image = pipe(
-            args.prompt,
-            height=args.size,
-            width=args.size,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=torch.Generator().manual_seed(args.seed),
-        ).images[0]
+        [image] = draw_images(pipe, [args.prompt], args.seed, args.size, args.steps, guidance_scale=args.guidance)
         return image, partitions(pipe)
 
 

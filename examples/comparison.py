@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from atc_diffusion import MergeConfig, patched, psnr, ssim, summary
 from atc_diffusion.clustering import on_compilation
-from partitions import Partition, partitions
+from pipeline import Partition, draw_images, partitions
 
 OnStep = Callable[[str, int], None]  # called with the drawing's name and the steps done; may raise to end the run
 
@@ -117,15 +116,8 @@ class Studio:
 
     def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
         start = time.perf_counter()
-        image = self.pipe(
-            settings.prompt,
-            height=settings.size,
-            width=settings.size,
-            num_inference_steps=settings.steps,
-            generator=torch.Generator().manual_seed(settings.seed),
-            callback_on_step_end=partial(_after_step, on_step),
-            **self.options,
-        ).images[0]
+        options = self.options | {"callback_on_step_end": partial(_after_step, on_step)}
+        [image] = draw_images(self.pipe, [settings.prompt], settings.seed, settings.size, settings.steps, **options)
         return image, time.perf_counter() - start
 
 

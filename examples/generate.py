@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from atc_diffusion import ATCConfig, MergeConfig, patched, psnr
 from atc_diffusion.clustering import LINKAGES, on_compilation
 from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, load
+from pipeline import EMOJI, draw_images, load
 
 SIDE, HEAD, FOOT = 256, 44, 84  # pixels: of an image, and of the text above and below a column
 GAIN = 20  # of differences
@@ -90,18 +89,10 @@ def stacked(images: list[Image.Image]) -> Any:
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps: int) -> Run:
     """Draw all prompts, each from the same seed."""
-    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompt]
     merging: AbstractContextManager[object] = nullcontext() if config is None else patched(pipe, config)
     with merging:
         start = time.perf_counter()
-        images = pipe(
-            args.prompt,
-            height=args.size,
-            width=args.size,
-            num_inference_steps=steps,
-            guidance_scale=args.guidance,
-            generator=generators,
-        ).images
+        images = draw_images(pipe, args.prompt, args.seed, args.size, steps, guidance_scale=args.guidance)
         return Run(images, (time.perf_counter() - start) / len(images))
 
 

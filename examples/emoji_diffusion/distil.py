@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
-from train import HERE, THINGS, Phase, Training, draw_sheet, merging, tokenize
+from train import HERE, THINGS, draw_sheet, merging, tokenize
+from training import Phase, Training
 
 from atc_diffusion import ATCConfig, patched
 

@@ -1,4 +1,4 @@
-"""Train the emoji model, a small Stable Diffusion 1.x pipeline of 256 by 256 pictures, from scratch.
+"""Train the weights of the emoji model, a small Stable Diffusion 1.x pipeline of 256 by 256 pictures, from scratch.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
     pip install emoji
@@ -10,9 +10,7 @@ named in things.txt. Rerun the command to resume. `--sheet` only draws the conta
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,34 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from diffusers.training_utils import EMAModel
-from models import DEVIATION, make_autoencoder, make_pipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
+from training import Phase, Training
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from atc_diffusion import patched
 
 HERE = Path(__file__).parent
+DEVIATION = 0.05  # of the latents' posterior, which is the same everywhere
 THINGS = (HERE / "things.txt").read_text().splitlines()
 SHOWN = [THINGS[i * len(THINGS) // 32] for i in range(32)]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One size at which a part is trained; the rate is the highest of a cosine schedule.
-
-    `merged` is the share of the steps, from the first, with the keys and values of self-attention merged to a tenth.
-    """
-
-    name: str
-    pixels: int
-    batch: int
-    steps: int
-    rate: float
-    merged: float = 0.0
-
-
 AUTOENCODER = (
     Phase("autoencoder-crops", pixels=128, batch=6, steps=500, rate=2e-3),
     Phase("autoencoder-whole", pixels=256, batch=2, steps=600, rate=1e-3),
@@ -56,54 +38,31 @@ COARSE = Phase("coarse", pixels=128, batch=16, steps=3000, rate=1e-3)
 FINE = Phase("fine", pixels=256, batch=4, steps=1300, rate=5e-4, merged=0.3)
 
 
-class Training:
-    """The optimisation of some modules, resumed from the last checkpoint of its phase if there is one."""
+def make_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """Put an untrained text encoder and UNet together with a trained autoencoder."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(HERE / "text_encoder")),
+        tokenizer=CLIPTokenizer.from_pretrained(HERE / "tokenizer"),
+        unet=untrained(UNet2DConditionModel, "unet"),
+        scheduler=DDIMScheduler.from_pretrained(HERE / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
-    def __init__(self, modules: Mapping[str, nn.Module], phase: Phase, work: Path) -> None:
-        self.phase, self.step, self.checkpoint = phase, 0, work / f"{phase.name}.pt"
-        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-3, fused=True)
-        self.ema = EMAModel(self.parameters, decay=0.99, foreach=True)
-        self.parts: dict[str, Any] = {**modules, "optimizer": self.optimizer, "ema": self.ema}
-        if self.checkpoint.exists():
-            self.load()
 
-    def run(self, loss: Callable[[int], Tensor]) -> None:
-        """Minimise `loss`, a function of the step that seeds it, and leave the averaged weights in the modules."""
-        while self.step < self.phase.steps:
-            torch.manual_seed(self.step)
-            value = loss(self.step)
-            self.update(value)
-            if self.step % 25 == 0 or self.step == self.phase.steps:
-                print(f"{self.phase.name} step {self.step} of {self.phase.steps}, loss {value.item():.4f}", flush=True)
-                self.save()
-        self.ema.copy_to(self.parameters)
+def make_autoencoder() -> AutoencoderKL:
+    """Build an autoencoder whose second half of outputs, the logarithm of the variance, is constant."""
+    vae = untrained(AutoencoderKL, "vae")
+    mean, log_variance = vae.encoder.conv_out.weight.data.chunk(2)
+    log_variance.zero_()
+    vae.encoder.conv_out.bias.data[len(mean) :] = 2 * math.log(DEVIATION)
+    return vae
 
-    def update(self, loss: Tensor) -> None:
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.parameters)
-        self.step += 1
 
-    def rate(self) -> float:
-        """The learning rate: 30 steps of warm-up under a cosine to zero."""
-        cosine = (1 + math.cos(math.pi * self.step / self.phase.steps)) / 2
-        return self.phase.rate * cosine * min(1, (self.step + 1) / 30)
-
-    def save(self) -> None:
-        new = self.checkpoint.with_suffix(".new")
-        torch.save({name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}, new)
-        new.replace(self.checkpoint)
-
-    def load(self) -> None:
-        state = torch.load(self.checkpoint)
-        self.step = state.pop("step")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+def untrained(kind: Any, part: str) -> Any:
+    return kind.from_config(kind.load_config(HERE / part)).to(memory_format=torch.channels_last)
 
 
 def picture_paths(folder: Path) -> dict[str, Path]:
@@ -243,7 +202,7 @@ def train(pictures: Path, work: Path, output: Path) -> None:
     held_out = torch.arange(len(paths)) % 29 == 0
     vae = train_autoencoder(loaded[~held_out], work)
     print(f"PSNR on {held_out.sum()} held-out emoji: {psnr(vae, loaded[held_out]):.2f} dB", flush=True)
-    pipe = make_pipeline(vae, list(paths), work / "tokenizer")
+    pipe = make_pipeline(vae)
     chosen = [paths[thing] for thing in THINGS]
     for phase, modules in ((COARSE, ["unet", "text_encoder"]), (FINE, ["unet"])):
         train_unet(pipe, encode(vae, load_pictures(chosen, phase.pixels)), phase, modules, work)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline
 from torch import Tensor
-from train import HERE, Phase, Training, draw_batch, encode, load_pictures, tokenize
+from train import HERE, draw_batch, encode, load_pictures, tokenize
 from train import THINGS as ALL_THINGS
+from training import Phase, Training
 
 THINGS = ALL_THINGS[::6]
 LATENTS, PATCH = 4, 2  # channels of the autoencoder, and latents on a side of a token

@@ -12,9 +12,8 @@ import clusters
 from atc_diffusion import ATCConfig, ToMeConfig, patched, summary
 from atc_diffusion.painting import paint_clusters
 from comparison import Comparison, Settings, Studio
-from form import PRESETS, configure
-from partitions import Partition, at_step, partitions
-from pipeline import EMOJI, load
+from display import PRESETS, configure
+from pipeline import EMOJI, Partition, at_step, load, partitions
 
 SETTINGS = Settings("fox", 0, 2, 64, ATCConfig(r=0.25), "apply_patch(pipe, ATCConfig(r=0.25))")
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from distil import LORA, PHASE, STEPS, append_latents, landing_loss, trajectory
 from torch import Tensor
-from train import THINGS, Training, tokenize
+from train import THINGS, tokenize
+from training import Training
 
 from tests.helpers.tiny_pipelines import sd15
 
