@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atc_diffusion.adapters.noise import TRAINED
 
+ROUNDING = 1e-2  # by which timesteps that a sampler interpolates miss each other
 FEWEST_RISING = 4  # timesteps; fewer may be those of a batch in training that happen to rise
 
 # Read once for each tensor of timesteps: on a GPU every read waits for the step before.
@@ -62,7 +63,8 @@ class Entry:
     @property
     def are_in_pairs(self) -> bool:
         """Whether all timesteps but the first come in pairs, as for Heun's method."""
-        return len(self.values) > 2 and self.values[1:-1:2] == self.values[2::2]
+        pairs = list(zip(self.values[1::2], self.values[2::2], strict=False))
+        return bool(pairs) and all(abs(first - second) < ROUNDING for first, second in pairs)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,6 @@ def _read(timestep: Tensor, count: int) -> tuple[float, ...]:
         return (math.nan,) * count
     values = timestep.detach().as_strided((count,), (1,), 0)
     times, steps = tuple(values.tolist()), values.diff()
-    falls = count == 1 or (times[0] > times[-1] and bool((steps <= 0).all()))
-    rises = count >= FEWEST_RISING and times[0] < times[-1] and bool((steps >= 0).all())
+    falls = count == 1 or (times[0] > times[-1] and bool((steps < ROUNDING).all()))
+    rises = count >= FEWEST_RISING and times[0] < times[-1] and bool((steps > -ROUNDING).all())
     return times if falls or rises else ()

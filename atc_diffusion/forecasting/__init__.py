@@ -96,10 +96,10 @@ class Forecaster:
         """Why no call at a position is forecast; "" if one may be."""
         if torch.is_grad_enabled() or not inputs.readable or math.isnan(position.time):
             return "gradients are recorded, or values unreadable"
-        if position.entry is not None and position.entry.are_in_pairs:
-            return "the sampler repeats its timesteps"
         if position.entry is not None and position.entry.values[0] <= 1:
             return "the timesteps are not on a scale from 1000 to 0"
+        if position.entry is not None and position.entry.are_in_pairs:
+            return "the sampler repeats its timesteps"
         if position.entry is not None and position.entry.rises:
             return "the timesteps rise, as in inversion"
         if position.count < FEWEST_STEPS - 0.5:  # which may be an estimate

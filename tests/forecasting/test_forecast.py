@@ -16,6 +16,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -126,6 +127,7 @@ def fidelity(latents: Tensor, expected: Tensor) -> float:
     ("scheduler", "steps", "reason"),
     [
         (HeunDiscreteScheduler(), STEPS, "repeats its timesteps"),
+        (KDPM2AncestralDiscreteScheduler(), STEPS, "repeats its timesteps"),  # but for rounding
         (DDIMScheduler(clip_sample=False), 11, "fewer than 12 steps"),
     ],
 )
