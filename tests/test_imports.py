@@ -1,8 +1,9 @@
-"""What is imported, and when, in a fresh interpreter."""
+"""What is imported, and when."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,27 @@ def imported_by(code: str) -> set[str]:
 
 def heavy(modules: set[str]) -> set[str]:
     return {name for name in modules if name.split(".")[0] in HEAVY}
+
+
+def imported_at_once(file: Path) -> Iterator[str]:
+    """What the top level of a file imports, with what it imports from there."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_file_that_the_package_itself_imports_imports_more_than_torch():
+    root, files, names = Path(__file__).parents[1], [Path("atc_diffusion/__init__.py")], set()
+    for file in files:  # which grow meanwhile
+        names |= (new := set(imported_at_once(root / file)))
+        paths = [Path(*name.split(".")) for name in new if name.startswith("atc_diffusion.")]
+        found = {each for path in paths for each in (path.with_suffix(".py"), path.parent.with_suffix(".py"))}
+        found |= {path / "__init__.py" for each in paths for path in (each, each.parent)}
+        files += [each for each in found if (root / each).exists() and each not in files]
+    assert "atc_diffusion.adapters.lookup.family_of" in names
+    assert not heavy(names)
 
 
 @pytest.mark.slow
