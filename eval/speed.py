@@ -20,7 +20,7 @@ with one_sentence("speed.py", extra="eval"):
     import torch
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.benchmark.clustering import CHANNELS, SMALL, engines_table, growth_table
+    from atc_eval.benchmark.clustering import CHANNELS, SMALL, engines_table
     from atc_eval.benchmark.full_size import MODELS
     from atc_eval.benchmark.lora_training import training_table
     from atc_eval.benchmark.step import METHODS, Setting, arithmetic_table, compiled_table, step_table
@@ -29,7 +29,7 @@ with one_sentence("speed.py", extra="eval"):
     from atc_eval.environment import device_name, in_words, versions
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
-PARTS = ("arithmetic", "small", "clustering", "growth", "step", "training", "compile")
+PARTS = ("arithmetic", "small", "clustering", "step", "training", "compile")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "parts": [part for part in PARTS if part not in ("training", "compile")],
@@ -83,10 +83,6 @@ class Benchmark:
         default_factory=lambda: [4096],
         help="numbers of tokens to cluster beside other engines, on the CPU (default: 4096)",
     )
-    growth_tokens: list[int] = HfArg(
-        default_factory=lambda: [2**power for power in range(10, 15)],
-        help="numbers of tokens over which growth is measured (default: 1024 to 16384)",
-    )
     repeats: int = HfArg(default=3, help="timings of every candidate")
     out: Path | None = HfArg(default=None, help="file for a copy of the output, .md or .txt")
 
@@ -95,8 +91,8 @@ class Benchmark:
             object.__setattr__(self, name, getattr(self, name) or default)
         for size in self.size:
             check_number("--size", size, least=64, multiple=64)
-        for number in [*self.tokens, *self.growth_tokens]:
-            check_number("--tokens and --growth-tokens", number)
+        for number in self.tokens:
+            check_number("--tokens", number)
         check_number("--blocks", self.blocks)
         check_number("--repeats", self.repeats)
         check_new("--out", self.out, ".md", ".txt")
@@ -122,7 +118,7 @@ KINDS = (Benchmark,)
 
 def tables(benchmark: Benchmark) -> Iterator[Iterator[str]]:
     """The chosen tables, roughly from the fastest to the slowest."""
-    first, repeats, device = benchmark.fractions[0], benchmark.repeats, benchmark.device
+    first, repeats = benchmark.fractions[0], benchmark.repeats
     settings = benchmark.settings()
     if "arithmetic" in benchmark.parts:
         yield arithmetic_table(settings)
@@ -131,8 +127,6 @@ def tables(benchmark: Benchmark) -> Iterator[Iterator[str]]:
     if "clustering" in benchmark.parts:
         shapes = [(1, num_tokens, CHANNELS) for num_tokens in benchmark.tokens]
         yield engines_table("Large problems", shapes, first, repeats)
-    if "growth" in benchmark.parts:
-        yield growth_table(sorted(set(benchmark.growth_tokens)), first, repeats, device)
     if "step" in benchmark.parts:
         yield from (step_table(each, benchmark.fractions, benchmark.method, repeats) for each in settings)
     if "training" in benchmark.parts:

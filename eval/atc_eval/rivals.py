@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from atc_diffusion import ATCConfig, LayerSummary, patched, summary
-from atc_eval.skipped_steps import EasyCache, SkippedSteps, Spectrum
+from atc_eval.skipped_steps import EasyCache, Spectrum
 
 Draw = Callable[..., Any]
 Downsample = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -96,15 +96,6 @@ def deepcache(pipe: Any, interval: float) -> Iterator[Draw]:
 
 
 @contextmanager
-def skipped_steps(pipe: Any, strength: float, make: Callable[[Any, float], SkippedSteps]) -> Iterator[Draw]:
-    skipping = make(pipe.unet, strength)
-    try:
-        yield partial(skipping.draw, pipe)
-    finally:
-        skipping.remove()
-
-
-@contextmanager
 def pyramid_attention_broadcast(pipe: Any, interval: float) -> Iterator[Draw]:
     """PAB (Zhao et al. 2024) by diffusers: each attention's output serves `interval` steps in the middle of a run."""
     timesteps: list[int] = []  # of the calls so far
@@ -156,16 +147,9 @@ KINDS = {
     ),
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
-    "spectrum": _Kind(
-        "Spectrum", "window + {:g}".format, partial(skipped_steps, make=Spectrum), (0, 10), whole=False, needs_unet=True
-    ),
+    "spectrum": _Kind("Spectrum", "window + {:g}".format, Spectrum.applied, (0, 10), whole=False, needs_unet=True),
     "easycache": _Kind(
-        "EasyCache",
-        "threshold {:g}".format,
-        partial(skipped_steps, make=EasyCache),
-        (0.001, 10),
-        whole=False,
-        needs_unet=True,
+        "EasyCache", "threshold {:g}".format, EasyCache.applied, (0.001, 10), whole=False, needs_unet=True
     ),
     "pab": _Kind("PAB", "every {:g} steps".format, pyramid_attention_broadcast, (2, 1000), needs_unet=True),
 }

@@ -1,6 +1,9 @@
 """Two rivals that skip steps of a UNet: Spectrum and EasyCache."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +13,16 @@ from torch import Tensor
 
 
 class SkippedSteps(ABC):
-    """A UNet's `forward` that runs only at some of the steps, one call a step, until `remove`."""
+    """A UNet's `forward` that runs only at some of the steps, one call a step, until `remove`.
 
-    def __init__(self, unet: Any) -> None:
+    Args:
+        unet: the network.
+        strength: how much is skipped.
+    """
+
+    def __init__(self, unet: Any, strength: float) -> None:
         self._unet = unet
+        self._strength = strength
         self._inner = unet.forward
         unet.forward = self._forward
         self.start(num_steps=1)
@@ -26,8 +35,17 @@ class SkippedSteps(ABC):
     def remove(self) -> None:
         del self._unet.forward
 
-    def draw(self, pipe: Any, *args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
-        """Call `pipe`, whose UNet this is, for a run of its own."""
+    @classmethod
+    @contextmanager
+    def applied(cls, pipe: Any, strength: float) -> Iterator[Callable[..., Any]]:
+        """Skip steps of a pipeline's UNet within a `with` block; yields the callable that draws."""
+        skipping = cls(pipe.unet, strength)
+        try:
+            yield partial(skipping._draw, pipe)
+        finally:
+            skipping.remove()
+
+    def _draw(self, pipe: Any, *args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
         self.start(num_inference_steps)
         return pipe(*args, num_inference_steps=num_inference_steps, **kwargs)
 
@@ -53,10 +71,7 @@ class Spectrum(SkippedSteps):
 
     Follows the authors' code for SDXL and its settings (github.com/hanjq17/Spectrum). The forecast is the mean of two:
     a Chebyshev series fitted to all computed steps by ridge regression, and the line through the last two of them.
-
-    Args:
-        unet: the network.
-        growth: of the window, at each step that is computed after the warm-up.
+    The strength is the growth of the window at each step that is computed after the warm-up.
     """
 
     WARM_UP = 5  # steps that are computed at first
@@ -64,9 +79,8 @@ class Spectrum(SkippedSteps):
     DEGREE = 4
     RIDGE = 0.1
 
-    def __init__(self, unet: Any, growth: float) -> None:
-        super().__init__(unet)
-        self._growth = growth
+    def __init__(self, unet: Any, strength: float) -> None:
+        super().__init__(unet, strength)
         self._hook = unet.conv_norm_out.register_forward_pre_hook(self._note)
 
     def start(self, num_steps: int) -> None:
@@ -91,7 +105,7 @@ class Spectrum(SkippedSteps):
         return self._unet.conv_out(self._unet.conv_act(self._unet.conv_norm_out(features)))
 
     def _learn(self, latents: Tensor, output: Tensor) -> None:
-        self._window += self._growth * (self._step >= self.WARM_UP)
+        self._window += self._strength * (self._step >= self.WARM_UP)
 
     def _series(self) -> Tensor:
         steps, features = torch.tensor(list(self._features)), torch.stack(list(self._features.values()))
@@ -114,18 +128,11 @@ class EasyCache(SkippedSteps):
     """Reuses what a network added to its input while that changes little (Zhou et al. 2025, arXiv 2507.02860).
 
     Written after the paper, section 3.3. How much an output changes is expected from how much the input did, and from
-    the ratio of both at the last two steps that were computed.
-
-    Args:
-        unet: the network.
-        threshold: the relative change of the output, summed over skipped steps, at which the network runs again.
+    the ratio of both at the last two steps that were computed. The strength is the relative change of the output,
+    summed over skipped steps, at which the network runs again.
     """
 
     WARM_UP = 0.15  # of the steps, which are computed at first
-
-    def __init__(self, unet: Any, threshold: float) -> None:
-        super().__init__(unet)
-        self._threshold = threshold
 
     def start(self, num_steps: int) -> None:
         super().start(num_steps)
@@ -140,7 +147,7 @@ class EasyCache(SkippedSteps):
         before, output = self._computed
         self._change += self._rate * _size(latents - earlier) / _size(output)
         is_inner = self.WARM_UP * self._num_steps <= self._step < self._num_steps - 1
-        return latents + (output - before) if is_inner and self._change < self._threshold else None
+        return latents + (output - before) if is_inner and self._change < self._strength else None
 
     def _learn(self, latents: Tensor, output: Tensor) -> None:
         if self._computed is not None:

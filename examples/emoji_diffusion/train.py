@@ -5,7 +5,8 @@
     python examples/emoji_diffusion/train.py --pictures package/assets --work work
 
 The autoencoder is trained on all emoji of that package that have an English name, the UNet and text encoder on those
-named in things.txt. Rerun the command to resume. `--sheet` only draws the contact sheet.
+named in things.txt. Sizes, schedule and vocabulary are read from the files of the model beside this script. Rerun the
+command to resume. `--sheet` only draws the contact sheet.
 """
 
 import argparse

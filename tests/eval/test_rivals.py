@@ -67,7 +67,7 @@ def line(step: int) -> Tensor:
 def test_spectrum_skips_more_and_more_steps_and_forecasts_a_line() -> None:
     """One step on, that is: there the ridge costs less than half a step, and further on more and more."""
     unet = Line()
-    spectrum = Spectrum(unet, growth=0.75)
+    spectrum = Spectrum(unet, 0.75)
     for _ in range(2):
         spectrum.start(num_steps=20)
         outputs = [unet(step, return_dict=False)[0] for step in range(20)]

@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import speed
 from atc_diffusion import ATCConfig
 from atc_diffusion.testing import FLUX, PIXART, SD3, SDXL, UNET
-from atc_eval.benchmark.clustering import engines, gaussian, peak_bytes, same_partition
+from atc_eval.benchmark.clustering import engines, gaussian, same_partition
 from atc_eval.benchmark.full_size import MODELS, load, make_inputs
 from atc_eval.benchmark.step import METHODS, Denoising, Setting, select, self_attention, share_weights
 from atc_eval.benchmark.timing import table, take_turns
 from atc_eval.method import Method
 
-TINY = "--size 64 --keep 60 --tokens 64 --growth-tokens 64 128 --repeats 1"
+TINY = "--size 64 --keep 60 --tokens 64 --repeats 1"
 
 Run = Callable[[str], list[list[str]]]
 
@@ -99,22 +99,6 @@ def test_partitions_are_compared_whatever_their_labels() -> None:
 def test_an_engine_that_is_asked_for_another_number_of_clusters_gives_another_partition() -> None:
     ours = engines(gaussian(1, 32), 16, "average")["atc_diffusion"]()[0]
     assert not same_partition(ours, engines(gaussian(1, 32), 8, "average")["scipy"]()[0])
-
-
-@pytest.mark.slow
-def test_growth_tells_exponents_and_memory_beside_the_matrix(run: Run) -> None:
-    table = run("--parts growth")
-    assert [row[:2] for row in table] == [["average", "64"], ["average", "128"], ["ward", "64"], ["ward", "128"]]
-    assert [bool(row[3]) for row in table] == [False, True, False, True]
-    assert all(int(row[4]) < 100 for row in table)
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_the_clustering_however_large_this_process_has_been() -> None:
-    torch.ones(2**27)  # 512 MiB, more than the measured growth
-    matrix = 4 * 4200**2
-    assert peak_bytes(4200, 8, 4199, "complete") > matrix
-    assert peak_bytes(4200, 8, 4199, "average") < matrix
 
 
 def test_steps_of_every_method_stand_beside_the_unmerged(run: Run) -> None:
@@ -241,10 +225,9 @@ def test_a_table_ends_where_the_memory_of_a_gpu_does() -> None:
     assert list(table("", "", ["size", "ms"], measure()))[-2:] == ["| small | 1 |", "| out of memory |  |"]
 
 
-@pytest.mark.slow
 def test_all_that_is_printed_is_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "speed.md"
-    speed.main(["--parts", "growth", "--growth-tokens", "64", "--repeats", "1", "--out", str(out)])
+    speed.main(["--parts", "clustering", "--tokens", "64", "--repeats", "1", "--out", str(out)])
     assert out.read_text() == capsys.readouterr().out
 
 

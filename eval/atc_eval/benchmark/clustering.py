@@ -1,10 +1,6 @@
-"""Tables of the clustering alone, of Gaussian tokens: beside other exact engines, and as the tokens grow."""
+"""A table of the clustering alone, of Gaussian tokens, beside other exact engines."""
 
-import math
-import multiprocessing
-import resource
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 
@@ -20,14 +16,13 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, agglomerate
 from atc_diffusion.clustering import LINKAGES
-from atc_eval.benchmark.timing import Call, Row, mebibytes, table, take_turns
+from atc_eval.benchmark.timing import Call, Row, table, take_turns
 
 CHANNELS = 320
 OURS = "atc_diffusion"
 OTHERS = ("fastcluster", "scipy", "scikit-learn")  # each clusters one problem at a time, on the CPU
 SMALL = list(product((1, 16), (196, 256, 576, 1024), (64, 384)))  # as in windows and vision transformers
 DISTANCES = 10**6  # at least so many are computed in one timing
-MATRIX_FREE = ("average", "ward")
 
 
 def engines_table(title: str, shapes: Iterable[tuple[int, int, int]], keep: float, repeats: int) -> Iterator[str]:
@@ -106,48 +101,3 @@ def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
 def num_kept(num_tokens: int, keep: float) -> int:
     """How many of `num_tokens` keys ATC keeps at a fraction `keep`."""
     return ATCConfig(r=keep).num_kept(num_tokens, 1, None)[1]
-
-
-def growth_table(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Iterator[str]:
-    return table(
-        f"Growth: one clustering of N x {CHANNELS} Gaussian tokens to {keep:.0%}, on {device}",
-        f"Seconds: median of {repeats}. Exponent: growth of the time from one size to the next. Peak: memory of the "
-        "clustering without the tokens; on a CPU, in a separate process (accurate to a few MiB).",
-        ("linkage", "N", "seconds", "exponent", "peak MiB", "N x N float32, MiB"),
-        _grow(sizes, keep, repeats, device),
-    )
-
-
-def _grow(sizes: Sequence[int], keep: float, repeats: int, device: str) -> Iterator[Row]:
-    for linkage in LINKAGES if device == "cuda" else MATRIX_FREE:
-        before: tuple[int, float] | None = None
-        for n in sizes:
-            cluster = partial(agglomerate, gaussian(1, n).to(device), num_kept(n, keep), linkage)
-            [timing] = take_turns({f"{linkage} {n}": cluster}, repeats, device).values()
-            peak = timing.peak if device == "cuda" else peak_bytes(n, CHANNELS, num_kept(n, keep), linkage)
-            exponent = f"{math.log(timing.seconds / before[1], n / before[0]):.2f}" if before else ""
-            yield linkage, str(n), f"{timing.seconds:.3f}", exponent, mebibytes(peak), mebibytes(4 * n**2)
-            before = n, timing.seconds
-
-
-def peak_bytes(num_tokens: int, channels: int, num_clusters: int, linkage: str) -> int:
-    """Bytes by which one clustering on the CPU raises the peak memory of a fresh process that holds the tokens."""
-    # Forked from a small server: otherwise the process would inherit the peak of the one that starts it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["atc_diffusion"])
-    with context.Pool(1) as pool:
-        return pool.apply(_growth_of_peak, (num_tokens, channels, num_clusters, linkage, torch.get_num_threads()))
-
-
-def _growth_of_peak(num_tokens: int, channels: int, num_clusters: int, linkage: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    tokens = torch.randn(1, num_tokens, channels)
-    agglomerate(tokens[:, :64], min(num_clusters, 32), linkage)  # loads everything that is loaded once
-    before = _peak()
-    agglomerate(tokens, num_clusters, linkage)
-    return _peak() - before
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -20,7 +20,7 @@ from atc_eval.environment import in_words, versions
 from atc_eval.files import write_atomically
 from atc_eval.method import Method
 from atc_eval.report.page import Page, Section
-from atc_eval.report.plots import label_ends, plot
+from atc_eval.report.plots import plot_lines
 from atc_eval.score.statistics import Estimate, bootstrap_draws
 
 DRAWS = 1000
@@ -127,8 +127,8 @@ def _name(evaluation: Evaluation) -> str | None:
 
 def accuracy_plot(table: pd.DataFrame) -> Section:
     """Accuracy against the fraction kept, a line for each method, as in the paper's Figure 4."""
-    points = label_ends(table.assign(method=table.label, x=table.keep, y=table.accuracy).dropna(subset="keep"))
-    figure = plot(points, "tokens kept at each stage (%)", "top-1 (%)", table.accuracy.iloc[0], True)
+    points = table.assign(method=table.label, x=table.keep, y=table.accuracy).dropna(subset="keep")
+    figure = plot_lines(points, "tokens kept at each stage (%)", "top-1 (%)", table.accuracy.iloc[0])
     return Section("Accuracy by fraction kept", figure=figure)
 
 

@@ -58,7 +58,6 @@ class Sampler:
         self.sampling = sampling
         self.state = state
         self.part = part
-        self._is_estimated = False
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:
@@ -96,19 +95,18 @@ class Sampler:
                 images.save(image, drawn)
             name = f"record-{self.part.number - 1 + self.part.count * self.state.process_index}.json"
             write_json(images.folder / name, self._record())
+            if self.state.is_main_process and bar.n == 0:
+                self._estimate(time.perf_counter() - begun, int(bar.total or 0) - len(batch), bar)
             bar.update(len(batch))
-            self._estimate(time.perf_counter() - begun, bar)
 
-    def _estimate(self, seconds: float, bar: tqdm) -> None:
-        """After the first batch, say how long the others will take."""
-        left = int(bar.total or 0) - bar.n
-        if self.state.is_main_process and left and not self._is_estimated:
+    def _estimate(self, seconds: float, left: int, bar: tqdm) -> None:
+        """After the first batch, say how long the other images will take."""
+        if left:
             hours = seconds / self.sampling.batch_size * left / 3600
             bar.write(
                 f"The first batch took {seconds:.1f} s on {device_name(self.state.device)}; "
                 f"at this rate the other {left} images of this process take {hours:.1f} hours."
             )
-        self._is_estimated = True
 
     def _record(self) -> dict[str, Any]:
         device = self.state.device

@@ -34,7 +34,6 @@ class Section:
 
     title: str
     text: str = ""
-    code: str = ""
     table: pd.DataFrame | None = None
     figure: Figure | None = None
     images: Sequence[Shown] = ()
@@ -65,16 +64,16 @@ class Page:
         """The page, which loads nothing else."""
         return _environment(escape=True).get_template("report.html.jinja").render(page=self)
 
-    def write(self, folder: Path, name: str = "report") -> None:
-        """Write `name`.html, `name`.md, and the figures and images of the latter."""
+    def write(self, folder: Path) -> None:
+        """Write `report.html`, `report.md`, and the figures and images of the latter."""
         for section in self.sections:
             if section.figure is not None:
                 write_atomically(folder / f"{section.slug}.svg", svg(section.figure).encode())
             if section.images:
                 write_atomically(folder / f"{section.slug}.png", contact_sheet(section.images))
         markdown = _environment(escape=False).get_template("report.md.jinja").render(page=self)
-        write_atomically(folder / f"{name}.md", markdown.encode())
-        write_atomically(folder / f"{name}.html", self.html.encode())
+        write_atomically(folder / "report.md", markdown.encode())
+        write_atomically(folder / "report.html", self.html.encode())
 
 
 def svg(figure: Figure) -> str:

@@ -9,7 +9,6 @@ from matplotlib.patheffects import withStroke
 
 OURS, OTHERS = "#c2255c", "#868e96"
 LINE_HEIGHT, CHARACTER = 11.0, 5.4  # points, of a label
-POINTS = ["method", "x", "y", "margin", "label"]  # columns of a frame to plot
 
 
 def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
@@ -24,37 +23,23 @@ def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
     return plot(points, "time per image (unmerged = 1)", "PSNR to the unmerged image (dB)")
 
 
-def plot_fid(fid: pd.DataFrame, unmerged: float) -> Figure | None:
-    """FID against the fraction of tokens kept.
-
-    Args:
-        fid: rows with "method", "keep" (percent), "fid" and "margin" (of the paired difference from the unmerged set).
-        unmerged: FID of the unmerged set.
-    """
-    points = fid.assign(x=fid["keep"], y=fid["fid"], label="")
-    return plot(label_ends(points), "tokens kept (%)", "FID", unmerged, only_lines=True)
-
-
-def label_ends(points: pd.DataFrame) -> pd.DataFrame:
-    """`points` with the method's name at its last point to the right."""
+def plot_lines(points: pd.DataFrame, x: str, y: str, unmerged: float) -> Figure | None:
+    """As `plot`, without methods of one point; labels name each method at its last point to the right."""
     last = points.sort_values("x").drop_duplicates("method", keep="last").index
-    return points.assign(label=points["method"].where(points.index.isin(last), ""))
+    labelled = points.assign(label=points["method"].where(points.index.isin(last), ""))
+    counts = points.groupby("method")["x"].transform("nunique")
+    return plot(labelled[counts > 1], x, y, unmerged)
 
 
-def plot(
-    points: pd.DataFrame, x: str, y: str, unmerged: float | None = None, only_lines: bool = False
-) -> Figure | None:
-    """A line with intervals for each method; None if no method has two points and they are not comparable alone.
+def plot(points: pd.DataFrame, x: str, y: str, unmerged: float | None = None) -> Figure | None:
+    """A line with intervals for each method; None if there are not two points to compare.
 
     Args:
-        points: rows with `POINTS`; methods that begin with "ATC" are ours.
+        points: rows with "method", "x", "y", "margin" and "label"; methods that begin with "ATC" are ours.
         x: title of the horizontal axis.
         y: title of the vertical axis.
         unmerged: the unmerged model's y, which becomes a line.
-        only_lines: leave out methods of one point.
     """
-    counts = points.groupby("method")["x"].transform("nunique")
-    points = points[counts > 1] if only_lines else points
     if len(points) < 2:
         return None
     figure = Figure(figsize=(8.3, 4.2), layout="constrained")

@@ -45,7 +45,10 @@ class Result:
         row: dict[str, Any] = named | {"seconds": self.seconds, "ratio": self.timing.get("ratio")}
         figures = vars(self.scores) | (vars(self.scores.fidelity) if self.scores.fidelity else {})
         for name, value in figures.items():
-            row |= _columns(name, value)
+            if isinstance(value, Estimate):
+                row |= {name: value.value, f"{name}_margin": value.margin}
+            elif name not in ("fidelity", "psnr_of_each"):
+                row[name] = value
         return row | {"peak_memory_bytes": self.record["peak_memory_bytes"]}
 
 
@@ -86,9 +89,3 @@ class Study:
         return json.dumps(
             {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
         )
-
-
-def _columns(name: str, value: object) -> dict[str, Any]:
-    if isinstance(value, Estimate):
-        return {name: value.value, f"{name}_margin": value.margin}
-    return {} if name in ("fidelity", "psnr_of_each") else {name: value}

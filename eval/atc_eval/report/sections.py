@@ -9,7 +9,7 @@ import pandas as pd
 from atc_eval.draw.images import PlannedImage
 from atc_eval.files import write_atomically
 from atc_eval.report.page import Page, Section, Shown
-from atc_eval.report.plots import on_frontier, plot_fid, plot_fidelity
+from atc_eval.report.plots import on_frontier, plot_fidelity, plot_lines
 from atc_eval.report.results import Result, Study
 from atc_eval.score.statistics import Estimate
 
@@ -137,7 +137,8 @@ def fid_section(study: Study) -> Iterator[Section]:
     if not merged:
         return
     rows = pd.DataFrame([_fid_row(result) for result in [study.unmerged, *merged]])
-    figure = plot_fid(rows[1:], study.unmerged.scores.fid.value)
+    points = rows[1:].assign(x=rows["keep"], y=rows["fid"])
+    figure = plot_lines(points, "tokens kept (%)", "FID", study.unmerged.scores.fid.value)
     if study.is_papers_model:
         rows = pd.concat([rows, _paper_rows()])
     cells = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
