@@ -136,11 +136,6 @@ def tables(benchmark: Benchmark) -> Iterator[Iterator[str]]:
         yield compiled_table(settings[0], first, repeats)
 
 
-def conditions(benchmark: Benchmark) -> str:
-    device = device_name(torch.device(benchmark.device))
-    return f"{device}; {in_words(versions(PACKAGES))}."
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     [benchmark] = parse(KINDS, __doc__, arguments)
     if benchmark.device == "cuda" and not torch.cuda.is_available():
@@ -153,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if benchmark.out:
             benchmark.out.parent.mkdir(parents=True, exist_ok=True)
             files.append(stack.enter_context(benchmark.out.open("w", encoding="utf-8")))
-        write([conditions(benchmark)], files)
+        write([f"{device_name(torch.device(benchmark.device))}; {in_words(versions(PACKAGES))}."], files)
         for lines in tables(benchmark):
             write(lines, files)
 

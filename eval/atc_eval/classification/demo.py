@@ -8,6 +8,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,8 +62,7 @@ class DemoTask:
         )
 
 
-@dataclass(frozen=True)
-class Emoji:
+class Emoji(NamedTuple):
     """Images with their classes.
 
     Attributes:
@@ -74,9 +74,6 @@ class Emoji:
     images: Tensor
     classes: Tensor
     subjects: Tensor
-
-    def __getitem__(self, chosen: Tensor) -> "Emoji":
-        return Emoji(self.images[chosen], self.classes[chosen], self.subjects[chosen])
 
 
 def load_emoji(folder: Path) -> tuple[Emoji, Emoji]:
@@ -93,7 +90,7 @@ def load_emoji(folder: Path) -> tuple[Emoji, Emoji]:
     images = torch.stack([draw_on_white(file) for file in tqdm(files, desc="reading", unit="image")])
     emoji = Emoji(images, torch.tensor(classes), torch.tensor(subjects))
     is_test = emoji.subjects % 4 == 0
-    return emoji[~is_test], emoji[is_test]
+    return Emoji(*(each[~is_test] for each in emoji)), Emoji(*(each[is_test] for each in emoji))
 
 
 def subject(code_points: str) -> int:

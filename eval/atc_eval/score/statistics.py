@@ -34,13 +34,9 @@ class Estimate:
         return cls.of(values.mean(), values[draws].mean(axis=1))
 
     @property
-    def differs(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return abs(self.value) > self.margin
-
-    @property
     def star(self) -> str:
-        return " *" if self.differs else ""
+        """A star if zero lies outside the interval."""
+        return " *" if abs(self.value) > self.margin else ""
 
     def __format__(self, spec: str) -> str:
         return f"{self.value:{spec}} ± {self.margin:{spec.lstrip('+')}}"
