@@ -313,6 +313,14 @@ def test_models_that_do_not_fit_are_named(model, options, message):
         apply_patch(model, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_a_scripted_network_is_refused():
+    network = torch.jit.script(nn.Linear(1, 1))
+    assert remove_patch(network) is network
+    with pytest.raises(ValueError, match="RecursiveScriptModule has no self-attention that can be merged"):
+        apply_patch(network)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

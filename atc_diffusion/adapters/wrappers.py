@@ -11,7 +11,8 @@ def unwrapped(module: Any) -> Any:
     """The module inside all wrappers, those of PEFT too, nested in any order."""
     if hasattr(module, "get_base_model"):
         return unwrapped(module.get_base_model())
-    inner = next((module._modules[name] for name in _NAMES if module._modules.get(name) is not None), None)
+    inside = (module._modules[name] for name in _NAMES if name in module._modules)  # scripted ones have no `get`
+    inner = next((each for each in inside if each is not None), None)
     return module if inner is None else unwrapped(inner)
 
 
