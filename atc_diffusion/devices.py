@@ -3,11 +3,25 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def sums_segments(device: torch.device) -> bool:
     """Whether `embedding_bag` can be relied on: on MPS it came with PyTorch 2.10, elsewhere we have not run it."""
     return device.type in ("cpu", "cuda")
+
+
+def dtype_of_sums(x: Tensor) -> torch.dtype:
+    """The dtype in which `embedding_bag` must average `x`: CPUs round sums of float16, and they may overflow."""
+    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the values of `x` cannot be had: torch.compile, FakeTensorMode, meta tensors, `torch.func`'s wrappers."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

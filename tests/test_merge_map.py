@@ -62,6 +62,16 @@ def test_keeping_all_is_the_identity_and_one_cluster_the_mean(dtype):
     assert torch.allclose(mean[:, 0].float(), x.float().mean(dim=1), atol=4 * torch.finfo(dtype).eps)
 
 
+def test_sums_of_float16_do_not_overflow():
+    x = torch.full((1, 2, 1), 40000.0, dtype=torch.float16)
+    assert MergeMap(torch.zeros(1, 2, dtype=torch.int64), 1).merge(x).item() == 40000
+
+
+def test_tokens_may_have_no_channels():
+    merge_map = MergeMap(torch.tensor([[0, 1, 0]]), 2)
+    assert merge_map.unmerge(merge_map.merge(torch.zeros(1, 3, 0))).shape == (1, 3, 0)
+
+
 def test_gradients_flow_through_both():
     merge_map = MergeMap(torch.tensor([[0, 1, 0, 2], [0, 0, 1, 2]]), 3)
     x = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
@@ -82,10 +92,15 @@ def test_gradients_in_low_precision_count_every_token(dtype):
     [
         (torch.zeros(3, dtype=torch.int64), 1, r"int64 tensor \[B, N\], got torch.int64 \[3\]"),
         (torch.zeros(1, 3), 1, "got torch.float32"),
-        (torch.zeros(1, 3, dtype=torch.int64), 0, "at least 1, got 0"),
+        ([[0, 1]], 2, "got a list"),
+        (torch.zeros(1, 3, dtype=torch.int64), 0, "num_clusters must be a whole number from 1 up, got 0"),
+        (torch.zeros(1, 3, dtype=torch.int64), 3.0, "whole number from 1 up, got 3.0"),
+        (torch.zeros(1, 3, dtype=torch.int64), None, "whole number from 1 up, got None"),
+        (torch.tensor([[0, 1], [2, 0]]), 2, "labels of 2 clusters must be from 0 to 1, got 0 to 2"),
+        (torch.tensor([[0, 1], [1, -1]]), 2, "labels of 2 clusters must be from 0 to 1, got -1 to 1"),
     ],
 )
-def test_bad_labels_are_named(labels, num_clusters, message):
+def test_bad_arguments_are_named(labels, num_clusters, message):
     with pytest.raises(ValueError, match=message):
         MergeMap(labels, num_clusters)
 
@@ -96,3 +111,8 @@ def test_tokens_of_another_number_are_refused():
         merge_map.merge(torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match=r"expected a tensor \[1, 2, C\], got \[1, 3, 2\]"):
         merge_map.unmerge(torch.zeros(1, 3, 2))
+
+
+def test_whole_numbers_have_no_means():
+    with pytest.raises(ValueError, match=r"must be floating-point numbers .*, got torch.int64; pass x.float\(\)"):
+        MergeMap(torch.tensor([[0, 1]]), 2).merge(torch.ones(1, 2, 3, dtype=torch.int64))

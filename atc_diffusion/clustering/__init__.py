@@ -9,8 +9,8 @@ from torch import Tensor
 
 from atc_diffusion.clustering._available import HAS_TRITON, numba_problem, on_compilation
 from atc_diffusion.clustering.placement import place
-from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
-from atc_diffusion.devices import without_autocast
+from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
+from atc_diffusion.devices import is_traced, without_autocast
 
 __all__ = ["BACKENDS", "LINKAGES", "METRICS", "Backend", "Linkage", "agglomerate", "cluster_tree", "on_compilation"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atc_diffusion.clustering.tree import is_traced
+from atc_diffusion.devices import is_traced
 
 LARGEST_ENTRY = 1e14  # a sum of such squares over all channels and tokens stays finite in float32
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from atc_diffusion.clustering import check_tokens
 from atc_diffusion.clustering._clusters import finite
-from atc_diffusion.clustering.tree import check_num_clusters, is_traced, number_clusters
+from atc_diffusion.clustering.tree import check_num_clusters, number_clusters
+from atc_diffusion.devices import is_traced
 from atc_diffusion.validation import check_count, check_not_negative
 
 

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 
 class Cuttable(Protocol):
@@ -68,13 +67,6 @@ class ClusterTree:
 
     def _labels(self, absorbed: Tensor) -> Tensor:
         return _number(_first_tokens(self.parents, absorbed)).to(self.device or self.parents.device)
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether the values of `x` cannot be had: torch.compile, FakeTensorMode, meta tensors, `torch.func`'s wrappers."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
-        return True
-    return torch._C._are_functorch_transforms_active()
 
 
 def check_num_clusters(num_clusters: int, num_tokens: int) -> None:

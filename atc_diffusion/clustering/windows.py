@@ -9,7 +9,8 @@ from torch import Tensor
 
 from atc_diffusion.clustering import Merges, check_choices, check_tokens, find_merges
 from atc_diffusion.clustering.placement import place
-from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters, is_traced
+from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
+from atc_diffusion.devices import is_traced
 
 
 def cluster_windows(
