@@ -10,7 +10,7 @@ def psnr(image: ArrayLike, other: ArrayLike) -> float:
     Infinite if they are equal; unrelated images are at about 10 dB.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or a value is no whole number from 0 to 255.
     """
     one, two = _pair(image, other)
     error = np.square(one - two).mean()
@@ -23,7 +23,7 @@ def ssim(image: ArrayLike, other: ArrayLike) -> float:
     Needs scikit-image.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or a value is no whole number from 0 to 255.
     """
     from skimage.metrics import structural_similarity
 
@@ -35,4 +35,10 @@ def _pair(image: ArrayLike, other: ArrayLike) -> tuple[NDArray[np.float64], NDAr
     one, two = np.asarray(image, np.float64), np.asarray(other, np.float64)
     if one.shape != two.shape:
         raise ValueError(f"images must have one shape, got {list(one.shape)} and {list(two.shape)}")
+    for pixels in (one, two):
+        if not np.array_equal(pixels, pixels.round().clip(0, 255)):
+            raise ValueError(
+                f"images must have 8 bits, whole numbers from 0 to 255, got {pixels.min():g} to {pixels.max():g}; of"
+                " images from 0 to 1, pass (image * 255).round()"
+            )
     return one, two

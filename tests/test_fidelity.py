@@ -24,3 +24,14 @@ def test_psnr_is_by_the_mean_over_all_pixels_and_has_no_cap():
 def test_images_of_different_shapes_are_refused(similarity):
     with pytest.raises(ValueError, match=r"images must have one shape, got \[16, 16, 3\] and \[1, 16, 3\]"):
         similarity(BLACK, BLACK[:1])
+
+
+@pytest.mark.parametrize("similarity", [psnr, ssim])
+@pytest.mark.parametrize("image", [np.full((16, 16, 3), 0.5), BLACK.astype(int) - 1, np.full((16, 16, 3), np.nan)])
+def test_images_without_8_bits_are_refused(similarity, image):
+    with pytest.raises(ValueError, match=r"whole numbers from 0 to 255, got .*; .* pass \(image \* 255\).round\(\)"):
+        similarity(BLACK, image)
+
+
+def test_rounded_floats_are_images():
+    assert psnr(BLACK.astype(float), (BLACK + 0.2 * 255).round()) == psnr(BLACK, BLACK + 51)
