@@ -3,6 +3,7 @@
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -10,8 +11,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from atc_diffusion.adapters import MergedCall
+from atc_diffusion.adapters import ImageInput, MergedCall
 from atc_diffusion.adapters.obstacles import Limit
 from atc_diffusion.calls.position import is_transformed
 from atc_diffusion.calls.state import version
@@ -24,8 +26,12 @@ MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is 
 # By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.
 _blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
 
-# Of the inputs of each layer's block in calls whose graph is alive: a few of their values.
-_samples: "WeakKeyDictionary[object, dict[str, list[tuple[weakref.ref[Call], int, Tensor]]]]" = WeakKeyDictionary()
+# By the values of the inputs of each layer's block, in calls whose graph is alive.
+_by_input: "WeakKeyDictionary[object, dict[str, WeakValueDictionary[_Digest, Call]]]" = WeakKeyDictionary()
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_AT_ONCE = 2**20  # values of a digest, so that it takes little memory
+_ODD = 0x1E3779B97F4A7C15
 
 
 @dataclass
@@ -136,9 +142,9 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
         times_called = call.times_called.get(layer, 0)
         _put(_blocks.setdefault(hidden_states.untyped_storage(), {}), place, (call, times_called))
         if torch.is_grad_enabled():
-            _remember_sample(owner, layer, hidden_states, call, times_called)
+            _remember_input(owner, layer, hidden_states, call, times_called)
         return call
-    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_sample(owner, layer, hidden_states)
+    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_values(owner, layer, hidden_states)
     if known is None:
         return None
     call, times_called = known
@@ -147,22 +153,57 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
     return call
 
 
-def _remember_sample(owner: object, layer: str, hidden_states: Tensor, call: Call, times_called: int) -> None:
-    """Keep a few values of a block's input: a checkpoint around several blocks recomputes all inputs but the first."""
-    samples = _samples.setdefault(owner, {})
-    alive = [each for each in samples.get(layer, []) if each[0]() is not None]
-    samples[layer] = [*alive, (weakref.ref(call), times_called, _sample(hidden_states))]
+@dataclass(eq=False)
+class _Digest:
+    """Tells tensors apart by all of their values, which are not read before two digests are compared.
+
+    Attributes:
+        about: what must be equal besides.
+        sums: `[K]` int64, one of each tensor.
+        times_called: how often the layer had been called, if the tensor is the input of its block.
+    """
+
+    about: object
+    sums: Tensor
+    times_called: int = 0
+
+    @classmethod
+    def of(cls, about: object, tensors: Sequence[Tensor], times_called: int = 0) -> "_Digest":
+        device, shapes = tensors[0].device, tuple((x.shape, x.dtype) for x in tensors)
+        return cls((about, device, shapes), torch.stack([_sum(x).to(device) for x in tensors]), times_called)
+
+    def matches(self, other: "_Digest") -> bool:
+        return self.about == other.about and torch.equal(self.sums, other.sums)
 
 
-def _by_sample(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, int] | None:
-    if not is_recomputing():
-        return None
-    sample = _sample(hidden_states)
-    for reference, times_called, known in _samples.get(owner, {}).get(layer, []):
-        call = reference()
-        if call is not None and known.shape == sample.shape and torch.equal(known, sample):
-            return call, times_called
+def _find(known: "WeakValueDictionary[_Digest, Call]", digest: _Digest) -> tuple[Call, int] | None:
+    """The last call that is known by the same values, and how often the layer had been called in it."""
+    for each, call in reversed(list(known.items())):
+        if each.matches(digest):
+            return call, each.times_called
     return None
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of the bits of all values, each with a weight of its own: integers have the same sum in any order."""
+    bits = x.detach().flatten().view(_INTEGERS[min(x.itemsize, 8)])
+    weights = torch.arange(1, min(len(bits), _AT_ONCE) + 1, device=x.device) * _ODD
+    weights ^= weights >> 32
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for part in bits.split(_AT_ONCE):
+        total = total * _ODD + (part * weights[: len(part)]).sum()
+    return total
+
+
+def _remember_input(owner: object, layer: str, hidden_states: Tensor, call: Call, times_called: int) -> None:
+    """For checkpoints around several blocks, which recompute all inputs but the first."""
+    known = _by_input.setdefault(owner, {}).setdefault(layer, WeakValueDictionary())
+    known[_Digest.of(None, [hidden_states], times_called)] = call
+
+
+def _by_values(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, int] | None:
+    known = _by_input.get(owner, {}).get(layer)
+    return _find(known, _Digest.of(None, [hidden_states])) if known and is_recomputing() else None
 
 
 def leave_block() -> None:
@@ -178,30 +219,32 @@ def is_recomputing() -> bool:
 
 
 class Memory:
-    """What calls of one network merged, by their latents, for gradient checkpoints that repeat whole calls.
+    """What calls of one network merged, by their arguments, for gradient checkpoints that repeat whole calls.
 
     A checkpoint keeps the latents, or the graph that it will recompute: each call is remembered as long as either.
     """
 
     def __init__(self) -> None:
         self._by_latents: WeakKeyDictionary[torch.UntypedStorage, dict[object, Call]] = WeakKeyDictionary()
-        self._by_value: WeakValueDictionary[object, Call] = WeakValueDictionary()
+        self._by_value: WeakValueDictionary[_Digest, Call] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, and what is read from a file, remember nothing."""
         return Memory, ()
 
-    def add(self, call: Call, latents: Tensor, time: float) -> None:
+    def add(self, call: Call, image: ImageInput, time: float) -> None:
+        latents = image.latents
         if is_transformed(latents):
             return
         _put(self._by_latents.setdefault(latents.untyped_storage(), {}), _place(latents, time), call)
         if torch.is_grad_enabled():
-            self._by_value[_value(latents, time)] = call
+            self._by_value[_values(image, time)] = call
 
-    def find(self, latents: Tensor, time: float) -> Call | None:
-        """The call that one with these latents repeats."""
-        known = self._by_latents.get(latents.untyped_storage(), {}).get(_place(latents, time))
-        return known or self._by_value.get(_value(latents, time))
+    def find(self, image: ImageInput, time: float) -> Call | None:
+        """The call that one with these arguments repeats."""
+        if found := _find(self._by_value, _values(image, time)):
+            return found[0]
+        return self._by_latents.get(image.latents.untyped_storage(), {}).get(_place(image.latents, time))
 
 
 def keep_with_graph(call: Call, returned: Any) -> None:
@@ -217,13 +260,11 @@ def _put(known: dict[Any, Any], key: object, value: object) -> None:
         del known[next(iter(known))]
 
 
-def _sample(x: Tensor) -> Tensor:
-    return x.detach().flatten()[:: x.numel() // 64 + 1].clone()
-
-
 def _place(x: Tensor, time: float) -> object:
     return x.storage_offset(), x.shape, version(x), time
 
 
-def _value(x: Tensor, time: float) -> object:
-    return x.shape, time, *_sample(x).tolist()
+def _values(image: ImageInput, time: float) -> _Digest:
+    """Of all arguments: calls with different texts may have the same latents."""
+    others = tree_leaves((image.others, image.residuals))
+    return _Digest.of(time, [image.latents, *(x for x in others if type(x) is Tensor and not is_transformed(x))])

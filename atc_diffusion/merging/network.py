@@ -136,12 +136,12 @@ class NetworkPatch:
             outer=present.call,
             decision=decision,
         )
-        self._memory.add(call, image.latents, time)
+        self._memory.add(call, image, time)
         return call
 
     def _repeated(self, network: nn.Module, image: ImageInput) -> Call:
         """A call that a gradient checkpoint makes again, with what it merged the first time."""
-        first = self._memory.find(image.latents, time_of(image.timestep))
+        first = self._memory.find(image, time_of(image.timestep))
         if first is None:
             raise ValueError(
                 "a gradient checkpoint repeats a call of a patched network, and gives it other latents than the first"

@@ -70,12 +70,33 @@ def test_a_checkpoint_around_the_call_repeats_it_with_the_clusters_it_had(unet, 
 class Repeated:
     """A call with two equal parts of guidance."""
 
-    def __init__(self, net: Any, timestep: Tensor) -> None:
-        self.net, self.timestep = net, timestep
+    def __init__(self, net: Any, timestep: Tensor, text: Tensor | None = None) -> None:
+        self.net, self.timestep, self.text = net, timestep, embedding(2) if text is None else text
 
     def __call__(self, batch: Tensor) -> Tensor:
         batch = batch if len(batch) == 2 else batch.repeat(2, 1, 1, 1)
-        return self.net(batch, self.timestep, embedding(2)).sample
+        return self.net(batch, self.timestep, self.text).sample
+
+
+EDITED = sample()
+EDITED[:, 0, 0, 1:3] = 3.0
+
+
+@pytest.mark.parametrize(
+    "calls", [[(sample(), 1), (EDITED, 1)], [(sample(), 1), (sample(), -1)]], ids=["latents", "texts"]
+)
+def test_calls_that_differ_little_are_recomputed_with_the_clusters_they_had(unet, calls):
+    """As for pairs of an edited picture, whose batches are made within the checkpoint."""
+    gradients = []
+    for checkpointed in (False, True):
+        net, loss = apply_patch(copy.deepcopy(unet).requires_grad_(True), r=0.5), torch.zeros(())
+        for latents, sign in calls:
+            call = Repeated(net, timesteps(900)[0], sign * embedding(2))
+            output = checkpoint(call, latents, use_reentrant=False) if checkpointed else call(latents)
+            loss = output.square().mean() - 2 * loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
 
 
 def test_a_checkpoint_around_several_blocks_is_right(unet):
