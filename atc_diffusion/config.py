@@ -13,6 +13,7 @@ from atc_diffusion.clustering import check_member
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.validation import (
     as_counts,
+    check_flag,
     check_fraction,
     check_not_negative,
     check_options,
@@ -38,6 +39,9 @@ class Configuration:
             hint = did_you_mean(args[0], "r=")
             raise ValueError(f"{cls.__name__} takes its options by name, such as r=0.6, got {args[0]!r}{hint}")
         check_options(cls.__name__, [each.name for each in fields(cls)], options)
+        for each in fields(cls):
+            if isinstance(each.default, bool):
+                check_flag(each.name, options.get(each.name, each.default))
         return super().__new__(cls)
 
     def __init_subclass__(cls) -> None:

@@ -29,6 +29,11 @@ def check_count(name: str, value: object, meaning: str) -> None:
         raise ValueError(f"{name} must be {meaning}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_not_negative(name: str, value: object) -> None:
     if not is_number(value) or not value >= 0:
         raise ValueError(f"{name} must be a number from 0 up, got {value!r}")

@@ -67,6 +67,13 @@ def test_bad_values_are_named(options, message):
         ATCConfig(**options)
 
 
+@pytest.mark.parametrize(("kind", "name"), [(ATCConfig, "share_guidance"), (ViTConfig, "proportional_attention")])
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_flags_are_true_or_false(kind, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got {value!r}$"):
+        kind(**{"r": 0.5, name: value})
+
+
 def test_configurations_are_values():
     assert ATCConfig(r=0.5) == ATCConfig(r=0.5)
     assert len({ATCConfig(r=0.5), ATCConfig(r=0.5), ATCConfig(r=0.4)}) == 2
@@ -156,8 +163,9 @@ PRESETS: list[Callable[..., ATCConfig]] = [ATCConfig.fast, ATCConfig.faster, ATC
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", [each.name for each in fields(ATCConfig)])
 def test_presets_take_every_field_by_keyword(preset, name):
-    values = {"linkage": "complete", "features": "values", "levels": "all", "backend": "torch"}
-    value = values.get(name, 0.5 if name.startswith("r") and name != "record" else 4)
+    values: dict[str, object] = {"linkage": "complete", "features": "values", "levels": "all", "backend": "torch"}
+    values |= {each.name: not each.default for each in fields(ATCConfig) if isinstance(each.default, bool)}
+    value = values.get(name, 0.5 if name.startswith("r") else 4)
     config = preset(**{"r": 1.0} | {name: value})
     assert getattr(config, name) == value
     others = {each.name for each in fields(config)} - {name, "r", "levels"}
