@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 from typing_extensions import Self
@@ -17,6 +17,7 @@ from atc_diffusion.validation import (
     check_fraction,
     check_not_negative,
     check_options,
+    check_takes_one,
     did_you_mean,
     is_count,
 )
@@ -129,12 +130,12 @@ class MergeConfig(Configuration):
     def __post_init__(self) -> None:
         if type(self).cluster is MergeConfig.cluster:
             raise ValueError(f"{type(self).__name__} does not say how to cluster; use ATCConfig or ToMeConfig")
+        object.__setattr__(self, "levels", _levels(self.levels))
         for name in ("r", "r_keys"):
             self._check_fractions(name)
         if isinstance(self.r, Mapping) and isinstance(self.r_keys, Mapping) and self.r.keys() != self.r_keys.keys():
             raise ValueError(f"r={self.r!r} and r_keys={self.r_keys!r} name different levels; name the same in both")
         check_member("features", self.features, get_args(Features))
-        object.__setattr__(self, "levels", _levels(self.levels))
         for name in ("recluster_threshold", "forecast_tolerance"):
             check_not_negative(name, getattr(self, name))
 
@@ -158,6 +159,8 @@ class MergeConfig(Configuration):
             if self.levels != "finest":
                 raise ValueError(f"{name}={fractions!r} names the levels; leave out levels={self.levels!r}")
         for fraction in _each(fractions):
+            if callable(fraction):
+                check_takes_one(name, fraction, "the progress of denoising, a number from 0 to 1")
             for progress in (0.0, 0.5, 1.0) if callable(fraction) else (None,):
                 if fraction is not None or name == "r":
                     self._check_fraction(name, fraction, progress)
@@ -208,8 +211,8 @@ def _each(fractions: Fractions | None) -> Iterator[Fraction | None]:
 
 def _levels(levels: Levels | int | Sequence[int]) -> Levels | tuple[int, ...]:
     """`levels`, with factors as a tuple."""
-    if levels in get_args(Levels):
-        return cast(Levels, levels)
+    if isinstance(levels, str) and levels in get_args(Levels):
+        return levels
     factors = as_counts(levels)
     if factors is None:
         names = ", ".join(map(repr, get_args(Levels)))

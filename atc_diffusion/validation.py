@@ -1,7 +1,8 @@
 """Checks of what a user passes: one sentence that names the value and what to write instead."""
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -44,6 +45,15 @@ def check_fraction(name: str, value: object) -> float:
     if is_number(value) and 0 < value <= 1:
         return value
     raise ValueError(f"{name} is the fraction of tokens kept, in (0, 1], got {value!r}{did_you_mean(value)}")
+
+
+def check_takes_one(name: str, function: Callable[..., object], argument: str) -> None:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise ValueError(f"{name} is called with {argument}; {function!r} must take just that") from None
+    except ValueError:  # a function in C may not tell what it takes
+        pass
 
 
 def did_you_mean(value: object, option: str = "") -> str:

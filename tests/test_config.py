@@ -59,6 +59,10 @@ from atc_diffusion.clustering.tree import Cuttable
         ({"levels": []}, r"levels must be .*, got \[\]"),
         ({"levels": (1, 0.5)}, r"levels must be .*, got \(1, 0.5\)"),
         ({"levels": True}, "levels must be .*, got True"),
+        ({"levels": np.array([1, 2])}, r"levels must be .*, got array\(\[1, 2\]\)"),
+        ({"r": {1: 0.5}, "levels": np.array([1, 2])}, r"levels must be .*, got array\(\[1, 2\]\)"),
+        ({"features": np.array(["keys", "values"])}, "features must be one of .*, got array"),
+        ({"r": lambda: 0.5}, "r is called with the progress of denoising, .*; <function .*> must take just that"),
         ({"backend": "cuda"}, "backend must be one of 'torch', .*, got 'cuda'"),
     ],
 )

@@ -111,7 +111,7 @@ def check_choices(linkage: str, metric: str | None = None, backend: str | None =
 
 
 def check_member(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
