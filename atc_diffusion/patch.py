@@ -30,6 +30,8 @@ SUPPORTED = (
     "Stable Diffusion 1, 2, XL, 3 and 3.5, PixArt, Flux.1 and Qwen-Image, ControlNets of these, Z-Image,"
     " and with a ViTConfig timm's ViTs"
 )
+# What to write where a call without arguments makes no configuration.
+_CALLS = {"MergeConfig": "ATCConfig()", "ViTConfig": "ViTConfig(r=0.7)", "ATCConfig.paper": "ATCConfig.paper(r=0.4)"}
 
 _logger = logging.getLogger("atc_diffusion")
 
@@ -174,10 +176,11 @@ def make_patches(config: object, networks: Networks, pipeline: Reference) -> Map
 
 def _hint(config: object) -> str:
     """What may have been meant: the name of a preset, what a preset or a class returns, or a fraction."""
-    if isinstance(config, str) and hasattr(ATCConfig, config):
-        return f"; did you mean ATCConfig.{config}()?"
+    if isinstance(config, str) and isinstance(vars(ATCConfig).get(config), classmethod):
+        config = getattr(ATCConfig, config)
     if callable(config):
-        return f"; did you mean {getattr(config, '__qualname__', config)}()?"
+        name = getattr(config, "__qualname__", repr(config))
+        return f"; did you mean {_CALLS.get(name, f'{name}()')}?"
     return did_you_mean(config, "r=")
 
 

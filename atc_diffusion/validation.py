@@ -58,7 +58,7 @@ def check_takes_one(name: str, function: Callable[..., object], argument: str) -
 
 def did_you_mean(value: object, option: str = "") -> str:
     """The end of a sentence: the fraction that a number, perhaps a percentage, stands for; empty for other values."""
-    if not is_number(value) or not 0 < value <= 100:
+    if not is_number(value) or not (0 < value <= 1 or 2 <= value <= 100):  # 1.5 is rather a mistake than 0.015
         return ""
     return f"; did you mean {option}{value if value <= 1 else value / 100:g}?"
 

@@ -34,6 +34,7 @@ from atc_diffusion.clustering.tree import Cuttable
     ("options", "message"),
     [
         ({"r": 60}, r"r is the fraction of tokens kept, in \(0, 1\], got 60; did you mean 0.6\?"),
+        ({"r": 1.5}, "got 1.5$"),
         ({"r": 0}, "got 0$"),
         ({"r": -0.5}, "got -0.5$"),
         ({"r": float("nan")}, "got nan$"),

@@ -14,6 +14,7 @@ from atc_diffusion import (
     ATCConfig,
     DPCKNNConfig,
     KMedoidsConfig,
+    MergeConfig,
     MergeMap,
     ToMeConfig,
     agglomerate,
@@ -332,7 +333,10 @@ def test_a_scripted_network_is_refused():
         ({"config": 60}, r"got 60; did you mean r=0.6\?"),
         ({"config": "fast"}, r"got 'fast'; did you mean ATCConfig.fast\(\)\?"),
         ({"config": ATCConfig.fast}, r"did you mean ATCConfig.fast\(\)\?"),
+        ({"config": "cluster"}, "got 'cluster'$"),
+        ({"config": "paper"}, r"did you mean ATCConfig.paper\(r=0.4\)\?"),
         ({"config": ToMeConfig}, r"did you mean ToMeConfig\(\)\?"),
+        ({"config": MergeConfig}, r"did you mean ATCConfig\(\)\?"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(unet, options, message):
