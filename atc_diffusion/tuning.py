@@ -4,10 +4,11 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 FASTER = 0.97  # of the unpatched time; anything nearer to 1 may be noise
 DOUBT = 5.0  # dB that one image may be from the mean of several
 FEWER_STEPS = (0.8, 0.5)  # fractions of the steps: what merging and forecasting compete with
-OWN_ARGUMENTS = {"prompt": "give prompts", "generator": "give a seed", "output_type": "it compares PIL images"}
+OWN_ARGUMENTS = {
+    "prompt": "give prompts",
+    "generator": "give a seed",
+    "output_type": "it compares PIL images",
+    "return_dict": "it reads the images by name",
+}
 
 OnProgress = Callable[[str, int, int], None]
 Case = tuple[str, int]  # a prompt and a seed
@@ -181,9 +187,9 @@ def tune(
     Raises:
         ValueError: if there is no prompt or no step, an argument does not fit, or the pipeline cannot be patched.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = _as_prompts(prompts)
     steps = _default_steps(pipe) if num_inference_steps is None else num_inference_steps
-    _check(prompts, steps, min_psnr, max_seconds, arguments)
+    _check(seed, steps, min_psnr, max_seconds, arguments)
     end, draw = time.perf_counter() + max_seconds, partial(_draw, pipe, arguments)
     cases = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
     with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving
@@ -283,9 +289,16 @@ def _default_steps(pipe: object) -> Any:
     return parameters["num_inference_steps"].default
 
 
-def _check(prompts: Sequence[str], steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
-    if not prompts:
-        raise ValueError("prompts must be a prompt or several, got none")
+def _as_prompts(prompts: object) -> list[str]:
+    given = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
+    if not given or not all(isinstance(each, str) for each in given):
+        raise ValueError(f"prompts must be a prompt or several, got {prompts!r}")
+    return given
+
+
+def _check(seed: object, steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     check_count("num_inference_steps", steps, "a number of steps from 1 up")
     check_not_negative("min_psnr", min_psnr)
     check_not_negative("max_seconds", max_seconds)

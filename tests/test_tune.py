@@ -149,7 +149,12 @@ def test_it_takes_the_arguments_of_the_pipeline(pipe):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"prompts": []}, "prompts must be a prompt or several, got none"),
+        ({"prompts": []}, "prompts must be a prompt or several, got []"),
+        ({"prompts": None}, "prompts must be a prompt or several, got None"),
+        ({"prompts": ["ant", 2]}, "prompts must be a prompt or several, got ['ant', 2]"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"return_dict": False}, "tune sets return_dict itself; it reads the images by name"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a number of steps from 1 up, got 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a number of steps from 1 up, got 2.5"),
         ({"min_psnr": "high"}, "min_psnr must be a number from 0 up, got 'high'"),
