@@ -24,7 +24,10 @@ class TokenFamily(Family):
     def merge(self, attention: Any, args: Args, kwargs: Kwargs, image: ImageSlice, cut: Cut) -> tuple[Args, Kwargs]:
         given = _named(args, kwargs)
         merge = cut(partial(self._picked, attention, given["hidden_states"]))
-        return (args, kwargs) if merge.is_identity else ((), self.merged(attention, given, merge))
+        if merge.is_identity:
+            return args, kwargs
+        merged = self.merged(attention, given, merge)
+        return (merged.pop("hidden_states"),), merged  # by place, where hooks of others look for it
 
     def unmerge(self, output: Any, merge: MergedCall) -> Any:
         return merge.unmerge(output)

@@ -34,12 +34,23 @@ class LayerHooks:
 
     def attach(self) -> list[RemovableHandle]:
         block, attention = self.layer.block, self.layer.attention
-        return [
-            block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+        self._around = (
             attention.register_forward_pre_hook(self._merge, with_kwargs=True),
-            attention.register_forward_hook(self._unmerge),
+            attention.register_forward_hook(self._unmerge, prepend=True),
+        )
+        return [
+            *self._around,
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
             block.register_forward_hook(self._leave_block, always_call=True),
         ]
+
+    def come_nearest(self) -> None:
+        """Merge after all other hooks on the attention, and unmerge before them: they see all tokens."""
+        attention: Any = self.layer.attention
+        merge, unmerge = (handle.id for handle in self._around)
+        if merge in attention._forward_pre_hooks and unmerge in attention._forward_hooks:
+            attention._forward_pre_hooks.move_to_end(merge)
+            attention._forward_hooks.move_to_end(unmerge, last=False)
 
     def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
         hidden_states = first(args, kwargs)

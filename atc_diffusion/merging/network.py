@@ -63,15 +63,15 @@ class NetworkPatch:
         self._state = NetworkState(network)
         self._memory = Memory()
         self._last_run = Run()
+        self._hooks = [LayerHooks(self, layer, family, config) for layer in layers]
         self._handles: list[RemovableHandle] = []
         self._forward = WatchedForward(network, self) if config.forecast_tolerance else None
 
     def attach(self) -> None:
-        hooks = [LayerHooks(self, layer, self._family, self.config) for layer in self._layers]
         self._handles = [
             self._network.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._network.register_forward_hook(self._end, always_call=True),
-            *(handle for layer in hooks for handle in layer.attach()),
+            *(handle for hooks in self._hooks for handle in hooks.attach()),
         ]
         if self._forward is not None:
             self._forward.attach()
@@ -104,6 +104,8 @@ class NetworkPatch:
     @torch.compiler.disable
     def _begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         refuse_tracing()
+        for hooks in self._hooks:
+            hooks.come_nearest()
         image = self._family.image(dict(zip(self._parameters, args, strict=False)) | kwargs)
         call = self._repeated(network, image) if is_recomputing() else self._new(network, image, args, kwargs)
         present.call = self.runs.call = call
