@@ -173,6 +173,12 @@ def test_an_exception_in_the_forward_leaves_no_trace(unet):
     assert torch.equal(run(unet), expected)
 
 
+def test_latents_without_a_batch_fail_as_without_the_patch(unet):
+    for model in (unet, apply_patch(unet)):
+        with pytest.raises(RuntimeError):
+            model(torch.randn(4, 8, 8), 1, torch.randn(1, 5, 12))
+
+
 def test_the_global_generator_is_left_alone(unet):
     state = torch.get_rng_state()
     for config in CONFIGS:

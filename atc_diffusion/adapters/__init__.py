@@ -200,10 +200,10 @@ class Family(ABC):
 
     def image(self, given: Kwargs) -> ImageInput:
         """The image in a call of a network, from the arguments of its forward method."""
-        others = dict(given)
-        timestep, latents = others.pop("timestep"), others.pop("sample" if "sample" in given else "hidden_states")
+        timestep, latents = argument(given, "timestep"), argument(given, "sample", "hidden_states")
+        others = without(given, "timestep", "sample", "hidden_states")
         # A ControlNet that is given tokens is also given its condition, which has the size of the latents.
-        height, width = (given["controlnet_cond"] if latents.ndim == 3 else latents).shape[-2:]
+        height, width = (given.get("controlnet_cond", latents) if latents.ndim == 3 else latents).shape[-2:]
         return ImageInput.of(latents, (height, width), timestep, others)
 
     def noise(self, scheduler: Any) -> NoiseSchedule:
@@ -265,6 +265,19 @@ class Family(ABC):
     @abstractmethod
     def unmerge(self, output: Any, merge: MergedCall) -> Any:
         """The attention's output, with the output of every cluster copied to its members."""
+
+
+def argument(given: Kwargs, *names: str) -> Any:
+    """The argument of a network's call that has one of these names; a TypeError if none was given, as by `forward`."""
+    for name in names:
+        if name in given:
+            return given[name]
+    raise TypeError(f"the network was called without its argument {' or '.join(map(repr, names))}")
+
+
+def without(given: Kwargs, *names: str) -> Kwargs:
+    """The other arguments of a network's call."""
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def like(template: Any, output: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer, argument
 from atc_diffusion.adapters.rotary import PACK, RotaryFamily, packed_image, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
 
@@ -31,7 +31,7 @@ class FluxFamily(RotaryFamily):
         ]
 
     def image(self, given: Kwargs) -> ImageInput:
-        return packed_image(given, _grid(given["img_ids"]))
+        return packed_image(given, _grid(argument(given, "img_ids")))
 
 
 def _grid(img_ids: Tensor) -> tuple[int, int]:

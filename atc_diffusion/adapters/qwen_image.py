@@ -6,7 +6,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
 )
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer, argument
 from atc_diffusion.adapters.rotary import PACK, RotaryFamily, packed_image, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
 
@@ -32,7 +32,7 @@ class QwenImageFamily(RotaryFamily):
         ]
 
     def image(self, given: Kwargs) -> ImageInput:
-        return packed_image(given, _grid(given["img_shapes"]))
+        return packed_image(given, _grid(argument(given, "img_shapes")))
 
 
 def _grid(img_shapes: Any) -> tuple[int, int]:

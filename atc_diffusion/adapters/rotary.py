@@ -28,8 +28,10 @@ from atc_diffusion.adapters import (
     Layer,
     MergedCall,
     Which,
+    argument,
     first,
     like,
+    without,
 )
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.obstacles import source
@@ -152,10 +154,9 @@ def packed_image(given: Kwargs, grid: tuple[int, int]) -> ImageInput:
     The tokens of reference images follow those of the image, which are on a `grid` of this height and width.
     """
     height, width = grid
-    others = dict(given)
-    tokens, timestep = others.pop("hidden_states"), others.pop("timestep")
+    tokens, timestep = argument(given, "hidden_states"), argument(given, "timestep")
     num_tokens = height * width
-    others["references"] = tokens[:, num_tokens:]
+    others = without(given, "hidden_states", "timestep") | {"references": tokens[:, num_tokens:]}
     size = (height * PACK, width * PACK)
     return ImageInput.of(tokens[:, :num_tokens].mT, size, timestep * 1000, others, tokens.shape[1] - num_tokens)
 

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_z_image import (
 )
 from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer, like
+from atc_diffusion.adapters import ImageInput, Kwargs, Layer, argument, like, without
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn
@@ -35,14 +35,13 @@ class ZImageFamily(RotaryFamily):
         return [Layer.within(block, f"layers.{i}", "attention", patch_size) for i, block in enumerate(network.layers)]
 
     def image(self, given: Kwargs) -> ImageInput:
-        others = dict(given)
-        images, timestep = others.pop("x"), others.pop("t")
+        images, timestep, others = argument(given, "x"), argument(given, "t"), without(given, "x", "t")
         if isinstance(images[0], list) or len({x.shape for x in images}) > 1:
             raise ValueError("merging in Z-Image takes one image for each prompt, all of one size; call remove_patch")
         latents = torch.stack(list(images))
         height, width = latents.shape[-2:]
         num_tokens = height * width // given.get("patch_size", 2) ** 2
-        text = max(_padded(len(features)) for features in given["cap_feats"])
+        text = max(_padded(len(features)) for features in argument(given, "cap_feats"))
         after = _padded(num_tokens) + text - num_tokens
         return ImageInput.of(latents, (height, width), 1000 * (1 - timestep), others, after)
 

@@ -78,6 +78,15 @@ def test_nothing_is_left_behind(family, network):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
+def test_an_argument_that_is_missing_is_named(family, network):
+    apply_patch(network, **family.half)
+    inputs = family.inputs(8, 12) | family.timestep(torch.full((2,), 10))
+    read = {"sample", "hidden_states", "x", "timestep", "t", "img_ids", "img_shapes", "cap_feats"}
+    for name in inputs.keys() & read:
+        with pytest.raises(TypeError, match=f"argument.*'{name}'"):
+            network(**{other: value for other, value in inputs.items() if other != name})
+
+
 def test_applying_twice_is_applying_once(family, network):
     once = family.run(apply_patch(network, **family.half))
     assert torch.equal(family.run(apply_patch(network, **family.half)), once)
