@@ -99,6 +99,9 @@ def patched(
 def summary(model: object) -> Summary:
     """Report the patched layers of `model` and their last run.
 
+    If its networks were patched one by one, `config` and `forecasts` are those of the first: of the denoiser, if it is
+    patched.
+
     Raises:
         ValueError: if the model is not patched.
     """
