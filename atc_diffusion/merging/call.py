@@ -54,7 +54,7 @@ class Call:
         outer: the call of another network within which this network was called.
         decision: whether it runs, and what its caller gets.
         times_called: how often each layer's attention has been called so far.
-        hidden_states: the input of each layer's block.
+        hidden_states: the input of each layer's block, or a weak reference: `_blocks` finds the call by that input.
         merges: what was merged, by layer.
         clustered: the layers that were clustered in this call.
         entered: whether the network's forward has been called.
@@ -77,12 +77,20 @@ class Call:
     outer: "Call | None" = None
     decision: Decision = field(default_factory=Decision)
     times_called: dict[str, int] = field(default_factory=dict)
-    hidden_states: dict[str, Tensor] = field(default_factory=dict)
+    hidden_states: "dict[str, Tensor | weakref.ref[Tensor]]" = field(default_factory=dict)
     merges: dict[str, MergedCall] = field(default_factory=dict)
     clustered: dict[str, bool] = field(default_factory=dict)
     entered: bool = False
     running: bool = True
     is_repeated: bool = False
+
+    def see(self, layer: str, hidden_states: Tensor) -> None:
+        self.hidden_states[layer] = hidden_states if torch.compiler.is_compiling() else weakref.ref(hidden_states)
+
+    def seen(self, layer: str) -> Tensor | None:
+        """The input of a layer's block, while it is in that."""
+        hidden_states = self.hidden_states.get(layer)
+        return hidden_states() if isinstance(hidden_states, weakref.ref) else hidden_states
 
     def repeated(self, network: nn.Module, outer: "Call | None") -> "Call":
         """The same call made again, of which nothing is done yet."""

@@ -56,7 +56,7 @@ class LayerHooks:
         hidden_states = first(args, kwargs)
         call = enter_block(self.owner, self.layer.name, hidden_states)
         if call is not None and self.config.features == "hidden_states":
-            call.hidden_states[self.layer.name] = hidden_states
+            call.see(self.layer.name, hidden_states)
 
     def _leave_block(self, block: nn.Module, args: Args, output: Any) -> None:
         leave_block()
@@ -131,7 +131,8 @@ class LayerHooks:
         pick = sharing.pick if sharing else _all
         match self.config.features:
             case "hidden_states":  # of several images, the one to merge comes first
-                return pick(call.hidden_states.get(self.layer.name, tokens)[:, : tokens.shape[1]])
+                seen = call.seen(self.layer.name)
+                return pick(tokens if seen is None else seen[:, : tokens.shape[1]])
             case "keys_values":
                 return torch.cat([_unit_deviation(project(which, pick)) for which in ("keys", "values")], dim=2)
             case which:

@@ -1,6 +1,8 @@
 """Gradients through clusters: checkpoints, and training after inference."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -111,10 +113,28 @@ def test_a_checkpoint_around_several_blocks_is_right(unet):
     assert torch.equal(*gradients)
 
 
-def test_an_interruption_leaves_no_call_behind(unet):
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
+
+def fail(*_: Any) -> None:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("hook", [interrupt, fail])
+def test_an_exception_in_an_attention_leaves_no_tokens_behind(unet, hook):
+    network = copy.deepcopy(apply_patch(unet, r=0.5, features="hidden_states"))
+    block, kept = network.down_blocks[0].attentions[0].transformer_blocks[0], []
+    block.register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0].untyped_storage())))
+    block.attn1.to_v.register_forward_pre_hook(hook)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        network(sample(), timesteps(900, 800)[0], embedding())
+    del network, block
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_an_interruption_leaves_no_call_behind(unet):
     apply_patch(unet, r=0.5)
     expected = unet(sample(), timesteps(900, 800)[0], embedding()).sample
     handle = unet.mid_block.register_forward_pre_hook(interrupt)
