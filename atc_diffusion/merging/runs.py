@@ -37,6 +37,10 @@ class Run:
         self.clock = Clock()
         self._start = self._pace = math.nan
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and what is read from a file, have only the log of what happened."""
+        return _finished, (self.log,)
+
     def continues_at(self, entry: Entry | None, time: float) -> bool:
         """Whether a call at this place can be one of this run."""
         if self.position is None:
@@ -109,6 +113,12 @@ class Runs(threading.local):
         """The run that a call would continue."""
         run = self._unplaced if entry is None else self._placed.get(entry.timesteps)
         return run if run is not None and run.continues_at(entry, time) else None
+
+
+def _finished(log: RunLog) -> Run:
+    run = Run()
+    run.log = log
+    return run
 
 
 def locate(timestep: object) -> tuple[Entry | None, float]:
