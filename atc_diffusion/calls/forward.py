@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from atc_diffusion.calls.state import is_own_forward
+
 
 class Watcher(Protocol):
     """What is asked around a network's forward."""
@@ -75,7 +77,8 @@ class WatchedForward:
         return self._outer in chain and self._ends_in_own(chain)
 
     def _ends_in_own(self, chain: list[Any]) -> bool:
-        return any(getattr(each, "__func__", None) is type(self._network).forward for each in chain)
+        kind = type(self._network)
+        return is_own_forward(kind) and any(getattr(each, "__func__", None) is kind.forward for each in chain)
 
     @torch.compiler.disable(recursive=False)
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

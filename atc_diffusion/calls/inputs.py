@@ -4,12 +4,14 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atc_diffusion.calls.position import is_transformed
 
 Setting = bool | int | float | str | None
+JUMP = 4.0  # times as far as in the step before, a number that tells the time does not move
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Inputs:
         """The latents, what a ControlNet adds, and the other arguments of a network besides the timestep, by name."""
         # Of a ControlNet's residuals, the coarsest is enough: it depends on all that the ControlNet was given.
         coarsest = [leaves[-1] for each in residuals if (leaves := list(_leaves(each)))]
-        moving = [x.detach() for x in (latents, *coarsest) if x is latents or type(x) is Tensor]
-        leaves = list(_leaves(dict(others)))
-        fixed = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+        added = [x for x in coarsest if type(x) is Tensor]
+        leaves = [leaf.item() if isinstance(leaf, np.generic) else leaf for leaf in _leaves(dict(others))]
+        moving = [latents, *(x for x in added if x.ndim > 2)]
+        fixed = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + [x for x in added if x.ndim <= 2]
         settings = (len(coarsest), *(leaf for leaf in leaves if isinstance(leaf, Setting)))
-        return cls(tuple(moving), fixed, settings, state)
+        return cls(_detached(moving), _detached(fixed), settings, state)
 
     def clone(self) -> "Inputs":
         """A copy that survives changes in place."""
@@ -85,16 +88,17 @@ class Inputs:
 
 
 class Clock:
-    """Tells the numbers among the settings that merely tell the time: those that have changed at every step so far.
+    """Tells the numbers among the settings that merely tell the time: those that have moved on at every step so far.
 
-    An application's progress is one. Such a number counts as a condition until it has changed twice in a row, and again
-    from the first step at which it stands still.
+    An application's progress is one. Such a number counts as a condition until it has moved twice in a row, and again
+    from the first step at which it stands still, turns back or jumps.
     """
 
     def __init__(self) -> None:
         self._step = -1
         self._settings: tuple[object, ...] = ()
         self._changes: tuple[int, ...] = ()
+        self._moves: tuple[float, ...] = ()
 
     def without_time(self, inputs: Inputs, step: int) -> Inputs:
         """The inputs of a call at a step, with one and the same word for every number that tells the time."""
@@ -107,12 +111,25 @@ class Clock:
 
     def _advance(self, settings: tuple[object, ...], step: int) -> None:
         old = self._settings if len(self._settings) == len(settings) else settings
-        counts = self._changes if len(self._changes) == len(settings) else (0,) * len(settings)
+        if len(self._changes) != len(settings):
+            self._changes, self._moves = (0,) * len(settings), (0.0,) * len(settings)
+        moves = tuple(map(_move, old, settings))
         self._changes = tuple(
-            count + 1 if type(new) in (int, float) and new != before else 0
-            for new, before, count in zip(settings, old, counts, strict=True)
+            count + 1 if move and _goes_on(before, move) else int(move != 0)
+            for count, before, move in zip(self._changes, self._moves, moves, strict=True)
         )
-        self._settings, self._step = settings, step
+        self._moves, self._settings, self._step = moves, settings, step
+
+
+def _move(old: object, new: object) -> float:
+    """From one number to another; 0 for anything else."""
+    numbers = type(new) in (int, float) and type(old) in (int, float)
+    return new - old if numbers else 0.0  # type: ignore[operator]
+
+
+def _goes_on(before: float, move: float) -> bool:
+    """Whether a number moves as it did, and no more than `JUMP` times as far."""
+    return not before or 0 < move / before < JUMP
 
 
 def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:
@@ -122,7 +139,7 @@ def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:
     left out, such as a mask beside the latents; infinite where anything fixed differs.
     """
     moved = torch.stack([_relative_changes(x, torch.stack(old)) for x, *old in _columns(inputs, earlier, "moving")])
-    same = [(x == torch.stack(old)).flatten(1).all(dim=1) for x, *old in _columns(inputs, earlier, "fixed")]
+    same = [(x == torch.stack(old)).reshape(len(old), -1).all(dim=1) for x, *old in _columns(inputs, earlier, "fixed")]
     largest = moved.amax(dim=0)
     return (torch.where(torch.stack(same).all(dim=0), largest, torch.inf) if same else largest).tolist()
 
@@ -134,7 +151,7 @@ def _columns(inputs: Inputs, earlier: Sequence[Inputs], name: str) -> Any:
 
 def _relative_changes(x: Tensor, earlier: Tensor) -> Tensor:
     """`[K]` of `x` `[B, C, ...]` and `earlier` `[K, B, C, ...]`: the largest relative change of an item."""
-    x, earlier = x.float().flatten(min(2, x.ndim)), earlier.float().flatten(min(3, earlier.ndim))
+    x, earlier = x.float().flatten(2), earlier.float().flatten(3)
     moved, size = (x - earlier).square().sum(dim=-1), earlier.square().sum(dim=-1)
     change = moved.sum(dim=-1) / (size * (moved > 0)).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return change.amax(dim=1).sqrt()
@@ -174,6 +191,10 @@ class Sharing:
 
 def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+
+def _detached(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.detach() for x in tensors)
 
 
 def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ A fingerprint is read at every call, in a fraction of a millisecond: everything 
 where the network's modules have been exchanged.
 """
 
+import operator
 from collections.abc import Hashable, Iterator
 from functools import partial
 from itertools import chain
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 # Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
 _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
 _KNOWN_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "diffusers.hooks.hooks")
-_FREEU = ("b1", "b2", "s1", "s2")
+_LIBRARIES = (*_KNOWN, "diffusers.", "transformers.")  # whose classes may have a forward of another file of theirs
+_SAMPLES = 4  # values of each weight that are read
 _ADAPTER = ("scaling", "_disable_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -37,11 +39,11 @@ class NetworkState:
         return NetworkState, (self._network,)
 
     def fingerprint(self, in_place: bool) -> Hashable:
-        """Equal as long as weights, adapters, processors and their scales, and FreeU stay as they are.
+        """Equal as long as weights, adapters, processors, and what the modules' own attributes say stay as they are.
 
         Args:
-            in_place: notice writes that PyTorch does not count too, by reading one value of each weight, for which the
-                CPU has to wait until a GPU has caught up.
+            in_place: notice writes that PyTorch does not count too, by reading some values of each weight, for which
+                the CPU has to wait until a GPU has caught up.
         """
         self._refresh()
         parameters = [x for x in chain.from_iterable(map(dict.values, self._parameters)) if x is not None]
@@ -49,9 +51,10 @@ class NetworkState:
             self._structure,
             tuple(map(version, parameters)),
             () if self._moved else tuple(map(id, parameters)),
-            self._places(parameters) if in_place and not self._moved else (),
+            self._values(parameters) if in_place else (),
+            tuple(map(type, self._modules)),
             tuple(_plain(module.__dict__.get(name)) for module in self._adapted for name in _ADAPTER),
-            tuple(_plain(module.__dict__.get(name)) for module in self._network_blocks for name in _FREEU),
+            self._settings(),
             tuple(_settings(module.processor) for module in self._with_processor),
         )
 
@@ -72,7 +75,9 @@ class NetworkState:
         self._parameters = [module._parameters for module in modules]
         self._with_processor = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapted = [module for module in modules if "_active_adapter" in module.__dict__]
-        self._network_blocks = [*getattr(self._network, "up_blocks", ())]
+        self._attributes = [(module.__dict__, name) for module in modules for name in _plain_names(module)]
+        self._read: list[Any] = []
+        self._plain: Hashable = ()
         # Weights that are loaded for a call lie elsewhere each time.
         self._moved = any("_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__ for module in modules)
         self._views: tuple[Hashable, list[Tensor]] = (None, [])
@@ -81,15 +86,26 @@ class NetworkState:
     def _ids(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict.values, self._children))))
 
-    def _places(self, parameters: list[Any]) -> Hashable:
-        """Where weights lie, and one value of each, which shows writing past PyTorch's count of versions."""
-        plain = [x for x in parameters if type(x) is nn.Parameter and not x.is_meta and x.numel()]
+    def _settings(self) -> Hashable:
+        """The values of the modules' own attributes; thousands, of which hardly any ever changes."""
+        values = [attributes.get(name) for attributes, name in self._attributes]
+        if len(values) != len(self._read) or not all(map(operator.is_, values, self._read)):
+            self._read, self._plain = values, tuple(map(_plain, values))
+        return self._plain, tuple(len(module.__dict__) for module in self._modules)
+
+    def _values(self, parameters: list[Any]) -> Hashable:
+        """Some values of each weight, which show writing past PyTorch's count of versions, and where weights lie."""
+        plain = [x for x in parameters if type(x) is nn.Parameter and not x.is_meta and x.numel() and x.itemsize > 1]
         places = tuple(x.data_ptr() for x in plain)
         if self._views[0] != places:
-            self._views = places, [x.detach().as_strided((), ()) for x in plain]
-        return places, _values(self._views[1])
+            self._views = places, list(map(_samples, plain))
+        return () if self._moved else places, _read(self._views[1])
 
     def _strangers(self) -> Iterator[str]:
+        kinds: set[Any] = set(map(type, self._modules))
+        for kind in kinds:
+            if not is_own_forward(kind):
+                yield f"the forward {_name(kind.forward)}"
         for module in self._with_processor:
             kind = type(module.processor)
             if not _source(kind).startswith((*_KNOWN, "diffusers.")):
@@ -133,12 +149,37 @@ def _settings(processor: Any) -> Hashable:
     return id(processor), settings
 
 
-def _values(views: list[Tensor]) -> tuple[float, ...]:
-    """The values of scalar tensors, read with one wait for each device and dtype."""
+def _plain_names(module: nn.Module) -> Iterator[str]:
+    """The attributes by which a module's class may steer it, such as FreeU's factors or a scale."""
+    for name, value in module.__dict__.items():
+        if (
+            not name.startswith("_")
+            and name != "training"
+            and isinstance(value, bool | int | float | str | tuple | None)
+        ):
+            yield name
+
+
+def _samples(weight: Tensor) -> Tensor:
+    """A view of the first value of a weight, the last, and some between."""
+    x = weight.detach()
+    count = min(x.numel(), x.untyped_storage().nbytes() // x.itemsize - x.storage_offset())
+    return x.as_strided((min(_SAMPLES, count),), (max((count - 1) // (_SAMPLES - 1), 1),))
+
+
+def _read(views: list[Tensor]) -> tuple[float, ...]:
+    """The values of views, read with one wait for each device and dtype."""
     kinds: dict[Hashable, list[Tensor]] = {}
     for view in views:
         kinds.setdefault((view.device, view.dtype), []).append(view)
-    return tuple(chain.from_iterable(torch.stack(each).float().tolist() for each in kinds.values()))
+    return tuple(chain.from_iterable(torch.cat(each).float().tolist() for each in kinds.values()))
+
+
+def is_own_forward(kind: type) -> bool:
+    """Whether a class still has the forward that it was written with, or one of the library that it is of."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    return _source(forward) == f"{owner.__module__}." or _source(forward).startswith(_LIBRARIES)
 
 
 def _innermost(function: Any) -> Any:

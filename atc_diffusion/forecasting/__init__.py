@@ -76,7 +76,9 @@ class Forecaster:
         if not found:
             trajectory.series.append(series)
         jumped = series.take_added(inputs.moving[1:])
-        reason = "what a ControlNet adds has changed" if jumped else self._reason(trajectory, series, position)
+        reason = trajectory.refusal or self._reason(trajectory, series, position)
+        if jumped:
+            reason = "what a ControlNet adds has changed"
         if any(not _same(each.clean, series.clean) for each in found):
             reason = "calls that look the same differ"
         series.index = position.index
@@ -181,8 +183,22 @@ class Forecaster:
         if not fits or (len(fits) > 1 and fits[1][0].new < 2 * fits[0][0].new + 1e-3):
             return self._begin(latents, position)
         fit, trajectory = fits[0]
-        trajectory.advance(latents, position, fit)
+        trajectory.advance(latents, position, fit, self._fresh(trajectory.position, position))
+        trajectory.refusal = self._refusal(trajectory, position)
         return trajectory
+
+    def _refusal(self, trajectory: Trajectory, position: Position) -> str:
+        """Why some part of guidance is computed at a step, and so all are; "" if none is.
+
+        Guidance multiplies the difference of its parts, and the errors of parts that are all forecast largely cancel.
+        """
+        parts = [each for each in trajectory.series if each.index == trajectory.last_index]
+        return next(filter(None, (self._reason(trajectory, each, position) for each in parts)), "")
+
+    def _fresh(self, before: Position, position: Position) -> float:
+        """The norm of the noise that an ancestral sampler adds between two steps, relative to the latents."""
+        start, end = (self._noise(each.time) for each in (before, position))
+        return end.sigma * math.sqrt(max(0.0, 1 - math.exp(2 * (start.log_ratio - end.log_ratio))))
 
     def _begin(self, latents: Tensor, position: Position) -> Trajectory:
         trajectory = Trajectory.begin(latents, self._channels or latents.shape[1], position)

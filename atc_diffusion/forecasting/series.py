@@ -34,6 +34,7 @@ class Series:
         forecast: what it was forecast to see in the calls since, with the factor of the latents in each step.
         clean: of its last call, computed or forecast.
         template: what the network last returned; a forecast has the same form.
+        off: how far off the last forecast that was compared is, relative to the latents, `[B, C, ...]`; None: settled.
         error: of the last forecast that was compared, relative to the latents of the worst item.
         reach: how far that reached, as a change of the timestep and of log(alpha / sigma).
         owed: the change of the latents that is expected from the calls that were forecast since.
@@ -47,6 +48,7 @@ class Series:
     forecast: list[tuple[Seen, float]] = field(default_factory=list)
     clean: Tensor | None = None
     template: Any = None
+    off: Tensor | None = None
     error: float = math.inf
     reach: tuple[float, float] = (1.0, 1.0)
     owed: float = 0.0
@@ -116,7 +118,7 @@ class Series:
             del self.computed[-1]
         elif self.computed:
             last = self.computed[-1]
-            self.error = float((norms(seen.image - self.extrapolated(seen.time)) / size.clamp(min=TINY)).max())
+            self.off = (seen.image - self.extrapolated(seen.time)) / per_item(size.clamp(min=TINY), seen.image)
             self.reach = abs(seen.time - last.time), max(abs(seen.log_ratio - last.log_ratio), TINY)
         self.computed = [*self.computed[-2:], seen]
         off, self.forecast = self._off(), []

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position
-from atc_diffusion.forecasting.series import Series
+from atc_diffusion.forecasting.series import Series, norms
 
 PATIENCE = 3  # steps that an image, or one of its conditions, may be away: guidance may skip some
 MEMORY = 3  # earlier clean images that solvers of up to fourth order use
 SIGNIFICANT = 6  # standard deviations of the correlation of independent noise
 LEAST_KEPT = 0.1  # correlation
+EDITED = 1.25  # times as much as a sampler's noise may be new in latents that nobody edited
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
 EXACT = 1e-9  # of the square of the latents' norm: a remainder that is rounding
+GUIDED = 2.5  # times the error of one part: that of all together at guidance 3, with which the budget was measured
 SMOOTH = 3.0  # the largest roughness with which forecasts do no harm
 
 
@@ -35,11 +37,13 @@ class Fit:
     Attributes:
         kept: the correlation of what is left of the noise in both; of the worst image.
         new: the norm of what the step before does not explain, relative to the latents; of the worst image.
+        weights: of the clean images of the parts of guidance, which sum to 1; of the image with the most guidance.
         roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
     """
 
     kept: float
     new: float
+    weights: tuple[float, ...]
     roughness: float
 
 
@@ -55,7 +59,10 @@ class Trajectory:
         series: one for each condition.
         past: the clean images of earlier steps, the newest first, each for all parts of guidance, `[M, C, ...]`.
         fit: of the last step; None at the first.
-        usual: the largest `Fit.new` of the steps before that.
+        last_index: of the step before.
+        fresh: what `Fit.new` would be at the last step with an ancestral sampler.
+        usual: the largest ratio of the two at the steps before that.
+        refusal: why no call of the present step is forecast; "" if one may be.
         roughness: the largest `Fit.roughness` so far.
     """
 
@@ -66,7 +73,10 @@ class Trajectory:
     series: list[Series] = field(default_factory=list)
     past: list[list[Tensor]] = field(default_factory=list)
     fit: Fit | None = None
+    last_index: int = -1
+    fresh: float = 0.0
     usual: float = math.inf
+    refusal: str = ""
     roughness: float = 1.0
 
     @classmethod
@@ -92,12 +102,12 @@ class Trajectory:
     def num_bytes(self) -> int:
         """Of the tensors that it keeps, all of about one size."""
         past = sum(x.numel() for each in self.past for x in each)
-        return (self.latents.numel() * (2 + 4 * len(self.series)) + past) * 4
+        return (self.latents.numel() * (2 + 5 * len(self.series)) + past) * 4
 
     @property
     def is_surprising(self) -> bool:
-        """Whether more of the present latents is new than at any step before, as after an edit."""
-        return self.fit is not None and self.fit.new > 2 * self.usual + 0.02
+        """Whether more of the present latents is new than a sampler like that of the steps before adds: an edit."""
+        return self.fit is not None and self.fit.new > EDITED * min(self.usual, 1.0) * self.fresh + 0.02
 
     def is_at(self, latents: Tensor, position: Position) -> bool:
         """Whether a call with `latents` is of the present step of this image, as for another condition."""
@@ -119,14 +129,32 @@ class Trajectory:
         enough = max(SIGNIFICANT / math.sqrt(now[0].numel()), LEAST_KEPT)
         return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
 
-    def advance(self, latents: Tensor, position: Position, fit: Fit) -> None:
+    def advance(self, latents: Tensor, position: Position, fit: Fit, fresh: float) -> None:
         """Come to the latents of a later step."""
-        self.usual = fit.new if self.fit is None else max(self.fit.new, self.usual if self.usual < math.inf else 0.0)
+        if self.fit is not None and not self.is_surprising:
+            now = self.fit.new / max(self.fresh, 1e-6)
+            self.usual = max(now, self.usual if self.usual < math.inf else 0.0)
+        self.last_index, self.fresh = self.position.index, fresh
+        self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
         self.fit, self.position, self.parts = fit, position, equal_parts(latents)
         self.roughness = max(self.roughness, fit.roughness)
         self.latents, self.conditions = _split(latents, self.latents.shape[1])
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
+
+    def _settle_errors(self, weights: tuple[float, ...]) -> None:
+        """Learn how far off the last forecasts were: each part, and all together, as guidance weighs them."""
+        series = [(each, each.off) for each in self.series if each.off is not None]
+        parts = [part for _, off in series for part in off.chunk(self.parts)]
+        if not parts:
+            return
+        errors = [norms(part).max() for part in parts]
+        if len(parts) == len(weights):
+            together = torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)]).sum(dim=0)
+            errors.append(norms(together).max() / GUIDED)
+        error = float(torch.stack(errors).max())
+        for each, _ in series:
+            each.error, each.off = error, None
 
     def matching(self, inputs: Inputs) -> list[Series]:
         """The conditions that no call of this step has had yet and that a call with these inputs may continue."""
@@ -171,7 +199,12 @@ def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> 
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
     fits = [_fit_one(each / each[-1, -1], len(steps)) for each in products]
-    return Fit(min(fit.kept for fit in fits), max(fit.new for fit in fits), max(fit.roughness for fit in fits))
+    return Fit(
+        min(fit.kept for fit in fits),
+        max(fit.new for fit in fits),
+        max((fit.weights for fit in fits), key=lambda weights: sum(map(abs, weights))),
+        max(fit.roughness for fit in fits),
+    )
 
 
 def _fit_one(products: NDArray[np.float64], steps: int) -> Fit:
@@ -182,9 +215,16 @@ def _fit_one(products: NDArray[np.float64], steps: int) -> Fit:
     kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
     longer, rest = _solve(products, range(len(products) - 1))
     if new > EXACT and rest < 0.1 * new:  # the past explains what the present does not: the solver has a memory
-        of_steps = longer[1:].reshape(steps, parts).sum(axis=1)
-        return Fit(kept, math.sqrt(rest), float(np.abs(of_steps).sum() / max(abs(of_steps.sum()), 1e-9)))
-    return Fit(kept, math.sqrt(new), 1.0)
+        remembered = longer[1:].reshape(steps, parts)
+        of_steps = remembered.sum(axis=1)
+        roughness = float(np.abs(of_steps).sum() / max(abs(of_steps.sum()), 1e-9))
+        return Fit(kept, math.sqrt(rest), _shares(remembered.sum(axis=0)), roughness)
+    return Fit(kept, math.sqrt(new), _shares(weights[1:]), 1.0)
+
+
+def _shares(weights: NDArray[np.float64]) -> tuple[float, ...]:
+    """Weights that sum to 1."""
+    return tuple((weights / (weights.sum() or 1.0)).tolist())
 
 
 def _solve(products: NDArray[np.float64], columns: Sequence[int]) -> tuple[NDArray[np.float64], float]:

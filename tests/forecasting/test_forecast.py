@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,42 @@ def emoji(scheduler: Any) -> Any:
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}
 
 
-def draw_emoji(pipe: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 30, "guidance_scale": 3.0, "generator": generator}
-    return pipe("red apple", height=64, width=64, output_type="latent", **options).images
+def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: Any) -> Tensor:
+    options = {"num_inference_steps": 30, "guidance_scale": 3.0} | options
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, height=64, width=64, output_type="latent", generator=generator, **options).images
 
 
 def fidelity(latents: Tensor, expected: Tensor) -> float:
     return float(-20 * torch.log10((latents - expected).norm() / expected.norm()))
+
+
+@pytest.mark.slow
+def test_errors_count_as_guidance_multiplies_them():
+    pipe = emoji(DDIMScheduler())
+    strong = partial(draw_emoji, pipe, "yellow star", seed=3, guidance_scale=7.5, num_inference_steps=20)
+    expected = strong()
+    apply_patch(pipe, ATCConfig.forecast())
+    assert fidelity(strong(), expected) > 35
+
+
+def replace_half(pipe: Any, step: int, t: Tensor, tensors: Any) -> Any:
+    latents = tensors["latents"].clone()
+    if step in (5, 11, 15):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+        latents[..., :8] = (0.7 * latents + 0.7 * latents.std() * noise)[..., 8:].flip(3)
+    return {"latents": latents}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()])
+def test_every_edit_of_the_latents_is_computed_also_where_a_sampler_adds_noise(scheduler):
+    pipe = emoji(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    apply_patch(pipe, ATCConfig.forecast())
+    draw_emoji(pipe, num_inference_steps=20, callback_on_step_end=replace_half)
+    assert forecast_steps(pipe)
+    assert not {6, 12, 16} & set(forecast_steps(pipe))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +230,7 @@ def test_timesteps_may_be_numbers(unet):
 
 
 @torch.no_grad()
-def test_parts_of_guidance_in_turn_are_forecast_each_by_its_own(unet):
+def test_parts_of_guidance_in_turn_are_each_forecast(unet):
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(STEPS)
     texts = torch.randn(2, 1, 5, 12)
@@ -218,9 +247,30 @@ def test_parts_of_guidance_in_turn_are_forecast_each_by_its_own(unet):
         return latents
 
     apply_patch(unet, FORECAST)
+    calls = Calls()
+    unet.conv_in = Counted(unet.conv_in, calls)
     in_turn = guided(batched=False)
     assert forecast_steps(unet) == SKIPPED
+    assert len(calls) == 2 * (STEPS - len(SKIPPED))
     torch.testing.assert_close(in_turn, guided(batched=True), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_parts_of_guidance_in_turn_are_all_computed_where_one_is(unet):
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    apply_patch(unet, forecast_tolerance=0.02, r=1.0)
+    counts, latents = [], torch.randn(1, 4, 8, 8)
+    weak, strong = torch.zeros(1, 5, 12), torch.randn(1, 5, 12) * 8
+    calls = Calls()
+    unet.conv_in = Counted(unet.conv_in, calls)
+    for t in scheduler.timesteps:
+        parts = [unet(latents, t, each).sample for each in (weak, strong)]
+        counts.append(len(calls))
+        calls.clear()
+        latents = scheduler.step(parts[0] + 3 * (parts[1] - parts[0]), t, latents).prev_sample
+    assert set(counts) <= {0, 2}
+    assert counts.count(0) == len(forecast_steps(unet)) > 0
 
 
 def test_a_deep_copy_is_independent(components):
@@ -292,6 +342,21 @@ def test_a_cache_that_counts_steps_sees_them_all(components, cache_first):
     for step in steps if cache_first else reversed(steps):
         step(pipe)
     draw(pipe)
+    assert "none of 20 steps forecast: the network's forward was replaced" in str(summary(pipe))
+
+
+def test_a_cache_that_replaces_the_forward_of_the_class_sees_every_step(components, monkeypatch):
+    pipe = pipeline(components)
+    kind, forward, calls = type(pipe.unet), type(pipe.unet).forward, Calls()
+
+    def counting(self: Any, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Any:
+        calls.append(1)
+        return forward(self, sample, timestep, encoder_hidden_states, **options)
+
+    monkeypatch.setattr(kind, "forward", counting)
+    apply_patch(pipe, FORECAST)
+    draw(pipe)
+    assert len(calls) == STEPS
     assert "none of 20 steps forecast: the network's forward was replaced" in str(summary(pipe))
 
 

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from atc_diffusion.adapters.noise import diffusion, flow
 from atc_diffusion.adapters.unet import UNetFamily
-from atc_diffusion.calls.inputs import Clock, Inputs
+from atc_diffusion.calls.inputs import Clock, Inputs, changes
 from atc_diffusion.calls.position import Position
 from atc_diffusion.forecasting import Forecaster
 from atc_diffusion.forecasting.deferred import DeferredTensor
@@ -103,11 +104,19 @@ def test_what_is_not_finite_is_computed(value):
     assert len(errors) <= 6  # until then, and the call before the change is seen
 
 
-def test_numbers_that_tell_the_time_are_conditions_until_they_have_changed_twice():
+@pytest.mark.parametrize("last", [0.3, 0.2, 1.5])
+def test_numbers_that_tell_the_time_are_conditions_until_they_have_moved_twice_and_when_they_stop_or_jump(last):
     clock, latents = Clock(), torch.zeros(1, 4, 8, 8)
-    given = [Inputs((latents,), settings=(0.5, progress)) for progress in (0.0, 0.1, 0.2, 0.3, 0.3)]
+    given = [Inputs((latents,), settings=(0.5, progress)) for progress in (0.0, 0.1, 0.2, 0.3, last)]
     seen = [clock.without_time(inputs, step).settings for step, inputs in enumerate(given)]
-    assert seen == [(0.5, 0.0), (0.5, 0.1), (0.5, "time"), (0.5, "time"), (0.5, 0.3)]
+    assert seen == [(0.5, 0.0), (0.5, 0.1), (0.5, "time"), (0.5, "time"), (0.5, last)]
+
+
+def test_numbers_of_numpy_and_tensors_without_dimensions_are_compared():
+    latents, others = torch.zeros(1, 4, 8, 8), {"scale": np.float32(0.5), "label": torch.tensor(3)}
+    inputs = [Inputs.of(latents, (torch.tensor(residual),), others) for residual in (1.0, 1.0, 2.0)]
+    assert inputs[0].settings == (1, "scale", 0.5, "label")
+    assert changes(inputs[0], inputs[1:]) == [0.0, math.inf]
 
 
 def deferred(value: float, calls: list[float]) -> DeferredTensor:
