@@ -255,7 +255,7 @@ class NetworkPatch:
         if torch.is_grad_enabled():
             keep_with_graph(call, output)
         if self.config.forecast_tolerance:
-            call.log.reasons[call.step] = call.decision.reason
+            call.log.reasons[call.step] = call.log.reasons.get(call.step) or call.decision.reason
         for name, merge in call.merges.items():
             call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
         for name, limit in call.limits.items():
