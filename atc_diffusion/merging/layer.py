@@ -62,22 +62,24 @@ class LayerHooks:
         leave_block()
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = present_call(self.owner)
-        if call is None:
-            raise ValueError(
-                f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
-                " method or a part of it, or remove_patch"
-            )
+        call = self._known(present_call(self.owner))
         image = ImageSlice(math.prod(self.layer.grid(call.size)), call.after)
         cut = partial(self._cut, call, image, self.family.tokens(args, kwargs, image))
         return self.family.merge(attention, args, kwargs, image, cut)
 
     def _unmerge(self, attention: nn.Module, args: Args, output: Any) -> Any:
-        call = present_call(self.owner)
-        assert call is not None  # or `_merge` would have raised
+        call = self._known(present_call(self.owner))
         call.hidden_states.pop(self.layer.name, None)
         merge = call.merges.get(self.layer.name)
         return output if merge is None else self.family.unmerge(output, merge)  # None: a hook of others skipped it
+
+    def _known(self, call: Call | None) -> Call:
+        if call is None:
+            raise ValueError(
+                f"{self.layer.name} was called outside its network's call; call the network itself, not its forward"
+                " method or a part of it, and patch it before, or remove_patch"
+            )
+        return call
 
     def _cut(self, call: Call, image: ImageSlice, tokens: Tensor, project: Projection) -> MergedCall:
         """How this call merges `tokens` `[B, N, C]`: by two cuts of one tree.

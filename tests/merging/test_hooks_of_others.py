@@ -33,3 +33,13 @@ def test_hooks_of_others_see_all_tokens(unet, shares, patched_first):
         apply_patch(unet, **shares)
     run(unet)
     assert seen == [TOKENS, 3, TOKENS]
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_patch_that_comes_within_a_call_is_refused(unet, patched):
+    if patched:
+        apply_patch(unet, r=0.5)
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.to_q.register_forward_pre_hook(lambda *_: apply_patch(unet) and None)
+    with pytest.raises(ValueError, match="and patch it before"):
+        run(unet)
