@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -23,7 +23,9 @@ from atc_diffusion.report import RunLog
 
 MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is reused; older ones are forgotten
 
-# By the memory of a block's input, which a gradient checkpoint keeps until it recomputes the block.
+Part = Literal["block", "attention"]
+
+# By the memory of an input, which a gradient checkpoint keeps until it recomputes the block or its attention.
 _blocks: "WeakKeyDictionary[torch.UntypedStorage, dict[object, tuple[Call, int]]]" = WeakKeyDictionary()
 
 # By the values of the inputs of each layer's block, in calls whose graph is alive.
@@ -103,6 +105,8 @@ class Call:
 class _Present(threading.local):
     """The call that a thread is in. PyTorch traces this in all versions; a `ContextVar` only in the newest."""
 
+    recalled_by: Part | None = None
+
     def __init__(self) -> None:
         self._call: weakref.ref[Call] | None = None
 
@@ -140,16 +144,21 @@ def _is_being_called(network: nn.Module) -> bool:
     return any(each.f_locals.get("self") is network for each in reversed(frames))
 
 
-def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None:
-    """The call that a layer's block is in, or was in if a checkpoint recomputes it; None outside of any."""
+def enter(part: Part, owner: object, layer: str, hidden_states: Tensor) -> Call | None:
+    """The call that a layer's block or attention is in, or was in if a checkpoint recomputes it; None outside of any.
+
+    A checkpoint around an attention alone recomputes it outside of its block.
+    """
     call = present_call(owner)
     if torch.compiler.is_compiling() or is_transformed(hidden_states):
+        return call
+    if call is not None and not call.running and part == "attention":
         return call
     place = owner, layer, hidden_states.storage_offset(), hidden_states.shape
     if call is not None and call.running:
         times_called = call.times_called.get(layer, 0)
         _put(_blocks.setdefault(hidden_states.untyped_storage(), {}), place, (call, times_called))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and part == "block":
             _remember_input(owner, layer, hidden_states, call, times_called)
         return call
     known = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_values(owner, layer, hidden_states)
@@ -157,7 +166,7 @@ def enter_block(owner: object, layer: str, hidden_states: Tensor) -> Call | None
         return None
     call, times_called = known
     call.times_called[layer] = times_called
-    present.call = call
+    present.call, present.recalled_by = call, part
     return call
 
 
@@ -214,10 +223,10 @@ def _by_values(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, 
     return _find(known, _Digest.of(None, [hidden_states])) if known and is_recomputing() else None
 
 
-def leave_block() -> None:
-    """End what `enter_block` recalled; also where a checkpoint stops a block half-way by an exception."""
+def leave(part: Part) -> None:
+    """End what `enter` recalled; also where a checkpoint stops a block half-way by an exception."""
     call = present.call
-    if call is not None and not call.running:
+    if call is not None and not call.running and present.recalled_by == part:
         present.call = None
 
 

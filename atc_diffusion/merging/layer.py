@@ -13,7 +13,7 @@ from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.merging.call import Call, enter_block, leave_block, present_call
+from atc_diffusion.merging.call import Call, enter, leave, present_call
 
 
 class LayerHooks:
@@ -40,6 +40,7 @@ class LayerHooks:
         )
         return [
             *self._around,
+            attention.register_forward_hook(self._leave_attention, always_call=True),
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
             block.register_forward_hook(self._leave_block, always_call=True),
         ]
@@ -54,15 +55,18 @@ class LayerHooks:
 
     def _enter_block(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
         hidden_states = first(args, kwargs)
-        call = enter_block(self.owner, self.layer.name, hidden_states)
+        call = enter("block", self.owner, self.layer.name, hidden_states)
         if call is not None and self.config.features == "hidden_states":
             call.see(self.layer.name, hidden_states)
 
     def _leave_block(self, block: nn.Module, args: Args, output: Any) -> None:
-        leave_block()
+        leave("block")
+
+    def _leave_attention(self, attention: nn.Module, args: Args, output: Any) -> None:
+        leave("attention")
 
     def _merge(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = self._known(present_call(self.owner))
+        call = self._known(enter("attention", self.owner, self.layer.name, first(args, kwargs)))
         image = ImageSlice(math.prod(self.layer.grid(call.size)), call.after)
         cut = partial(self._cut, call, image, self.family.tokens(args, kwargs, image))
         return self.family.merge(attention, args, kwargs, image, cut)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -101,12 +103,13 @@ def test_calls_that_differ_little_are_recomputed_with_the_clusters_they_had(unet
     assert torch.equal(*gradients)
 
 
-def test_a_checkpoint_around_several_blocks_is_right(unet):
+@pytest.mark.parametrize("kind", [Transformer2DModel, BasicTransformerBlock, Attention])
+def test_a_checkpoint_around_a_part_is_right(unet, kind):
     config, gradients = ATCConfig(r=0.5), []
     for wrapped in (False, True):
         net = copy.deepcopy(unet).requires_grad_(True)
         if wrapped:
-            apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Transformer2DModel))
+            apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, kind))
         apply_patch(net, config)
         net(sample(2), timesteps(900, 800)[0], embedding(2)).sample.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
