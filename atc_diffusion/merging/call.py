@@ -3,13 +3,14 @@
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -135,13 +136,16 @@ def present_call(owner: object) -> Call | None:
 
 def _is_being_called(network: nn.Module) -> bool:
     """Whether PyTorch's call of a network is on the stack of this thread, where it is among the outermost ones."""
-    frame: FrameType | None = sys._getframe()
-    frames = []
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            frames.append(frame)
-        frame = frame.f_back
+    frames = [frame for frame in _frames() if frame.f_code is nn.Module._call_impl.__code__]
     return any(each.f_locals.get("self") is network for each in reversed(frames))
+
+
+def _frames() -> Iterator[FrameType]:
+    """The stack of this thread, from the innermost frame."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def enter(part: Part, owner: object, layer: str, hidden_states: Tensor) -> Call | None:
@@ -220,7 +224,7 @@ def _remember_input(owner: object, layer: str, hidden_states: Tensor, call: Call
 
 def _by_values(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, int] | None:
     known = _by_input.get(owner, {}).get(layer)
-    return _find(known, _Digest.of(None, [hidden_states])) if known and is_recomputing() else None
+    return _find(known, _Digest.of(None, [hidden_states])) if known and is_in_backward() else None
 
 
 def leave(part: Part) -> None:
@@ -230,9 +234,14 @@ def leave(part: Part) -> None:
         present.call = None
 
 
-def is_recomputing() -> bool:
-    """Whether a gradient checkpoint repeats a call: nothing else calls networks within a backward pass."""
+def is_in_backward() -> bool:
+    """Whether a backward pass is under way: gradient checkpoints repeat calls in it, adjoint methods make new ones."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_recomputed_by_torch() -> bool:
+    """Whether a gradient checkpoint of PyTorch is on the stack of this thread."""
+    return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in _frames())
 
 
 class Memory:

@@ -19,7 +19,15 @@ from atc_diffusion.calls.state import NetworkState
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecasting import Decision, Forecaster
 from atc_diffusion.forecasting.deferred import is_deferred, is_forced, realized
-from atc_diffusion.merging.call import Call, Memory, is_recomputing, keep_with_graph, present, present_call
+from atc_diffusion.merging.call import (
+    Call,
+    Memory,
+    is_in_backward,
+    is_recomputed_by_torch,
+    keep_with_graph,
+    present,
+    present_call,
+)
 from atc_diffusion.merging.layer import LayerHooks
 from atc_diffusion.merging.layers import PatchedLayers
 from atc_diffusion.merging.reuse import CachedClusters
@@ -107,7 +115,8 @@ class NetworkPatch:
         for hooks in self._hooks:
             hooks.come_nearest()
         image = self._family.image(dict(zip(self._parameters, args, strict=False)) | kwargs)
-        call = self._repeated(network, image) if is_recomputing() else self._new(network, image, args, kwargs)
+        repeated = self._repeated(network, image) if is_in_backward() else None
+        call = repeated or self._new(network, image, args, kwargs)
         present.call = self.runs.call = call
         return None if call.decision.output is not None or not is_deferred((args, kwargs)) else realized((args, kwargs))
 
@@ -141,9 +150,11 @@ class NetworkPatch:
         self._memory.add(call, image, time)
         return call
 
-    def _repeated(self, network: nn.Module, image: ImageInput) -> Call:
-        """A call that a gradient checkpoint makes again, with what it merged the first time."""
+    def _repeated(self, network: nn.Module, image: ImageInput) -> Call | None:
+        """A call that a gradient checkpoint makes again, with what it merged the first time; None: it is a new one."""
         first = self._memory.find(image, time_of(image.timestep))
+        if first is None and not is_recomputed_by_torch():
+            return None
         if first is None:
             raise ValueError(
                 "a gradient checkpoint repeats a call of a patched network, and gives it other latents than the first"

@@ -116,6 +116,24 @@ def test_a_checkpoint_around_a_part_is_right(unet, kind):
     assert torch.equal(*gradients)
 
 
+def test_a_call_within_a_backward_pass_is_a_call_of_its_own(unet):
+    """As in adjoint methods, which calls no checkpoint repeats."""
+    first, second = timesteps(900)[0], timesteps(100)[0]
+    expected = apply_patch(unet, r=0.5)(sample(), second, embedding()).sample
+    latents, outputs = sample().requires_grad_(True), []
+    loss = unet(latents, first, embedding()).sample.sum()
+    latents.register_hook(lambda _: outputs.append(unet(sample(), second, embedding()).sample))
+    loss.backward()
+    assert torch.equal(outputs[0], expected)
+
+
+def test_a_reentrant_checkpoint_that_makes_the_latents_is_refused(unet):
+    call = Repeated(apply_patch(unet, r=0.5), timesteps(900)[0])
+    output = checkpoint(call, sample().requires_grad_(True), use_reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        output.sum().backward()
+
+
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
