@@ -8,6 +8,7 @@ the presets `ATCConfig.fast()` and `ATCConfig.faster()`, or the setting that you
 """
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the images were drawn."""
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    if args.size is not None and args.size < 8:
+        raise ValueError(f"--size must be at least 8 pixels, got {args.size}")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be a finite number, got {args.guidance}")
     if args.out.is_dir() or args.out.suffix.lower() not in FORMATS:
         raise ValueError(f"--out {args.out} must be a file that ends in {', '.join(FORMATS)}")
     if not args.out.parent.is_dir():
