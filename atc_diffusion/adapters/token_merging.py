@@ -33,7 +33,8 @@ class TokenFamily(Family):
         return merge.unmerge(output)
 
     def _picked(self, attention: Any, tokens: Tensor, which: Which, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        _check_weights(attention)
+        if not tokens.is_meta:
+            _check_weights(attention)
         return self.project(attention, pick(tokens), which)
 
 

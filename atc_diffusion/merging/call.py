@@ -194,7 +194,8 @@ class _Digest:
         return cls((about, device, shapes), torch.stack([_sum(x).to(device) for x in tensors]), times_called)
 
     def matches(self, other: "_Digest") -> bool:
-        return self.about == other.about and torch.equal(self.sums, other.sums)
+        has_values = type(self.sums) is Tensor and not self.sums.is_meta
+        return has_values and self.about == other.about and torch.equal(self.sums, other.sums)
 
 
 def _find(known: "WeakValueDictionary[_Digest, Call]", digest: _Digest) -> tuple[Call, int] | None:

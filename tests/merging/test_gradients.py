@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch
+from atc_diffusion.testing import UNET
 from tests.helpers.loops import embedding, sample, timesteps
 
 
@@ -132,6 +135,17 @@ def test_a_reentrant_checkpoint_that_makes_the_latents_is_refused(unet):
     output = checkpoint(call, sample().requires_grad_(True), use_reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_gradients_of_tensors_without_values(mode):
+    """As in estimates of memory."""
+    with mode():
+        net = apply_patch(UNet2DConditionModel(**UNET).requires_grad_(True), r=0.5)
+        latents, timestep = torch.empty(2, 4, 8, 8, requires_grad=True), torch.tensor(500)
+        call = Repeated(net, timestep, torch.empty(2, 5, 12))
+        checkpoint(call, latents, use_reentrant=False).sum().backward()
+    assert latents.grad is not None
 
 
 def interrupt(*_: Any) -> None:
