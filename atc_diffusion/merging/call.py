@@ -275,10 +275,11 @@ class Memory:
 
 
 def keep_with_graph(call: Call, returned: Any) -> None:
-    """Keep a call as long as the graph of what it returned."""
-    if isinstance(returned[0], Tensor) and returned[0].grad_fn is not None:
-        metadata: Any = returned[0].grad_fn.metadata
-        metadata[id(call)] = call
+    """Keep a call as long as the graph of what it returned, in whatever form."""
+    for output in tree_leaves(returned):
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            metadata: Any = output.grad_fn.metadata
+            metadata[id(call)] = call
 
 
 def _put(known: dict[Any, Any], key: object, value: object) -> None:

@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 from atc_diffusion import apply_patch
+from tests.helpers.loops import embedding, sample
 from tests.helpers.unet import run
 
 TOKENS = 8 * 8
@@ -33,6 +34,13 @@ def test_hooks_of_others_see_all_tokens(unet, shares, patched_first):
         apply_patch(unet, **shares)
     run(unet)
     assert seen == [TOKENS, 3, TOKENS]
+
+
+@pytest.mark.parametrize("form", [lambda output: {"sample": output.sample}, lambda output: ()])
+def test_hooks_of_others_return_what_they_want_in_training(unet, form):
+    unet.requires_grad_(True).register_forward_hook(lambda _, args, output: form(output))
+    apply_patch(unet, r=0.5)
+    assert type(unet(sample(), 500, embedding())) in (dict, tuple)
 
 
 @pytest.mark.parametrize("patched", [True, False])
