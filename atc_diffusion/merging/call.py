@@ -4,6 +4,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
 from atc_diffusion.adapters import ImageInput, MergedCall
@@ -191,11 +193,13 @@ class _Digest:
     @classmethod
     def of(cls, about: object, tensors: Sequence[Tensor], times_called: int = 0) -> "_Digest":
         device, shapes = tensors[0].device, tuple((x.shape, x.dtype) for x in tensors)
-        return cls((about, device, shapes), torch.stack([_sum(x).to(device) for x in tensors]), times_called)
+        with unseen_by_checkpoints():
+            return cls((about, device, shapes), torch.stack([_sum(x).to(device) for x in tensors]), times_called)
 
     def matches(self, other: "_Digest") -> bool:
         has_values = type(self.sums) is Tensor and not self.sums.is_meta
-        return has_values and self.about == other.about and torch.equal(self.sums, other.sums)
+        with unseen_by_checkpoints():
+            return has_values and self.about == other.about and torch.equal(self.sums, other.sums)
 
 
 def _find(known: "WeakValueDictionary[_Digest, Call]", digest: _Digest) -> tuple[Call, int] | None:
@@ -243,6 +247,14 @@ def is_in_backward() -> bool:
 def is_recomputed_by_torch() -> bool:
     """Whether a gradient checkpoint of PyTorch is on the stack of this thread."""
     return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in _frames())
+
+
+def unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """Around what is done in one pass only: selective checkpoints count on the same operations in both."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    is_selective = type(_get_current_dispatch_mode()).__module__ == torch.utils.checkpoint.__name__
+    return _pop_mode_temporarily() if is_selective else nullcontext()
 
 
 class Memory:

@@ -13,7 +13,7 @@ from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.merging.call import Call, enter, leave, present_call
+from atc_diffusion.merging.call import Call, enter, leave, present_call, unseen_by_checkpoints
 
 
 class LayerHooks:
@@ -97,7 +97,8 @@ class LayerHooks:
         merge = MergedCall(image, None, None, weigh=False)
         if min(kept) < num_tokens:
             key = (self.layer.name, nth, len(tokens))
-            queries, keys = (self._map(call, key, count, tokens, project) for count in kept)
+            with unseen_by_checkpoints():
+                queries, keys = (self._map(call, key, count, tokens, project) for count in kept)
             merge = MergedCall(image, queries, keys, self.config.proportional_attention, self.config.widen_heads)
         call.merges[self.layer.name] = merge
         return merge

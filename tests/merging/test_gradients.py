@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from atc_diffusion import ATCConfig, ToMeConfig, apply_patch
 from atc_diffusion.testing import UNET
@@ -115,6 +116,22 @@ def test_a_checkpoint_around_a_part_is_right(unet, kind):
             apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, kind))
         apply_patch(net, config)
         net(sample(2), timesteps(900, 800)[0], embedding(2)).sample.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("around_call", [True, False])
+def test_a_selective_checkpoint_is_right(unet, around_call):
+    saved, gradients = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default], []
+    contexts = partial(create_selective_checkpoint_contexts, saved)
+    selective = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    for checkpointed in (False, True):
+        net = apply_patch(copy.deepcopy(unet).train().requires_grad_(True), r=0.5)
+        call = Repeated(net, timesteps(900)[0])
+        if checkpointed and not around_call:
+            net.enable_gradient_checkpointing(selective)
+        output = selective(call, sample(2)) if checkpointed and around_call else call(sample(2))
+        output.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
     assert torch.equal(*gradients)
 
