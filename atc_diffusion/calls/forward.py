@@ -1,4 +1,4 @@
-"""A network's `forward` that can be skipped, and whose interruption is noticed; it cannot be traced."""
+"""A network's `forward` that can be skipped, and whose interruption is noticed."""
 
 import functools
 from collections.abc import Iterator
@@ -99,14 +99,3 @@ def _wrapped(function: Any) -> Iterator[Any]:
     while function is not None:
         yield function
         function = getattr(function, "__wrapped__", None)
-
-
-def refuse_tracing() -> None:
-    """Raise ValueError under `torch.export`, ONNX export or `torch.jit.trace`; `torch.compile` is fine.
-
-    Which tokens are merged depends on their values.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        raise ValueError("a patched network cannot be exported or traced; call remove_patch first")

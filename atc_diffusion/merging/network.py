@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
-from atc_diffusion.calls.forward import WatchedForward, refuse_tracing
+from atc_diffusion.calls.forward import WatchedForward
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, time_of
 from atc_diffusion.calls.reference import Reference
 from atc_diffusion.calls.state import NetworkState
+from atc_diffusion.calls.tracing import refuse_tracing
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecasting import Decision, Forecaster
 from atc_diffusion.forecasting.deferred import is_deferred, is_forced, realized
