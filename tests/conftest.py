@@ -20,11 +20,12 @@ collect_ignore = [] if find_spec("gradio") else PAGE  # the extra `test` is with
 
 
 def pytest_configure() -> None:
-    """One thread: tiny networks gain nothing from more, and pytest-xdist runs a process on every core.
+    """One thread, here and in the processes that tests start: pytest-xdist runs a process on every core already.
 
     Properties are tried on examples that are the same in every run; CI tries more of them.
     """
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     examples = 200 if os.environ.get("CI") else 50
     settings.register_profile("atc_diffusion", max_examples=examples, deadline=None, derandomize=True)
     settings.load_profile("atc_diffusion")
