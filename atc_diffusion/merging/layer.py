@@ -13,7 +13,8 @@ from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.merging.call import Call, enter, leave, present_call, unseen_by_checkpoints
+from atc_diffusion.merging.call import Call, present_call
+from atc_diffusion.merging.checkpoints import enter, leave, unseen_by_checkpoints
 
 
 class LayerHooks:

@@ -20,15 +20,8 @@ from atc_diffusion.calls.tracing import refuse_tracing
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecasting import Decision, Forecaster
 from atc_diffusion.forecasting.deferred import is_deferred, is_forced, realized
-from atc_diffusion.merging.call import (
-    Call,
-    Memory,
-    is_in_backward,
-    is_recomputed_by_torch,
-    keep_with_graph,
-    present,
-    present_call,
-)
+from atc_diffusion.merging.call import Call, present, present_call
+from atc_diffusion.merging.checkpoints import Memory, is_in_backward, is_recomputed_by_torch, keep_with_graph
 from atc_diffusion.merging.layer import LayerHooks
 from atc_diffusion.merging.layers import PatchedLayers
 from atc_diffusion.merging.reuse import CachedClusters

@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from atc_diffusion.testing import UNET
@@ -200,6 +201,8 @@ def test_export_and_tracing_are_refused_in_one_sentence(unet):
         torch.jit.trace(unet, inputs, strict=False)
     with pytest.raises(Exception, match=message):
         torch.export.export(unet, inputs, strict=False)
+    with pytest.raises(ValueError, match=message):
+        make_fx(lambda *given: unet(*given).sample)(*inputs)
 
 
 def test_a_lambda_can_be_copied_but_not_pickled(unet):
