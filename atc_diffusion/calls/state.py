@@ -1,7 +1,7 @@
 """What a network's output depends on besides its arguments, and foreign code in it that may have to see each step.
 
-A fingerprint is read at every call, in a fraction of a millisecond: everything that is slow to find is found again only
-where the network's modules have been exchanged.
+A fingerprint is read at every call, in milliseconds: everything that is slow to find is found again only where the
+network's modules have been exchanged.
 """
 
 import operator
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from atc_diffusion.calls.inputs import Setting
 
 # Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
 _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
@@ -54,7 +56,7 @@ class NetworkState:
             self._values(parameters) if in_place else (),
             tuple(map(type, self._modules)),
             tuple(_plain(module.__dict__.get(name)) for module in self._adapted for name in _ADAPTER),
-            self._settings(),
+            self._own_attributes(),
             tuple(_settings(module.processor) for module in self._with_processor),
         )
 
@@ -76,8 +78,8 @@ class NetworkState:
         self._with_processor = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapted = [module for module in modules if "_active_adapter" in module.__dict__]
         self._attributes = [(module.__dict__, name) for module in modules for name in _plain_names(module)]
-        self._read: list[Any] = []
-        self._plain: Hashable = ()
+        self._last_values: list[Any] = []
+        self._last_plain: Hashable = ()
         # Weights that are loaded for a call lie elsewhere each time.
         self._moved = any("_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__ for module in modules)
         self._views: tuple[Hashable, list[Tensor]] = (None, [])
@@ -86,12 +88,12 @@ class NetworkState:
     def _ids(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict.values, self._children))))
 
-    def _settings(self) -> Hashable:
+    def _own_attributes(self) -> Hashable:
         """The values of the modules' own attributes; thousands, of which hardly any ever changes."""
         values = [attributes.get(name) for attributes, name in self._attributes]
-        if len(values) != len(self._read) or not all(map(operator.is_, values, self._read)):
-            self._read, self._plain = values, tuple(map(_plain, values))
-        return self._plain, tuple(len(module.__dict__) for module in self._modules)
+        if len(values) != len(self._last_values) or not all(map(operator.is_, values, self._last_values)):
+            self._last_values, self._last_plain = values, tuple(map(_plain, values))
+        return self._last_plain, tuple(len(module.__dict__) for module in self._modules)
 
     def _values(self, parameters: list[Any]) -> Hashable:
         """Some values of each weight, which show writing past PyTorch's count of versions, and where weights lie."""
@@ -132,7 +134,7 @@ def _plain(value: Any) -> Hashable:
         return tuple((key, _plain(each)) for key, each in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
-    if isinstance(value, bool | int | float | str | None):
+    if isinstance(value, Setting):
         return value
     return (id(value), version(value)) if isinstance(value, Tensor) else id(value)
 
@@ -152,11 +154,7 @@ def _settings(processor: Any) -> Hashable:
 def _plain_names(module: nn.Module) -> Iterator[str]:
     """The attributes by which a module's class may steer it, such as FreeU's factors or a scale."""
     for name, value in module.__dict__.items():
-        if (
-            not name.startswith("_")
-            and name != "training"
-            and isinstance(value, bool | int | float | str | tuple | None)
-        ):
+        if not name.startswith("_") and name != "training" and isinstance(value, Setting | tuple):
             yield name
 
 
@@ -178,8 +176,8 @@ def _read(views: list[Tensor]) -> tuple[float, ...]:
 def is_own_forward(kind: type) -> bool:
     """Whether a class still has the forward that it was written with, or one of the library that it is of."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    forward = vars(owner)["forward"]
-    return _source(forward) == f"{owner.__module__}." or _source(forward).startswith(_LIBRARIES)
+    source = _source(vars(owner)["forward"])
+    return source == f"{owner.__module__}." or source.startswith(_LIBRARIES)
 
 
 def _innermost(function: Any) -> Any:

@@ -147,9 +147,9 @@ class NetworkPatch:
     def _repeated(self, network: nn.Module, image: ImageInput) -> Call | None:
         """A call that a gradient checkpoint makes again, with what it merged the first time; None: it is a new one."""
         first = self._memory.find(image, time_of(image.timestep))
-        if first is None and not is_recomputed_by_torch():
-            return None
         if first is None:
+            if not is_recomputed_by_torch():
+                return None
             raise ValueError(
                 "a gradient checkpoint repeats a call of a patched network, and gives it other latents than the first"
                 " time; pass the latents to the checkpoint as they are, use_reentrant=False, or remove_patch"
