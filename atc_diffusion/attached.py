@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from atc_diffusion.calls.stack import called_elsewhere
 from atc_diffusion.config import Configuration
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge
 
@@ -132,6 +134,8 @@ def _config(patch: Patch | None) -> Configuration | None:
 
 def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:
     changed = {network: patch for network, patch in patches.items() if patch_of(network) is not patch}
+    while any(network in changed for network in called_elsewhere()):
+        time.sleep(1e-3)  # a call counts on its hooks until it ends
     for network in changed:
         if present := patch_of(network):
             present.detach()

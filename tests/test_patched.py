@@ -5,6 +5,7 @@ import copy
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -180,6 +181,29 @@ def test_threads_with_equal_configurations_draw_at_once_and_end_in_any_order(une
     assert len(outputs) == 3
     assert all(torch.equal(output, merged) for output in outputs)
     assert torch.equal(run(unet), exact)
+
+
+@pytest.mark.parametrize("change", [remove_patch, lambda unet: apply_patch(unet, r=0.25)])
+def test_a_change_waits_for_calls_of_other_threads(unet, change):
+    apply_patch(unet, r=0.5)
+    merged, inside, go_on = run(unet), threading.Event(), threading.Event()
+
+    def pause(*_: Any) -> None:
+        inside.set()
+        go_on.wait(20)
+
+    handle = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(pause)
+    with ThreadPoolExecutor(2) as pool:
+        drawing = pool.submit(run, unet)
+        inside.wait(20)
+        changing = pool.submit(change, unet)
+        time.sleep(0.1)
+        assert config_of(unet) == ATCConfig(r=0.5)
+        go_on.set()
+        assert torch.equal(drawing.result(), merged)
+        changing.result()
+    handle.remove()
+    assert config_of(unet) != ATCConfig(r=0.5)
 
 
 def test_requests_of_one_event_loop_are_told_apart(unet):

@@ -1,11 +1,8 @@
 """The state of one call of a network, which the hooks inside the network find, whichever thread they run in."""
 
-import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from atc_diffusion.adapters import MergedCall
 from atc_diffusion.adapters.obstacles import Limit
+from atc_diffusion.calls.stack import called
 from atc_diffusion.forecasting import Decision
 from atc_diffusion.merging.reuse import CachedClusters
 from atc_diffusion.report import RunLog
@@ -114,18 +112,4 @@ def present_call(owner: object) -> Call | None:
     call = present.call
     if call is None or call.owner is not owner or torch.compiler.is_compiling():
         return call if call is not None and call.owner is owner else None
-    return call if not call.running or _is_being_called(call.network) else None
-
-
-def _is_being_called(network: nn.Module) -> bool:
-    """Whether PyTorch's call of a network is on the stack of this thread, where it is among the outermost ones."""
-    frames = [frame for frame in stack() if frame.f_code is nn.Module._call_impl.__code__]
-    return any(each.f_locals.get("self") is network for each in reversed(frames))
-
-
-def stack() -> Iterator[FrameType]:
-    """The stack of this thread, from the innermost frame."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    return call if not call.running or any(each is call.network for each in called()) else None

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from atc_diffusion.adapters import ImageInput
 from atc_diffusion.calls.position import is_transformed
+from atc_diffusion.calls.stack import frames
 from atc_diffusion.calls.state import version
-from atc_diffusion.merging.call import Call, Part, present, present_call, stack
+from atc_diffusion.merging.call import Call, Part, present, present_call
 
 MAX_REPEATED = 32  # calls with latents in one memory, such as a buffer that is reused; older ones are forgotten
 
@@ -126,7 +127,7 @@ def is_in_backward() -> bool:
 
 def is_recomputed_by_torch() -> bool:
     """Whether a gradient checkpoint of PyTorch is on the stack of this thread."""
-    return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in stack())
+    return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in frames())
 
 
 def unseen_by_checkpoints() -> AbstractContextManager[Any]:
@@ -144,7 +145,7 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._by_latents: WeakKeyDictionary[torch.UntypedStorage, dict[object, Call]] = WeakKeyDictionary()
+        self._by_latents: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[object, ...], Call]] = WeakKeyDictionary()
         self._by_value: WeakValueDictionary[_Digest, Call] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,15 +156,17 @@ class Memory:
         latents = image.latents
         if is_transformed(latents):
             return
-        _put(self._by_latents.setdefault(latents.untyped_storage(), {}), _place(latents, time), call)
+        _put(self._by_latents.setdefault(latents.untyped_storage(), {}), _places(image, time), call)
         if torch.is_grad_enabled():
             self._by_value[_values(image, time)] = call
 
     def find(self, image: ImageInput, time: float) -> Call | None:
-        """The call that one with these arguments repeats."""
+        """The call that one with these arguments repeats; the last with these latents if others were made anew."""
         if found := _find(self._by_value, _values(image, time)):
             return found[0]
-        return self._by_latents.get(image.latents.untyped_storage(), {}).get(_place(image.latents, time))
+        known, places = self._by_latents.get(image.latents.untyped_storage(), {}), _places(image, time)
+        same_latents = [call for other, call in known.items() if other[0] == places[0]]
+        return known.get(places) or (same_latents[-1] if same_latents else None)
 
 
 def keep_with_graph(call: Call, returned: Any) -> None:
@@ -180,11 +183,18 @@ def _put(known: dict[Any, Any], key: object, value: object) -> None:
         del known[next(iter(known))]
 
 
-def _place(x: Tensor, time: float) -> object:
-    return x.storage_offset(), x.shape, version(x), time
+def _places(image: ImageInput, time: float) -> tuple[object, ...]:
+    """Where the latents and the other arguments lie in memory."""
+    latents, *others = _tensors(image)
+    places = tuple((x.untyped_storage()._cdata, x.storage_offset(), x.shape, version(x)) for x in others)
+    return (latents.storage_offset(), latents.shape, version(latents), time), places
 
 
 def _values(image: ImageInput, time: float) -> _Digest:
-    """Of all arguments: calls with different texts may have the same latents."""
+    return _Digest.of(time, _tensors(image))
+
+
+def _tensors(image: ImageInput) -> list[Tensor]:
+    """All arguments: calls with different texts may have the same latents."""
     others = tree_leaves((image.others, image.residuals))
-    return _Digest.of(time, [image.latents, *(x for x in others if type(x) is Tensor and not is_transformed(x))])
+    return [image.latents, *(x for x in others if type(x) is Tensor and not is_transformed(x))]

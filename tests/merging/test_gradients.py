@@ -107,6 +107,22 @@ def test_calls_that_differ_little_are_recomputed_with_the_clusters_they_had(unet
     assert torch.equal(*gradients)
 
 
+def test_one_tensor_of_latents_with_two_texts_is_recomputed_with_the_clusters_of_each(unet):
+    """Under checkpoints that compute without gradients first, so that values are not compared."""
+    gradients = []
+    for checkpointed in (False, True):
+        net, latents = apply_patch(copy.deepcopy(unet).requires_grad_(True), r=0.5), sample().requires_grad_(True)
+        loss = torch.zeros(())
+        for sign in (1, -1):
+            call = partial(net, return_dict=False)
+            given = latents, timesteps(900)[0], sign * embedding()
+            (output,) = checkpoint(call, *given, use_reentrant=True) if checkpointed else call(*given)
+            loss = output.square().mean() - 2 * loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [Transformer2DModel, BasicTransformerBlock, Attention])
 def test_a_checkpoint_around_a_part_is_right(unet, kind):
     config, gradients = ATCConfig(r=0.5), []
