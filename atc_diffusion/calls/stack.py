@@ -10,7 +10,7 @@ from torch import nn
 
 def frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
     """The frames of a stack, from the innermost one; of this thread if none is given."""
-    frame = innermost or sys._getframe()
+    frame: FrameType | None = innermost or sys._getframe()
     while frame is not None:
         yield frame
         frame = frame.f_back

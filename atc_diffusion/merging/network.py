@@ -11,21 +11,21 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
-from atc_diffusion.calls.forward import WatchedForward
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, time_of
 from atc_diffusion.calls.reference import Reference
 from atc_diffusion.calls.state import NetworkState
 from atc_diffusion.calls.tracing import refuse_tracing
 from atc_diffusion.config import MergeConfig
-from atc_diffusion.forecasting import Decision, Forecaster
-from atc_diffusion.forecasting.deferred import is_deferred, is_forced, realized
+from atc_diffusion.forecasting import Decision
+from atc_diffusion.forecasting.deferred import is_deferred, realized
 from atc_diffusion.merging.call import Call, present, present_call
 from atc_diffusion.merging.checkpoints import Memory, is_in_backward, is_recomputed_by_torch, keep_with_graph
 from atc_diffusion.merging.layer import LayerHooks
 from atc_diffusion.merging.layers import PatchedLayers
 from atc_diffusion.merging.reuse import CachedClusters
 from atc_diffusion.merging.runs import Run, Runs, locate
+from atc_diffusion.merging.skipping import Skipping
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge
 
 
@@ -59,15 +59,17 @@ class NetworkPatch:
         self._family = family
         self._layers = layers
         self._patched = PatchedLayers(network, family, layers, config)
-        self._pipeline = pipeline
-        self._denoiser = denoiser
         self._parameters = _parameters(type(network))
         self._state = NetworkState(network)
         self._memory = Memory()
         self._last_run = Run()
         self._hooks = [LayerHooks(self, layer, family, config) for layer in layers]
         self._handles: list[RemovableHandle] = []
-        self._forward = WatchedForward(network, self) if config.forecast_tolerance else None
+        self.skipping: Skipping | None = None
+        if tolerance := config.forecast_tolerance:
+            self.skipping = Skipping(
+                network, self, family, tolerance, self._state, self._sees_last_arguments, pipeline, denoiser
+            )
 
     def attach(self) -> None:
         self._handles = [
@@ -75,15 +77,15 @@ class NetworkPatch:
             self._network.register_forward_hook(self._end, always_call=True),
             *(handle for hooks in self._hooks for handle in hooks.attach()),
         ]
-        if self._forward is not None:
-            self._forward.attach()
+        if self.skipping is not None:
+            self.skipping.forward.attach()
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._patched.detach()
-        if self._forward is not None:
-            self._forward.detach()
+        if self.skipping is not None:
+            self.skipping.forward.detach()
 
     def __str__(self) -> str:
         return f"{self.name or type(self._network).__name__}: {self._patched} (latents of 64 x 64)"
@@ -95,7 +97,7 @@ class NetworkPatch:
 
     def forecasts(self) -> ForecastSummary | None:
         """The forecast steps of the last run; None if the configuration forecasts none."""
-        return self._last_run.log.forecasts() if self.config.forecast_tolerance else None
+        return self._last_run.log.forecasts() if self.skipping is not None else None
 
     def merges(self) -> list[RecordedMerge]:
         """The clusters of the last run."""
@@ -121,11 +123,12 @@ class NetworkPatch:
         kept = self._patched.kept(image.size, position.progress)
         limits = self._patched.prepare(network, image.size, kept)
         inputs = self._inputs(image, run, position)
-        decision = self._decide(run, position, inputs, partial(network, *args, **kwargs))
+        call = partial(network, *args, **kwargs)
+        decision = self.skipping.decide(run, position, inputs, call) if self.skipping is not None else Decision()
         clusters = CachedClusters() if decision.output is not None else self._clusters(run, position, image, inputs)
         clusters.keep_maps({count for counts in kept.values() for count in counts})
         self._last_run = run
-        call = Call(
+        made = Call(
             owner=self,
             network=network,
             kept=kept,
@@ -141,8 +144,8 @@ class NetworkPatch:
             outer=present.call,
             decision=decision,
         )
-        self._memory.add(call, image, time)
-        return call
+        self._memory.add(made, image, time)
+        return made
 
     def _repeated(self, network: nn.Module, image: ImageInput) -> Call | None:
         """A call that a gradient checkpoint makes again, with what it merged the first time; None: it is a new one."""
@@ -157,13 +160,9 @@ class NetworkPatch:
         self._patched.prepare(network, image.size, first.kept)
         return first.repeated(network, present.call)
 
-    @property
-    def _scheduler(self) -> Any:
-        return getattr(self._pipeline(), "scheduler", None)
-
     def _inputs(self, image: ImageInput, run: Run, position: Position) -> Inputs:
         """What can be compared of the arguments and of the network's state."""
-        state = self._state.fingerprint(in_place=self._forward is not None)
+        state = self._state.fingerprint(in_place=self.skipping is not None)
         inputs = Inputs.of(image.latents, image.residuals, image.others, state)
         return run.clock.without_time(inputs, position.passed)
 
@@ -179,43 +178,6 @@ class NetworkPatch:
         """Whether no hook that was registered later can change the arguments; from the next call on, none can."""
         hooks, own = self._network._forward_pre_hooks, self._handles[0].id
         return next(reversed(hooks)) == own
-
-    def _decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
-        if not self.config.forecast_tolerance or is_forced(self):
-            return Decision()
-        if reason := self._never():
-            return Decision(reason=reason)
-        if (denoiser := self._denoiser()) is not None:
-            return self._defer(denoiser, run, position, inputs, call)
-        if run.forecasts is None:
-            noise = self._family.noise(self._scheduler)
-            run.forecasts = Forecaster(self._family, noise, self.config.forecast_tolerance)
-        return run.forecasts.decide(inputs, position)
-
-    def _never(self) -> str:
-        """Why no call is forecast at present; "" if one may be."""
-        if self._forward is None or not self._forward.is_trusted:
-            if self._forward is not None:
-                self._forward.mend()
-            return "the network's forward was replaced, as by a cache"
-        if not self._sees_last_arguments():
-            return "a hook was registered after the patch, and may change the arguments"
-        if stranger := self._state.stranger():
-            return f"{stranger} may have to see every step"
-        return ""
-
-    def _defer(
-        self, denoiser: "NetworkPatch", run: Run, position: Position, inputs: Inputs, call: partial[Any]
-    ) -> Decision:
-        """A ControlNet's call, put off where the coming one of its denoiser will probably be forecast."""
-        served = denoiser.runs.present(position.entry, position.time)
-        if served is not None and served.forecasts is not None and inputs.readable and not torch.is_grad_enabled():
-            coming = served.position_at(position.entry, position.time)
-            if not denoiser._never() and served.forecasts.expects(inputs, coming):
-                put_off = run.deferrals.put_off(inputs, call, self)
-                if put_off is not None:
-                    return Decision(put_off)
-        return Decision(reason="the denoiser is computed", end=partial(run.deferrals.remember, inputs))
 
     @torch.compiler.disable
     def skipped(self) -> Any:
@@ -259,7 +221,7 @@ class NetworkPatch:
             return
         if torch.is_grad_enabled():
             keep_with_graph(call, output)
-        if self.config.forecast_tolerance:
+        if self.skipping is not None:
             call.log.reasons[call.step] = call.log.reasons.get(call.step) or call.decision.reason
         for name, merge in call.merges.items():
             call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)

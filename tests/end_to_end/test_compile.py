@@ -19,6 +19,7 @@ SMALL = UNET | {
     "block_out_channels": (16,),
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
 }
 TIMESTEPS = torch.tensor([900, 700, 500, 300, 100])
 
