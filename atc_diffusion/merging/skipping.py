@@ -1,0 +1,88 @@
+"""Whether the calls of a patched network are made: by what is forecast for it, or for the network that it serves."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from atc_diffusion.adapters import Family
+from atc_diffusion.calls.forward import WatchedForward, Watcher
+from atc_diffusion.calls.inputs import Inputs
+from atc_diffusion.calls.position import Position
+from atc_diffusion.calls.reference import Reference
+from atc_diffusion.calls.state import NetworkState
+from atc_diffusion.forecasting import Decision, Forecaster
+from atc_diffusion.forecasting.deferred import is_forced
+from atc_diffusion.merging.runs import Run
+
+
+class Skipping:
+    """Decides which calls of one network are made.
+
+    Args:
+        network: the network.
+        owner: its patch, which skips the calls.
+        family: its adapter.
+        tolerance: the error budget of a run.
+        state: of the network.
+        sees_last_arguments: whether no hook that was registered later can change the arguments.
+        pipeline: refers to the network's pipeline, whose scheduler may be exchanged, or to nothing.
+        denoiser: refers to the patch of the network that a ControlNet serves, or to nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        owner: Watcher,
+        family: Family,
+        tolerance: float,
+        state: NetworkState,
+        sees_last_arguments: Callable[[], bool],
+        pipeline: Reference,
+        denoiser: Reference,
+    ) -> None:
+        self.forward = WatchedForward(network, owner)
+        self._owner = owner
+        self._family = family
+        self._tolerance = tolerance
+        self._state = state
+        self._sees_last_arguments = sees_last_arguments
+        self._pipeline = pipeline
+        self._denoiser = denoiser
+
+    def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
+        """Whether a `call` of the network is made."""
+        if is_forced(self._owner):
+            return Decision()
+        if reason := self.never():
+            return Decision(reason=reason)
+        if (denoiser := self._denoiser()) is not None:
+            return self._defer(denoiser, run, position, inputs, call)
+        if run.forecasts is None:
+            noise = self._family.noise(getattr(self._pipeline(), "scheduler", None))
+            run.forecasts = Forecaster(self._family, noise, self._tolerance)
+        return run.forecasts.decide(inputs, position)
+
+    def never(self) -> str:
+        """Why no call is skipped at present; "" if one may be."""
+        if not self.forward.is_trusted:
+            self.forward.mend()
+            return "the network's forward was replaced, as by a cache"
+        if not self._sees_last_arguments():
+            return "a hook was registered after the patch, and may change the arguments"
+        if stranger := self._state.stranger():
+            return f"{stranger} may have to see every step"
+        return ""
+
+    def _defer(self, denoiser: Any, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
+        """A ControlNet's call, put off where the coming one of its denoiser will probably be forecast."""
+        served = denoiser.runs.present(position.entry, position.time)
+        if served is not None and served.forecasts is not None and inputs.readable and not torch.is_grad_enabled():
+            coming = served.position_at(position.entry, position.time)
+            if not denoiser.skipping.never() and served.forecasts.expects(inputs, coming):
+                put_off = run.deferrals.put_off(inputs, call, self._owner)
+                if put_off is not None:
+                    return Decision(put_off)
+        return Decision(reason="the denoiser is computed", end=partial(run.deferrals.remember, inputs))
