@@ -24,6 +24,7 @@ from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
 
 FEWEST_STEPS = 12  # of a run in which anything is forecast; with 10, fewer steps come as close in the same time
 NOISE = 0.2  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
+NOISY_STEPS = 20  # for which that holds; the more steps, the more noise there is in all, and the less of it counts
 GROWTH = 1.0, 5.0  # of an error until the image is done: the least, and more in noise, where images take shape
 OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
 LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
@@ -127,7 +128,8 @@ class Forecaster:
         if not self._error(series, position) <= self._tolerance * (OUTPUT + trajectory.fit.new):
             return "forecasts were not accurate enough"
         change = self._change(series, position)
-        allowed = self._tolerance * (1 / position.count + NOISE * trajectory.fit.new)
+        noise = NOISE * trajectory.fit.new * min(1.0, NOISY_STEPS / position.count)
+        allowed = self._tolerance * (1 / position.count + noise)
         return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
 
     def _error(self, series: Series, position: Position) -> float:

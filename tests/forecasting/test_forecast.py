@@ -102,6 +102,16 @@ def test_samplers_are_forecast_with_and_without_noise(scheduler, least):
     assert len(forecast_steps(pipe)) >= 3
 
 
+@pytest.mark.slow
+def test_the_noise_of_many_steps_allows_no_more_error_than_that_of_few():
+    pipe = emoji(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True))
+    penguin = partial(draw_emoji, pipe, "penguin", seed=1, num_inference_steps=50)
+    expected = penguin()
+    apply_patch(pipe, ATCConfig.forecast())
+    assert fidelity(penguin(), expected) > 25
+    assert len(forecast_steps(pipe)) >= 10
+
+
 def emoji(scheduler: Any) -> Any:
     """The bundled model with another scheduler of its noise."""
     pipe = load_pipeline(str(EMOJI), torch.float32)
