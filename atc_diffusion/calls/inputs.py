@@ -172,8 +172,8 @@ class Sharing:
     @classmethod
     def of(cls, latents: Tensor) -> "Sharing | None":
         """Items of equal `latents` `[B, C, ...]` share the clusters of the last of them; None if all differ."""
-        equal = torch.stack([(latents == item).flatten(1).all(dim=1) for item in latents]).tolist()
-        last = [max(other for other, same in enumerate(row) if same or other == item) for item, row in enumerate(equal)]
+        rows = enumerate(equal_items(latents))
+        last = [max(other for other, same in enumerate(row) if same or other == item) for item, row in rows]
         clustered = sorted(set(last))
         if len(clustered) == len(last):
             return None
@@ -187,6 +187,12 @@ class Sharing:
     def spread(self, labels: Tensor) -> Tensor:
         """Labels `[B * F, N]` of all items, from those of the clustered ones `[U * F, N]`."""
         return labels.unflatten(0, (len(self.clustered), -1))[self.used].flatten(0, 1)
+
+
+def equal_items(latents: Tensor) -> list[list[bool]]:
+    """For each item of a batch, which items are equal to it."""
+    equal: list[list[bool]] = torch.stack([(latents == item).flatten(1).all(dim=1) for item in latents]).tolist()
+    return equal
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:

@@ -20,7 +20,7 @@ from atc_diffusion.adapters.noise import NoiseSchedule
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position
 from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
-from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory
+from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory, parts_of
 
 FEWEST_STEPS = 12  # of a run in which anything is forecast; with 10, fewer steps come as close in the same time
 NOISE = 0.2  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
@@ -66,14 +66,18 @@ class Forecaster:
         self._tolerance = tolerance
         self._trajectories: list[Trajectory] = []
         self._channels: int | None = None  # that are denoised; known from the first output
+        self._refused = -math.inf  # the last step at which a call had to be made, whatever is forecast for it
 
     def decide(self, inputs: Inputs, position: Position) -> Decision:
         """Whether a call is made."""
         if reason := self._never(inputs, position):
+            self.refuse(position)
             return Decision(reason=reason)
-        trajectory = self._trajectory(inputs.latents, position)
-        found = trajectory.matching(inputs)
-        series = found[0] if found else Series(inputs.clone(), position.index)
+        latents = self._denoised(inputs)
+        parts = parts_of(latents)
+        trajectory = self._trajectory(latents[parts[0]], position)
+        found = trajectory.matching(inputs, parts)
+        series = found[0] if found else Series(inputs.clone(), parts, position.index)
         if not found:
             trajectory.series.append(series)
         jumped = series.take_added(inputs.moving[1:])
@@ -84,14 +88,19 @@ class Forecaster:
             reason = "calls that look the same differ"
         series.index = position.index
         if reason:
-            return Decision(reason=reason, end=partial(self._learn, trajectory, series, position))
-        return Decision(self._forecast(trajectory, series, position))
+            return Decision(reason=reason, end=partial(self._learn, trajectory, series, latents, position))
+        return Decision(self._forecast(series, latents, position))
+
+    def refuse(self, position: Position) -> None:
+        """Know that a call at this position is made, and so all others of its step: guidance multiplies differences."""
+        self._refused = position.index
 
     def expects(self, inputs: Inputs, position: Position) -> bool:
         """Whether the calls that continue those of the step before, with these latents, will be forecast."""
         if self._never(inputs, position):
             return False
-        trajectory = self._trajectory(inputs.latents, position)
+        latents = self._denoised(inputs)
+        trajectory = self._trajectory(latents[parts_of(latents)[0]], position)
         waiting = [each for each in trajectory.series if each.index < position.index]
         return bool(waiting) and not any(self._reason(trajectory, each, position) for each in waiting)
 
@@ -99,7 +108,7 @@ class Forecaster:
         """Why no call at a position is forecast; "" if one may be."""
         if torch.is_grad_enabled() or not inputs.readable or math.isnan(position.time):
             return "gradients are recorded, or values unreadable"
-        if position.entry is not None and position.entry.values[0] <= 1:
+        if position.entry is not None and (position.entry.values[0] <= 1 or position.entry.values[-1] < 0):
             return "the timesteps are not on a scale from 1000 to 0"
         if position.entry is not None and position.entry.are_in_pairs:
             return "the sampler repeats its timesteps"
@@ -114,6 +123,8 @@ class Forecaster:
         """Why a call is not forecast; "" if it is."""
         if position.is_last or position.passed < 2 or math.isnan(position.count):
             return "the first two steps and the last are computed"
+        if self._refused >= position.index - 1:
+            return "another call of the same step had to be made"
         if trajectory.fit is None or len(series.computed) < 2:
             return "the latents or their conditions are not those of a run so far"
         if trajectory.is_surprising:
@@ -153,30 +164,36 @@ class Forecaster:
         now, later = (self._noise(time).log_ratio for time in (position.time, position.next_time))
         return math.exp(min(now - later, 0.0))
 
-    def _forecast(self, trajectory: Trajectory, series: Series, position: Position) -> Any:
+    def _forecast(self, series: Series, latents: Tensor, position: Position) -> Any:
         """What the network would return, in the form in which it last did."""
         series.owed += self._change(series, position)
         series.clean = series.extrapolated(position.time)
         noise = self._noise(position.time)
         series.forecast.append((Seen(position.time, noise.log_ratio, series.clean), self._kept(position)))
-        output = noise.output(trajectory.latents, series.clean)
-        return self._family.returned(series.template, output)
+        return self._family.returned(series.template, noise.output(latents, series.clean))
 
-    def _learn(self, trajectory: Trajectory, series: Series, position: Position, returned: Any) -> Any:
+    def _learn(self, trajectory: Trajectory, series: Series, latents: Tensor, position: Position, returned: Any) -> Any:
         """Learn from what a call returned; gives it back, changed so that it makes up for forecasts before it."""
         if len(returned) != 1:
             return returned
-        output = self._family.output(returned, trajectory.latents)
-        self._channels = min(output.shape[1], trajectory.latents.shape[1])
-        trajectory.narrow(self._channels)
-        latents, noise, kept = trajectory.latents, self._noise(position.time), self._kept(position)
-        seen = Seen(position.time, noise.log_ratio, noise.clean(latents, output[:, : self._channels]))
+        output = self._family.output(returned, latents)
+        if self._channels is None and output.shape[1] < latents.shape[1]:
+            self._channels = output.shape[1]
+            latents = latents[:, : self._channels]
+            series.parts = parts_of(latents)
+            trajectory.latents = latents[series.parts[0]]
+        noise, kept = self._noise(position.time), self._kept(position)
+        seen = Seen(position.time, noise.log_ratio, noise.clean(latents, output[:, : latents.shape[1]]))
         better = series.see(seen, norms(latents), noise.clean_factor, kept, not trajectory.is_rough)
         series.template, series.clean, series.owed = returned, seen.image if better is None else better, 0.0
         return returned if better is None else self._family.returned(returned, noise.output(latents, better))
 
+    def _denoised(self, inputs: Inputs) -> Tensor:
+        """The channels that are denoised, as far as that is known, of each item, float32."""
+        return inputs.latents[:, : self._channels].detach().float().clone()
+
     def _trajectory(self, latents: Tensor, position: Position) -> Trajectory:
-        """The image that `latents` belong to, or a new one."""
+        """The images that `latents` belong to, or new ones."""
         for trajectory in self._trajectories:
             if trajectory.is_at(latents, position):
                 return trajectory
@@ -203,7 +220,7 @@ class Forecaster:
         return end.sigma * math.sqrt(max(0.0, 1 - math.exp(2 * (start.log_ratio - end.log_ratio))))
 
     def _begin(self, latents: Tensor, position: Position) -> Trajectory:
-        trajectory = Trajectory.begin(latents, self._channels or latents.shape[1], position)
+        trajectory = Trajectory(position, latents)
         awaited = [each for each in self._trajectories if each.position.index >= position.index - PATIENCE]
         self._trajectories = [*awaited[1 - MAX_IMAGES :], trajectory]
         while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:

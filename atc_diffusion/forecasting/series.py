@@ -13,6 +13,8 @@ MAX_SKIPPED = 2  # calls in a row that may be forecast
 MAX_MENDED = 0.08  # of the norm of the latents: what a computed output may be changed by to make up for forecasts
 TINY = torch.finfo(torch.float32).tiny
 
+Parts = list[list[int]]  # for each part of guidance in a batch, the items at which its images stand
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -29,6 +31,7 @@ class Series:
 
     Attributes:
         inputs: of its first call.
+        parts: the parts of guidance in its batch.
         index: the step of its last call.
         computed: what the network saw in its last computed calls, the newest last.
         forecast: what it was forecast to see in the calls since, with the factor of the latents in each step.
@@ -43,6 +46,7 @@ class Series:
     """
 
     inputs: Inputs
+    parts: Parts
     index: int
     computed: list[Seen] = field(default_factory=list)
     forecast: list[tuple[Seen, float]] = field(default_factory=list)

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atc_diffusion.calls.inputs import Inputs
+from atc_diffusion.calls.inputs import Inputs, equal_items
 from atc_diffusion.calls.position import Position
-from atc_diffusion.forecasting.series import Series, norms
+from atc_diffusion.forecasting.series import Parts, Series, norms
 
 PATIENCE = 3  # steps that an image, or one of its conditions, may be away: guidance may skip some
 MEMORY = 3  # earlier clean images that solvers of up to fourth order use
@@ -49,13 +49,11 @@ class Fit:
 
 @dataclass
 class Trajectory:
-    """One image, or a batch of images that are drawn together.
+    """One image, or several that are drawn together.
 
     Attributes:
         position: of its last call.
-        latents: those of its last call, `[B, C, ...]`, float32.
-        conditions: channels beside the denoised ones, such as a mask, `[B, ...]`.
-        parts: how many times the batch repeats the same latents, as parts of guidance do.
+        latents: those of its last call, the denoised channels of each image once, `[M, C, ...]`, float32.
         series: one for each condition.
         past: the clean images of earlier steps, the newest first, each for all parts of guidance, `[M, C, ...]`.
         fit: of the last step; None at the first.
@@ -68,8 +66,6 @@ class Trajectory:
 
     position: Position
     latents: Tensor
-    conditions: Tensor
-    parts: int
     series: list[Series] = field(default_factory=list)
     past: list[list[Tensor]] = field(default_factory=list)
     fit: Fit | None = None
@@ -78,10 +74,6 @@ class Trajectory:
     usual: float = math.inf
     refusal: str = ""
     roughness: float = 1.0
-
-    @classmethod
-    def begin(cls, latents: Tensor, channels: int, position: Position) -> "Trajectory":
-        return cls(position, *_split(latents, channels), equal_parts(latents))
 
     @property
     def is_rough(self) -> bool:
@@ -92,17 +84,11 @@ class Trajectory:
         """
         return self.roughness > SMOOTH or (self.roughness > 1 and len(self.past) < MEMORY)
 
-    def narrow(self, channels: int) -> None:
-        """Learn, of the first output, how many channels are denoised; the others are conditions."""
-        if channels < self.latents.shape[1]:
-            self.conditions = torch.cat([self.latents[:, channels:].to(self.conditions), self.conditions], dim=1)
-            self.latents = self.latents[:, :channels]
-
     @property
     def num_bytes(self) -> int:
         """Of the tensors that it keeps, all of about one size."""
         past = sum(x.numel() for each in self.past for x in each)
-        return (self.latents.numel() * (2 + 5 * len(self.series)) + past) * 4
+        return (self.latents.numel() * (2 + 5 * sum(len(each.parts) for each in self.series)) + past) * 4
 
     @property
     def is_surprising(self) -> bool:
@@ -111,22 +97,18 @@ class Trajectory:
 
     def is_at(self, latents: Tensor, position: Position) -> bool:
         """Whether a call with `latents` is of the present step of this image, as for another condition."""
-        return position.index == self.position.index and self._continues(latents) and self._has(latents)
+        return position.index == self.position.index and torch.equal(latents, self.latents)
 
     def fit_to(self, latents: Tensor, position: Position) -> Fit | None:
         """How the `latents` of a later step would be made of this image; None if they are of something else."""
         parts = self._parts()
         if not self.position.index < position.index <= self.position.index + PATIENCE:
             return None
-        if not parts or not self._continues(latents):
-            return None
-        images = len(latents) // self.parts
-        now, conditions = _split(latents, self.latents.shape[1])
-        if not torch.equal(conditions, self.conditions):
+        if not parts or latents.shape != self.latents.shape:
             return None
         past = [each for each in self.past if len(each) == len(parts)]
-        fit = _fit(self.latents[:images], [parts, *past], now[:images])
-        enough = max(SIGNIFICANT / math.sqrt(now[0].numel()), LEAST_KEPT)
+        fit = _fit(self.latents, [parts, *past], latents)
+        enough = max(SIGNIFICANT / math.sqrt(latents[0].numel()), LEAST_KEPT)
         return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
 
     def advance(self, latents: Tensor, position: Position, fit: Fit, fresh: float) -> None:
@@ -137,15 +119,14 @@ class Trajectory:
         self.last_index, self.fresh = self.position.index, fresh
         self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
-        self.fit, self.position, self.parts = fit, position, equal_parts(latents)
+        self.fit, self.position, self.latents = fit, position, latents
         self.roughness = max(self.roughness, fit.roughness)
-        self.latents, self.conditions = _split(latents, self.latents.shape[1])
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
 
     def _settle_errors(self, weights: tuple[float, ...]) -> None:
         """Learn how far off the last forecasts were: each part, and all together, as guidance weighs them."""
         series = [(each, each.off) for each in self.series if each.off is not None]
-        parts = [part for _, off in series for part in off.chunk(self.parts)]
+        parts = [off[items] for each, off in series for items in each.parts]
         if not parts:
             return
         errors = [norms(part).max() for part in parts]
@@ -156,35 +137,32 @@ class Trajectory:
         for each, _ in series:
             each.error, each.off = error, None
 
-    def matching(self, inputs: Inputs) -> list[Series]:
+    def matching(self, inputs: Inputs, parts: Parts) -> list[Series]:
         """The conditions that no call of this step has had yet and that a call with these inputs may continue."""
-        waiting = [each for each in self.series if each.index < self.position.index]
-        return [each for each in waiting if each.inputs.same_conditions(inputs)]
-
-    def _continues(self, latents: Tensor) -> bool:
-        """Whether latents are of this shape."""
-        channels = self.latents.shape[1] + self.conditions.shape[1]
-        return latents.shape == (len(self.latents), channels, *self.latents.shape[2:])
-
-    def _has(self, latents: Tensor) -> bool:
-        now, conditions = _split(latents, self.latents.shape[1])
-        return torch.equal(now, self.latents) and torch.equal(conditions, self.conditions)
+        waiting = [each for each in self.series if each.index < self.position.index and each.parts == parts]
+        channels = self.latents.shape[1]  # the others are conditions, such as a mask
+        return [
+            each
+            for each in waiting
+            if each.inputs.same_conditions(inputs)
+            and torch.equal(each.inputs.latents[:, channels:], inputs.latents[:, channels:])
+        ]
 
     def _parts(self) -> list[Tensor]:
         """The clean images that the sampler got at the last step, one for each part of guidance, `[M, C, ...]`."""
-        last = [each.clean for each in self.series if each.index == self.position.index and each.clean is not None]
-        return [part for clean in last for part in clean.chunk(self.parts)]
+        last = [each for each in self.series if each.index == self.position.index]
+        return [each.clean[items] for each in last if each.clean is not None for items in each.parts]
 
 
-def equal_parts(latents: Tensor) -> int:
-    """How many times the batch repeats the same latents, as parts of guidance do."""
-    sizes = [parts for parts in range(4, 1, -1) if len(latents) % parts == 0]
-    return next((n for n in sizes if all(torch.equal(latents.chunk(n)[0], x) for x in latents.chunk(n)[1:])), 1)
-
-
-def _split(latents: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Copies of the denoised channels, float32, and of the others."""
-    return latents[:, :channels].detach().float().clone(), latents[:, channels:].detach().clone()
+def parts_of(latents: Tensor) -> Parts:
+    """The parts of guidance in a batch of denoised latents: of each, at which items the images stand."""
+    places: dict[int, list[int]] = {}
+    for item, row in enumerate(equal_items(latents)):
+        places.setdefault(row.index(True) if True in row else item, []).append(item)
+    images = (
+        list(places.values()) if len(set(map(len, places.values()))) == 1 else [[item] for item in range(len(latents))]
+    )
+    return list(map(list, zip(*images, strict=True)))
 
 
 def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> Fit | None:

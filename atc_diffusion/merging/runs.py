@@ -36,6 +36,7 @@ class Run:
         self.deferrals = Deferrals()
         self.clock = Clock()
         self._start = self._pace = math.nan
+        self._first = 0  # index of its first entry, as an image-to-image run begins late
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, and what is read from a file, have only the log of what happened."""
@@ -55,7 +56,7 @@ class Run:
         if entry is None and self.position is not None and time < self.position.time:
             self._pace = self.position.time - time
         if self.position is None:
-            self._start = time
+            self._start, self._first = time, position.index
         self.position = position
         return position
 
@@ -65,7 +66,8 @@ class Run:
         if entry is not None:
             passed = 0 if last is None else last.passed + (entry.index > last.index)
             is_last = entry.index == len(entry.values) - 1
-            return Position(entry.index, passed, time, entry.next_time, len(entry.values), is_last, entry)
+            count = len(entry.values) - (entry.index if last is None else self._first)
+            return Position(entry.index, passed, time, entry.next_time, count, is_last, entry)
         if last is None:
             return Position(0, 0, time, time, math.nan, False)
         return self._by_pace(last, time) if time < last.time else last

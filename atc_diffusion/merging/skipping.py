@@ -56,13 +56,14 @@ class Skipping:
         """Whether a `call` of the network is made."""
         if is_forced(self._owner):
             return Decision()
-        if reason := self.never():
-            return Decision(reason=reason)
-        if (denoiser := self._denoiser()) is not None:
-            return self._defer(denoiser, run, position, inputs, call)
         if run.forecasts is None:
             noise = self._family.noise(getattr(self._pipeline(), "scheduler", None))
             run.forecasts = Forecaster(self._family, noise, self._tolerance)
+        if reason := self.never():
+            run.forecasts.refuse(position)
+            return Decision(reason=reason)
+        if (denoiser := self._denoiser()) is not None:
+            return self._defer(denoiser, run, position, inputs, call)
         return run.forecasts.decide(inputs, position)
 
     def never(self) -> str:

@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -28,6 +29,7 @@ from atc_diffusion import ATCConfig, apply_patch, load_pipeline, remove_patch, s
 from tests.helpers.drawing import PARTS
 from tests.helpers.ecosystem import enable_deep_cache, offload_groups, offload_sequentially
 from tests.helpers.forecasting import FORECAST, SKIPPED, STEPS, Calls, Counted, draw, forecast_steps
+from tests.helpers.loops import embedding, run, sample
 
 CPU = torch.device("cpu")
 FEW_MEMORIES = [lambda: DPMSolverMultistepScheduler(), lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True)]
@@ -167,6 +169,7 @@ def test_every_edit_of_the_latents_is_computed_also_where_a_sampler_adds_noise(s
     [
         (HeunDiscreteScheduler(), STEPS, "repeats its timesteps"),
         (KDPM2AncestralDiscreteScheduler(), STEPS, "repeats its timesteps"),  # but for rounding
+        (EDMEulerScheduler(), STEPS, "not on a scale from 1000 to 0"),  # but on that of the logarithm of the noise
         (DDIMScheduler(clip_sample=False), 11, "fewer than 12 steps"),
     ],
 )
@@ -176,6 +179,34 @@ def test_second_order_and_short_runs_are_computed(components, scheduler, steps, 
     apply_patch(pipe, FORECAST)
     assert torch.equal(draw(pipe, steps=steps), expected)
     assert reason in str(summary(pipe))
+
+
+def test_steps_that_image_to_image_leaves_out_do_not_count(unet):
+    apply_patch(unet, FORECAST)
+    run(unet, torch.linspace(950, 0, STEPS)[9:], embedding(2))
+    assert "fewer than 12 steps" in str(summary(unet))
+    run(unet, torch.linspace(950, 0, STEPS)[8:], embedding(2))
+    assert forecast_steps(unet)
+
+
+@torch.no_grad()
+def test_a_call_that_another_packages_hook_must_see_makes_all_calls_of_its_step(unet):
+    """As in guidance that perturbs the network for one of its conditions."""
+
+    def guided() -> Tensor:
+        latents, attention = sample(), unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        for t in torch.linspace(1000, 50, STEPS):
+            strong = unet(latents, t, embedding()).sample
+            handle = attention.register_forward_hook(lambda module, args, output: 0 * output)
+            weak = unet(latents, t, embedding()).sample
+            handle.remove()
+            latents = latents - 0.05 * (strong + 6 * (strong - weak))
+        return latents
+
+    expected = guided()
+    apply_patch(unet, FORECAST)
+    assert torch.equal(guided(), expected)
+    assert "none of 20 steps forecast: another call of the same step had to be made" in str(summary(unet))
 
 
 def test_latents_that_a_callback_changes_are_computed(components):

@@ -92,6 +92,46 @@ def test_a_timestep_may_come_twice():
         latents = 0.99 * sampled(latents, schedule(time).clean(latents, returned[0]), schedule(time), schedule(later))
 
 
+PARTS = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(2))  # what each begins as and moves by
+WEIGHTS = torch.tensor([-6.0, 5.0, 2.0])  # of the parts, as guidance weighs them
+
+
+@torch.no_grad()
+def guided(calls: list[list[int]], has_conditions: bool, num_images: int = 1) -> list[set[bool]]:
+    """Of each step, whether its calls were forecast; each call has some parts of guidance, for every image in turn."""
+    schedule = flow("flow")
+    forecaster, latents, forecast = Forecaster(UNetFamily(), schedule, 0.5), LATENTS[:num_images], []
+    for step, time in enumerate(TIMES):
+        guided, decided = torch.zeros_like(latents), set()
+        for parts in calls:
+            given = latents.repeat_interleave(len(parts), dim=0)
+            clean = torch.stack([PARTS[part, 0] + math.sin(time / 200) * PARTS[part, 1] for part in parts])
+            clean = clean.repeat(num_images, 1, 1, 1)
+            truth, marks = schedule(time).output(given, clean), torch.tensor(parts * num_images)
+            channel = marks.reshape(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+            inputs = Inputs((torch.cat([given, channel], dim=1),) if has_conditions else (given,), (marks,))
+            decision = forecaster.decide(inputs, position(step))
+            decided.add(decision.output is not None)
+            returned = decision.output if decision.output is not None else decision.end((truth,))
+            seen = schedule(time).clean(given, returned[0]).unflatten(0, (num_images, len(parts)))
+            guided += torch.einsum("p,mp...->m...", WEIGHTS[parts], seen)
+        latents = sampled(latents, guided, schedule(time), schedule(position(step).next_time))
+        forecast.append(decided)
+    return forecast
+
+
+@pytest.mark.parametrize("has_conditions", [False, True], ids=["same_channels", "other_channels"])
+@pytest.mark.parametrize("calls", [[[0], [1], [2]], [[0], [1, 2]], [[0, 1], [2]]])
+def test_parts_of_guidance_are_forecast_together_however_they_are_called(calls, has_conditions):
+    expected = guided([[0, 1, 2]], has_conditions=False)
+    assert {True} in expected
+    assert guided(calls, has_conditions) == guided([[0, 1, 2]], has_conditions) == expected
+
+
+def test_parts_of_guidance_are_recognised_image_by_image_too():
+    assert guided([[0, 1, 2]], False, num_images=2) == guided([[0], [1], [2]], False, num_images=2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_computed(value):
