@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-psnr", type=float, default=40.0, help="lowest PSNR, in dB (default: %(default)g)")
     parser.add_argument("--max-seconds", type=float, default=inf, help="begin no image after that (default: no limit)")
     parser.add_argument("--steps", type=_count, help="denoising steps (default: the pipeline's own)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the pipeline's own)")
+    parser.add_argument("--guidance", type=_finite, help="classifier-free guidance scale (default: the pipeline's own)")
     parser.add_argument("--size", type=_count, help="height and width in pixels (default: the model's own)")
     parser.add_argument("--image", type=Path, help="image to start from, for image-to-image (default: noise)")
     parser.add_argument("--batch-size", type=_count, default=1, help="images per prompt (default: %(default)s)")
@@ -60,10 +61,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = inf
+    if not isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return number
+
+
 def _file(text: str) -> Path:
     """Checked before hours are spent on what is to be written."""
     path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; give a file in a folder that exists")
     return path
 
@@ -99,8 +110,10 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _device(name: str | None) -> torch.device:
     found = devices_found()
-    if name and name.partition(":")[0] not in {device.type for device in found}:
-        raise ValueError(f"there is no device {name!r} here, only {' and '.join(map(str, found))}")
+    if name and name not in {form for device in found for form in (device.type, str(device))}:
+        kind, _, number = name.partition(":")
+        if kind not in {device.type for device in found} or not number.isdecimal():
+            raise ValueError(f"there is no device {name!r} here, only {' and '.join(map(str, found))}")
     return torch.device(name) if name else found[-1]
 
 

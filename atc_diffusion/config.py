@@ -20,6 +20,7 @@ from atc_diffusion.validation import (
     check_takes_one,
     did_you_mean,
     is_count,
+    is_number,
 )
 
 Fraction = float | Callable[[float], float]
@@ -131,6 +132,9 @@ class MergeConfig(Configuration):
         if type(self).cluster is MergeConfig.cluster:
             raise ValueError(f"{type(self).__name__} does not say how to cluster; use ATCConfig or ToMeConfig")
         object.__setattr__(self, "levels", _levels(self.levels))
+        for name in ("r", "r_keys", "recluster_threshold", "forecast_tolerance"):
+            if is_number(value := getattr(self, name)) and type(value) is not int:
+                object.__setattr__(self, name, float(value))  # of NumPy's, too
         for name in ("r", "r_keys"):
             self._check_fractions(name)
         if isinstance(self.r, Mapping) and isinstance(self.r_keys, Mapping) and self.r.keys() != self.r_keys.keys():
@@ -162,7 +166,7 @@ class MergeConfig(Configuration):
             if callable(fraction):
                 check_takes_one(name, fraction, "the progress of denoising, a number from 0 to 1")
             for progress in (0.0, 0.5, 1.0) if callable(fraction) else (None,):
-                if fraction is not None or name == "r":
+                if fractions is not None or name == "r":
                     self._check_fraction(name, fraction, progress)
 
     def _check_fraction(self, name: str, fraction: object, progress: float | None) -> float:

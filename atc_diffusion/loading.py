@@ -32,15 +32,15 @@ def quiet() -> Iterator[None]:
                 each.enable_progress_bar()
 
 
-def check_source(source: str, kind: str) -> bool:
+def check_source(source: str | Path, kind: str) -> bool:
     """Whether `source` is a folder with a `kind`, and not its hub id; raises ValueError if it can be neither."""
-    is_folder = Path(source).is_dir()
-    if not is_folder and (source.count("/") != 1 or source[0] in "/.~"):
+    is_folder = bool(source) and Path(source).is_dir()
+    if not is_folder and (isinstance(source, Path) or source.count("/") != 1 or source[0] in "/.~"):
         raise ValueError(f"there is no folder {source}; give a folder with a {kind}, or a hub id (owner/name)")
     return is_folder
 
 
-def load_pipeline(model: str, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
+def load_pipeline(model: str | Path, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
     """Load a diffusers pipeline to the CPU; neither loading nor calling it shows a progress bar.
 
     Args:
@@ -49,9 +49,12 @@ def load_pipeline(model: str, dtype: torch.dtype, **options: Any) -> "DiffusionP
         options: further arguments of `DiffusionPipeline.from_pretrained`.
 
     Raises:
-        ValueError: if there is no such pipeline, or the hub cannot be reached.
+        ValueError: if there is no such pipeline, the hub cannot be reached, or `dtype` is none.
     """
     from diffusers import DiffusionPipeline
+
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be one of torch's, such as torch.float16, got {dtype!r}")
 
     is_local = check_source(model, "pipeline")
     try:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -68,9 +69,15 @@ def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`: restores the original, bit for bit. Returns `model`.
 
     Raises:
-        ValueError: if another thread or asyncio task is inside `patched` on the model.
+        ValueError: if another thread or asyncio task is inside `patched` on the model, or only a part of what was
+            passed is patched, such as a network in an `nn.ModuleList`.
     """
-    attached.replace_patches(dict.fromkeys(find_networks(model).values()))
+    networks = find_networks(model).values()
+    for network in networks:
+        part = next(filter(attached.patch_of, network.modules()), network)
+        if part is not network:
+            raise ValueError(f"this {type(network).__name__} has a patched {type(part).__name__} in it; pass that")
+    attached.replace_patches(dict.fromkeys(networks))
     return model
 
 
@@ -181,6 +188,8 @@ def _hint(config: object) -> str:
     """What may have been meant: the name of a preset, what a preset or a class returns, or a fraction."""
     if isinstance(config, str) and isinstance(vars(ATCConfig).get(config), classmethod):
         config = getattr(ATCConfig, config)
+    if callable(config) and not isinstance(config, type | MethodType):
+        return "; did you mean r=, as a function of progress?"
     if callable(config):
         name = getattr(config, "__qualname__", repr(config))
         return f"; did you mean {_CALLS.get(name, f'{name}()')}?"

@@ -91,7 +91,7 @@ class ForecastSummary:
         if self.forecast:
             return f"{len(self.forecast)} of {len(self.steps)} steps forecast: {', '.join(map(str, self.forecast))}"
         reason, _ = Counter(self.reasons).most_common(1)[0]
-        return f"none of {len(self.steps)} steps forecast: {reason}"
+        return f"none of {len(self.steps)} step{'s' * (len(self.steps) != 1)} forecast: {reason}"
 
 
 @dataclass(frozen=True)

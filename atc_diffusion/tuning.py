@@ -1,5 +1,6 @@
 """Finds the fastest setting that keeps a pipeline's images: merging, forecasting, fewer steps, and combinations."""
 
+import difflib
 import inspect
 import math
 import time
@@ -189,7 +190,7 @@ def tune(
     """
     prompts = _as_prompts(prompts)
     steps = _default_steps(pipe) if num_inference_steps is None else num_inference_steps
-    _check(seed, steps, min_psnr, max_seconds, arguments)
+    _check(pipe, seed, steps, min_psnr, max_seconds, arguments)
     end, draw = time.perf_counter() + max_seconds, partial(_draw, pipe, arguments)
     cases = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
     with patched(pipe, ATCConfig.faster()):  # restores the present patch on leaving
@@ -227,7 +228,7 @@ def _compare(
             done += 1
             if note and setting.forecasts:  # what keeps one setting from forecasting keeps all
                 continue
-            drawn = draw(case, setting) if setting == unpatched else _attempt(draw, case, setting)
+            drawn = _checked(draw(case, setting)) if setting == unpatched else _attempt(draw, case, setting)
             if number == 0 and drawn and drawn.computed:
                 note = f"Forecasting: {drawn.computed}."
             elif drawn:
@@ -259,6 +260,16 @@ def _attempt(draw: Draw, case: Case, setting: Setting) -> Drawn | None:
     except Exception as error:  # whatever a driver, a model or a missing operation raises
         warnings.warn(f"left out {setting}, which fails here: {error}", stacklevel=4)
         return None
+
+
+def _checked(unpatched: Drawn) -> Drawn:
+    """What the pipeline draws, which is empty where numbers overflow, as those of some VAEs do in float16."""
+    if unpatched.pixels.min() == unpatched.pixels.max():
+        raise ValueError(
+            "the unpatched pipeline draws an empty image, with which none can be compared; try other arguments, or"
+            " dtype float32"
+        )
+    return unpatched
 
 
 def _draw(pipe: Any, arguments: dict[str, Any], case: Case, setting: Setting) -> Drawn:
@@ -296,11 +307,15 @@ def _as_prompts(prompts: object) -> list[str]:
     return given
 
 
-def _check(seed: object, steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+def _check(pipe: Any, seed: object, steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
+    if not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
     check_count("num_inference_steps", steps, "a number of steps from 1 up")
     check_not_negative("min_psnr", min_psnr)
     check_not_negative("max_seconds", max_seconds)
     for name in OWN_ARGUMENTS.keys() & arguments.keys():
         raise ValueError(f"tune sets {name} itself; {OWN_ARGUMENTS[name]}")
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in arguments.keys() - known.keys():
+        if close := difflib.get_close_matches(name, known, n=1):
+            raise ValueError(f"{type(pipe).__name__} has no argument {name!r}; did you mean {close[0]!r}?")

@@ -1,11 +1,12 @@
 """What a configuration accepts, and how it says no."""
 
 import copy
+import json
 import pickle
 import pydoc
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -42,6 +43,7 @@ from atc_diffusion.clustering.tree import Cuttable
         ({"r": None}, "got None$"),
         ({"r": lambda progress: 1.5 - progress}, r"r\(0.0\) is the fraction of tokens kept, in \(0, 1\], got 1.5"),
         ({"r_keys": 10}, r"r_keys is the fraction of tokens kept, in \(0, 1\], got 10; did you mean 0.1\?"),
+        ({"r_keys": {1: None}}, r"r_keys is the fraction of tokens kept, in \(0, 1\], got None"),
         ({"r_keys": {1: 0}}, r"r_keys is the fraction of tokens kept, in \(0, 1\], got 0"),
         ({"r": {1: 0.5}, "r_keys": {2: 0.5}}, "name different levels; name the same in both"),
         ({"r": {1: 0.5, 2: 40}}, r"got 40; did you mean 0.4\?"),
@@ -70,6 +72,13 @@ from atc_diffusion.clustering.tree import Cuttable
 def test_bad_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ATCConfig(**options)
+
+
+def test_numbers_of_numpy_print_and_are_written_as_those_of_python():
+    numbers: Any = {"r": np.float64(0.5), "r_keys": np.float32(0.25), "recluster_threshold": np.float32(0)}
+    config = ATCConfig(**numbers)
+    assert str(config) == "ATCConfig(r=0.5, r_keys=0.25, recluster_threshold=0.0)"
+    assert json.loads(json.dumps(asdict(config)))["r_keys"] == 0.25
 
 
 @pytest.mark.parametrize(("kind", "name"), [(ATCConfig, "share_guidance"), (ViTConfig, "proportional_attention")])

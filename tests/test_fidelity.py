@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from atc_diffusion import psnr, ssim
 
@@ -31,6 +33,28 @@ def test_images_of_different_shapes_are_refused(similarity):
 def test_images_without_8_bits_are_refused(similarity, image):
     with pytest.raises(ValueError, match=r"whole numbers from 0 to 255, got .*; .* pass \(image \* 255\).round\(\)"):
         similarity(BLACK, image)
+
+
+@pytest.mark.parametrize("shape", [(), (16, 16), (3, 16, 16), (16, 16, 4), (0, 16, 3)])
+@pytest.mark.parametrize("similarity", [psnr, ssim])
+def test_other_shapes_than_images_are_refused(similarity, shape):
+    with pytest.raises(ValueError, match=r"images must be \[..., H, W, 3\], got"):
+        similarity(np.zeros(shape), np.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 3), (8, 16, 3)])
+def test_ssim_compares_two_images_that_hold_its_window(shape):
+    with pytest.raises(ValueError, match=r"two images \[H, W, 3\] of at least 11 x 11 pixels, got"):
+        ssim(np.zeros(shape), np.zeros(shape))
+
+
+def test_images_with_a_palette_and_tensors_are_compared_by_their_colours():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).quantize(8)
+    inverted = noise.copy()
+    inverted.putpalette([255 - value for value in noise.getpalette() or ()])
+    assert psnr(noise, inverted) < 20
+    pixels = torch.tensor(np.asarray(noise.convert("RGB")), dtype=torch.bfloat16).requires_grad_()
+    assert psnr(pixels, noise) == float("inf")
 
 
 def test_rounded_floats_are_images():

@@ -1,5 +1,7 @@
 """Loading a pipeline for a command."""
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -31,6 +33,19 @@ def test_loading_is_silent_and_leaves_the_messages_of_libraries_as_they_were(mon
         assert capsys.readouterr().err == ""
     finally:
         diffusers.utils.logging.set_verbosity(before[0][0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", None, 16])
+def test_a_dtype_is_torchs(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be one of torch's, such as torch.float16, got"):
+        load_pipeline(str(EMOJI), dtype)
+
+
+def test_a_path_and_no_name_are_no_hub_ids():
+    for model in (Path("no/where"), ""):
+        with pytest.raises(ValueError, match="there is no folder"):
+            load_pipeline(model, torch.float32)
+    assert load_pipeline(EMOJI, torch.float32).unet.dtype == torch.float32
 
 
 def test_progress_bars_that_were_off_stay_off():

@@ -320,6 +320,14 @@ def test_models_that_do_not_fit_are_named(model, options, message):
         apply_patch(model, **options)
 
 
+@pytest.mark.parametrize("around", [lambda unet: nn.ModuleList([unet]), nn.Sequential])
+def test_a_patch_is_not_removed_from_something_around_the_network(unet, around):
+    apply_patch(unet, r=0.5)
+    with pytest.raises(ValueError, match=r"this .* has a patched UNet2DConditionModel in it; pass that"):
+        remove_patch(around(unet))
+    assert summary(unet).config == ATCConfig(r=0.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 def test_a_scripted_network_is_refused():
     network = torch.jit.script(nn.Linear(1, 1))
@@ -342,6 +350,7 @@ def test_a_scripted_network_is_refused():
         ({"config": "cluster"}, "got 'cluster'$"),
         ({"config": "paper"}, r"did you mean ATCConfig.paper\(r=0.4\)\?"),
         ({"config": ToMeConfig}, r"did you mean ToMeConfig\(\)\?"),
+        ({"config": lambda progress: 0.5}, r"did you mean r=, as a function of progress\?"),
         ({"config": MergeConfig}, r"did you mean ATCConfig\(\)\?"),
     ],
 )

@@ -78,6 +78,13 @@ def test_further_prompts_are_drawn_with_what_may_turn_out_best(pipe):
     assert said.count("2 steps") == 2
 
 
+def test_an_empty_image_is_refused(pipe):
+    """As VAEs that overflow in half precision draw it."""
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"the unpatched pipeline draws an empty image, .* dtype float32"):
+        tune(pipe, "ant", num_inference_steps=2, **SIZE)
+
+
 class Timed(StableDiffusionPipeline):  # type: ignore[misc]  # diffusers is not annotated
     """Takes a second a step, by a clock of its own; one step fails for some prompts."""
 
@@ -152,8 +159,13 @@ def test_it_takes_the_arguments_of_the_pipeline(pipe):
         ({"prompts": []}, "prompts must be a prompt or several, got []"),
         ({"prompts": None}, "prompts must be a prompt or several, got None"),
         ({"prompts": ["ant", 2]}, "prompts must be a prompt or several, got ['ant', 2]"),
-        ({"seed": None}, "seed must be a whole number, got None"),
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": None}, "seed must be a whole number of at most 64 bits, got None"),
+        ({"seed": 1.5}, "seed must be a whole number of at most 64 bits, got 1.5"),
+        ({"seed": 2**64}, f"seed must be a whole number of at most 64 bits, got {2**64}"),
+        (
+            {"guidence_scale": 3.0},
+            "StableDiffusionPipeline has no argument 'guidence_scale'; did you mean 'guidance_scale'?",
+        ),
         ({"return_dict": False}, "tune sets return_dict itself; it reads the images by name"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a number of steps from 1 up, got 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a number of steps from 1 up, got 2.5"),

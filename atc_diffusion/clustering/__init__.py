@@ -34,7 +34,8 @@ def agglomerate(
     Args:
         tokens: `[B, N, C]` of any float type, or `[B, N, N]` symmetric distances if `metric="precomputed"`.
             Float64 is clustered in float64, all else in float32. Entries that are not finite count as 0 in
-            tokens and as very far in distances.
+            tokens and as very far in distances. Entries beyond 1e14 count as 1e14, and cosine distance has no
+            directions of vectors shorter than 1e-12.
         num_clusters: how many clusters to leave, from 1 to `N`.
         linkage: distance between clusters: "single" (Eq. 1), "complete" (Eq. 2), "average" (Eq. 3) or "ward".
         metric: distance between tokens: "cosine", "euclidean" or "precomputed". None: "euclidean" for Ward's
@@ -95,7 +96,8 @@ def find_merges(
 def check_choices(linkage: str, metric: str | None = None, backend: str | None = None) -> str:
     """The metric meant; raises ValueError where a name is unknown or the two do not go together."""
     check_member("linkage", linkage, LINKAGES)
-    metric = metric or ("euclidean" if linkage == "ward" else "cosine")
+    if metric is None:
+        metric = "euclidean" if linkage == "ward" else "cosine"
     check_member("metric", metric, METRICS)
     if (linkage, metric) == ("ward", "cosine"):
         raise ValueError("linkage='ward' is defined for Euclidean distance; use metric='euclidean' or 'precomputed'")

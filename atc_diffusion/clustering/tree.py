@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atc_diffusion.devices import is_traced
+from atc_diffusion.validation import is_number
+
 
 class Cuttable(Protocol):
     """Clusters once, gives any number of clusters from `num_clusters` up."""
@@ -62,7 +65,19 @@ class ClusterTree:
         return self._labels(absorbed.scatter(1, self.order[:, : num_tokens - num_clusters], True))
 
     def cut_at(self, distance: float) -> Tensor:
-        """Labels `[B, N]` after every merge of at most `distance`; the number of clusters may differ by item."""
+        """Labels `[B, N]` after every merge of at most `distance`; the number of clusters may differ by item.
+
+        Raises:
+            ValueError: if it is no number, or so large that merges may be missing that the tree was not built down to.
+        """
+        if not is_number(distance) or distance != distance:
+            raise ValueError(f"distance must be a number, got {distance!r}")
+        if self.num_clusters > 1 and not is_traced(self.heights):
+            highest = self.heights.masked_fill(self.heights.isinf(), -torch.inf).amax(dim=1)
+            if (highest <= distance).any():
+                raise ValueError(
+                    f"this tree was not built up to a distance of {distance}; build it with num_clusters=1"
+                )
         return self._labels(self.heights <= distance)
 
     def _labels(self, absorbed: Tensor) -> Tensor:
@@ -71,7 +86,7 @@ class ClusterTree:
 
 def check_num_clusters(num_clusters: int, num_tokens: int) -> None:
     """Raise ValueError for what is no number of clusters that `num_tokens` tokens can have."""
-    if not isinstance(num_clusters, Integral | torch.SymInt):
+    if not isinstance(num_clusters, Integral | torch.SymInt) or isinstance(num_clusters, bool):
         raise ValueError(f"num_clusters must be a whole number, got {num_clusters!r}")
     if not 1 <= num_clusters <= num_tokens:
         raise ValueError(f"num_clusters must be between 1 and the {num_tokens} tokens there are, got {num_clusters}")

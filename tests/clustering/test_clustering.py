@@ -267,6 +267,22 @@ def test_a_partial_tree_refuses_to_be_cut_too_low():
         tree.cut(2)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba", "scipy"])
+def test_a_tree_is_cut_only_at_distances_up_to_which_it_was_built(backend):
+    tokens = draw_tokens(0, 1, 6, 3)
+    whole, tree = cluster_tree(tokens, backend=backend), cluster_tree(tokens, 4, backend=backend)
+    low = float(whole.heights.min())
+    assert torch.equal(tree.cut_at(low / 2), whole.cut_at(low / 2))
+    with pytest.raises(ValueError, match=r"not built up to a distance of 9.0; build it with num_clusters=1"):
+        tree.cut_at(9.0)
+
+
+@pytest.mark.parametrize("distance", ["0.5", None, [0.5], float("nan"), True])
+def test_what_is_no_distance_is_named(distance):
+    with pytest.raises(ValueError, match="distance must be a number, got"):
+        cluster_tree(draw_tokens(0, 1, 6, 3)).cut_at(distance)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,7 +305,9 @@ def test_a_partial_tree_refuses_to_be_cut_too_low():
         ({"num_clusters": 2.5}, "num_clusters must be a whole number, got 2.5"),
         ({"num_clusters": None}, "num_clusters must be a whole number, got None"),
         ({"num_clusters": "2"}, "num_clusters must be a whole number, got '2'"),
+        ({"num_clusters": True}, "num_clusters must be a whole number, got True"),
         ({"metric": "precomputed"}, "must be square"),
+        ({"metric": ""}, "metric must be one of 'cosine', .*, got ''"),
     ],
 )
 @pytest.mark.parametrize("function", [agglomerate, cluster_tree])

@@ -118,7 +118,7 @@ def test_frames_of_a_stream_are_all_computed(pipe):
     expected = draw(pipe, LOOPS["stream_diffusion"])
     apply_patch(pipe, FORECAST)
     assert torch.equal(draw(pipe, LOOPS["stream_diffusion"]), expected)
-    assert "none of 1 steps forecast" in str(summary(pipe))  # the timesteps never fall
+    assert "none of 1 step forecast" in str(summary(pipe))  # the timesteps never fall
 
 
 def test_concurrent_requests_share_a_network(pipe):
