@@ -22,7 +22,7 @@ with one_sentence("classify.py", extra="eval,vision"):
     from atc_eval.classification.accuracy import write_report
     from atc_eval.classification.demo import DemoTask
     from atc_eval.classification.evaluation import RESULTS, Reductions, Task, evaluate
-    from atc_eval.command_line import check_exists, check_new, check_number, parse
+    from atc_eval.command_line import check_exists, check_new, check_number, counted, parse
     from atc_eval.draw.sets import claim_folder, this_command
 
 DEIT = "deit_small_patch16_224"
@@ -52,11 +52,11 @@ class ImageNetTask:
         data = timm.data.resolve_model_data_config(model)
         folder = ImageFolder(str(self.imagenet_val), timm.data.create_transform(**data))
         if len(folder.classes) != model.num_classes:
-            found = f"{self.imagenet_val} has {len(folder.classes)} folders"
+            found = f"{self.imagenet_val} has {counted(len(folder.classes), 'folder')}"
             raise ValueError(f"{found}, but {self.model} has {model.num_classes} classes")
         mean, deviation = torch.tensor(data["mean"]), torch.tensor(data["std"])
         task = Task(
-            name=f"{self.model}, {len(folder)} ImageNet validation images",
+            name=f"{self.model}, {counted(len(folder), 'ImageNet validation image')}",
             model=model,
             images=folder,
             subjects=torch.arange(len(folder)).numpy(),
@@ -72,10 +72,15 @@ def load_model(name: str, weights: Path | None) -> torch.nn.Module:
         raise ValueError(f"--model {name} is not one of timm's; see timm.list_models('*vit*')")
     try:
         return timm.create_model(name, pretrained=weights is None, checkpoint_path=str(weights or "")).eval()
-    except Exception as error:  # the hub's errors are of many kinds
+    except Exception as error:  # the errors of the hub and of damaged files are of many kinds
+        kind = type(error).__name__
+        if weights:
+            raise ValueError(
+                f"--weights {weights} holds no weights of {name} ({kind}); give the model.safetensors of timm/{name}"
+            ) from error
         raise ValueError(
-            f"no weights for {name} ({type(error).__name__}); download timm/{name} from the Hugging Face hub elsewhere"
-            " and give its model.safetensors by --weights"
+            f"no weights for {name} ({kind}); download timm/{name} from the Hugging Face hub elsewhere and give its "
+            "model.safetensors by --weights"
         ) from error
 
 

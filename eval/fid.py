@@ -39,7 +39,7 @@ with one_sentence("fid.py", extra="eval"):
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_new, check_number, parse
+    from atc_eval.command_line import check_new, check_number, counted, parse
     from atc_eval.draw.images import PlannedImage, Prompts
     from atc_eval.draw.sampler import Part, Sampler, Times, read_records
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
@@ -147,10 +147,11 @@ def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Samp
 def outline(missing: Plan, own: Plan, num_images: int, steps: int) -> str:
     """What there is to draw, in words; `own` is what this part draws of the `missing` images."""
     total, left, here = len(missing) * num_images, *(sum(map(len, each.values())) for each in (missing, own))
-    plan = f"{len(missing)} sets of {num_images} images, {steps} steps each: {total} images, of which "
+    sets, images = counted(len(missing), "set"), counted(num_images, "image")
+    plan = f"{sets} of {images}, {counted(steps, 'step')} each: {counted(total, 'image')}, of which "
     part = f" This part draws {here} of the others." if here < left else ""
     estimate = " The first batch tells how long the others will take." if here else ""
-    return f"{plan}{total - left} are drawn already.{part}{estimate}"
+    return f"{plan}{total - left} {'is' if total - left == 1 else 'are'} drawn already.{part}{estimate}"
 
 
 def refuse_months(sampling: Sampling, state: PartialState, count: int) -> None:
@@ -193,8 +194,8 @@ def conditions(
         "model": sampling.name,
         "images": f"n = {len(images)}, {prompts.images_per_class} of each class, prompt `{prompts.prompt}`",
         "reference": f"{references} images",
-        "sampling": f"{sampling.steps} steps{scheduler}, guidance {sampling.guidance:g}, {width} x {height}, "
-        f"base seed {prompts.seed}",
+        "sampling": f"{counted(sampling.steps, 'step')}{scheduler}, guidance {sampling.guidance:g}, {width} x "
+        f"{height}, base seed {prompts.seed}",
         "device": f"{', '.join(record['devices'])}; {sampling.dtype or 'default dtype'}, "
         f"batch size {sampling.batch_size}",
         "versions": in_words(record["versions"]),

@@ -19,7 +19,7 @@ with one_sentence("reference.py", extra="eval"):
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_exists, check_new, parse
+    from atc_eval.command_line import check_exists, check_new, counted, parse
     from atc_eval.files import image_mode, list_images
 
 NUM_CLASSES = 1000
@@ -74,7 +74,7 @@ def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
         modes = dict(zip(chosen, found, strict=True))
     unreadable = [path.name for path, mode in modes.items() if mode is None]
     if unreadable:
-        raise ValueError(f"{len(unreadable)} images are unreadable: {shortened(unreadable)}")
+        raise ValueError(f"unreadable images: {shortened(unreadable)}")
     copy_all(chosen, out)
     return [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
 
@@ -84,33 +84,43 @@ def by_folder(source: Path) -> Mapping[str, Sequence[Path]]:
     folders = [folder for folder in sorted(source.iterdir()) if folder.is_dir()]
     if not folders and (count := len(list_images(source))):
         raise ValueError(
-            f"{source} holds {count} images and no class folders; add --ground-truth {GROUND_TRUTH}, a file in the "
-            "data folder of ImageNet's development kit (ILSVRC2012_devkit_t12)"
+            f"{source} holds {counted(count, 'image')} and no class folders; add --ground-truth {GROUND_TRUTH}, a file "
+            "in the data folder of ImageNet's development kit (ILSVRC2012_devkit_t12)"
         )
     return {folder.name: list_images(folder) for folder in folders}
 
 
 def by_ground_truth(source: Path, ground_truth: Path) -> Mapping[str, Sequence[Path]]:
     """Images in `source` by class: line `i` of `ground_truth` is the class of the i-th image by name."""
-    paths, labels = list_images(source), ground_truth.read_text().split()
+    paths, labels = list_images(source), read_labels(ground_truth)
     if len(paths) != len(labels):
-        raise ValueError(f"{source} has {len(paths)} images, but {ground_truth} has {len(labels)} lines")
-    classes: dict[str, list[Path]] = {label: [] for label in sorted(labels, key=int)}
+        there, wanted = counted(len(paths), "image"), counted(len(labels), "line")
+        raise ValueError(f"{source} has {there}, but {ground_truth} has {wanted}")
+    classes: dict[str, list[Path]] = {str(label): [] for label in sorted(labels)}
     for path, label in zip(paths, labels, strict=True):
-        classes[label].append(path)
+        classes[str(label)].append(path)
     return classes
+
+
+def read_labels(ground_truth: Path) -> list[int]:
+    try:
+        return [int(line) for line in ground_truth.read_text(encoding="utf-8-sig").split()]
+    except ValueError as error:  # of a number or, in a binary file, of a character
+        raise ValueError(
+            f"--ground-truth {ground_truth} must hold one class on each line, a number, like {GROUND_TRUTH}"
+        ) from error
 
 
 def first_of_each(classes: Mapping[str, Sequence[Path]]) -> list[Path]:
     """The first five images of each of the 1000 classes."""
     if len(classes) != NUM_CLASSES:
         raise ValueError(
-            f"found {len(classes)} classes instead of {NUM_CLASSES}; give --imagenet-val a folder of {NUM_CLASSES} "
+            f"expected {NUM_CLASSES} classes, found {len(classes)}; give --imagenet-val a folder of {NUM_CLASSES} "
             f"class folders, or a folder of all images together with --ground-truth {GROUND_TRUTH}"
         )
     short = [f"{name} has {len(paths)}" for name, paths in classes.items() if len(paths) < PER_CLASS]
     if short:
-        raise ValueError(f"{len(short)} classes have fewer than {PER_CLASS} images: {shortened(short)}")
+        raise ValueError(f"every class needs at least {PER_CLASS} images, but {shortened(short)}")
     return [path for paths in classes.values() for path in paths[:PER_CLASS]]
 
 

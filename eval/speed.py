@@ -92,7 +92,7 @@ class Benchmark:
         for size in self.size:
             check_number("--size", size, least=64, multiple=64)
         for number in self.tokens:
-            check_number("--tokens", number)
+            check_number("--tokens", number, least=16)
         check_number("--blocks", self.blocks)
         check_number("--repeats", self.repeats)
         check_new("--out", self.out, ".md", ".txt")

@@ -9,18 +9,34 @@ It listens on this machine alone unless `--host` says otherwise, and sends nothi
 import argparse
 import os
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, load
+from pipeline import EMOJI, check_drawing, load
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 with one_sentence("app.py", extra="app"):
     import gradio as gr
 
     from comparison import Comparison, Settings, Studio
-    from display import FIRST, PRESETS, SIDE, TABLE, check, clusters, configure, fields, past, select, show
+    from display import (
+        FIRST,
+        PRESETS,
+        SIDE,
+        SIZE,
+        STEPS,
+        TABLE,
+        check,
+        clusters,
+        configure,
+        fields,
+        number_problem,
+        past,
+        select,
+        show,
+    )
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
@@ -154,7 +170,7 @@ def image(name: str) -> gr.Image:
     return gr.Image(label=name, show_label=False, format="png", buttons=["download", "fullscreen"], elem_id=name)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default=EMOJI, help="hub id or folder of a diffusers pipeline (default: the bundled one)"
@@ -173,11 +189,26 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_arguments()
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before anything is drawn what would fail later, or what the page's form refuses."""
+    check_drawing(args.steps, args.size, args.guidance)
+    limits = {"steps": (args.steps, *STEPS), "size": (args.size, *SIZE), "port": (args.port, 1, 65535)}
+    for name, (value, least, most) in limits.items():
+        if value is not None and (problem := number_problem(value, least, most, f"--{name}")):
+            raise ValueError(f"{problem.rstrip('.')}, got {value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with one_sentence("app.py", extra="app"):
+        check_arguments(args)
+        serve(args)
+
+
+def serve(args: argparse.Namespace) -> None:
     studio = Studio(load(args.model), guidance_scale=args.guidance)
     given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, *configure(FIRST, *PRESETS[FIRST][2]))
     print("Drawing an example ...", flush=True)
@@ -198,5 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("app.py", extra="app"):
-        main()
+    main()

@@ -8,6 +8,7 @@ all compare keys over the whole image, and all weigh a cluster by its size.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,7 +21,7 @@ from PIL import Image
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
 from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, draw_images, load
+from pipeline import EMOJI, check_drawing, draw_images, load
 
 with one_sentence("clusters.py", extra="app"):
     from matplotlib.axes import Axes
@@ -53,16 +54,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the image")
     parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the images")
     args = parser.parse_args(arguments)
-    args.at = args.at or [args.steps // 3]
+    args.at = list(dict.fromkeys(args.at or [args.steps // 3]))
     return args
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse before anything is drawn what would fail later."""
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; give a folder")
-    if args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    nearest = next(each for each in (args.out.absolute(), *args.out.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"cannot write to --out {args.out}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"cannot write to --out {args.out}: no permission for {nearest}")
+    check_drawing(args.steps, args.size, args.guidance, args.seed)
+    if args.r == 1:
+        raise ValueError("--r 1 keeps every token, so there are no clusters to show; give a smaller fraction")
     for step in args.at:
         if not 0 <= step < args.steps:
             raise ValueError(f"--at counts the steps from 0 to {args.steps - 1}, got {step}")
@@ -81,7 +86,10 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
     with patched(pipe, config):
         [image] = draw_images(pipe, [args.prompt], args.seed, args.size, args.steps, guidance_scale=args.guidance)
-        return image, partitions(pipe)
+        found = partitions(pipe)
+    if not found:
+        raise ValueError(f"--r {args.r} merges no token of an image of this size; give a smaller fraction")
+    return image, found
 
 
 def plot(runs: Mapping[str, Run], layer: str, step: int) -> Figure:

@@ -25,6 +25,8 @@ PRESETS: dict[str, tuple[str, Callable[..., MergeConfig], tuple[float, float]]] 
     "ToMe, the baseline": ("ToMeConfig", ToMeConfig, (0.5, 0.5)),
 }
 FIRST = next(iter(PRESETS))
+STEPS = (1, 1000)
+SIZE = (16, 4096)  # pixels
 
 
 def configure(preset: str, r: float, r_keys: float) -> tuple[MergeConfig, str]:
@@ -47,8 +49,8 @@ def check(prompt: str, seed: Number, steps: Number, size: Number, preset: str, r
     problems = [
         None if prompt.strip() else "Say what to draw, for example: red apple.",
         number_problem(seed, 0, 2**32 - 1, "Seed"),
-        number_problem(steps, 1, 1000, "Steps"),
-        number_problem(size, 16, 4096, "Size", multiple=8),
+        number_problem(steps, *STEPS, "Steps"),
+        number_problem(size, *SIZE, "Size", multiple=8),
         None,
         fraction_problem(preset, r, r),
         fraction_problem(preset, 1, r_keys),

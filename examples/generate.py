@@ -8,7 +8,6 @@ the presets `ATCConfig.fast()` and `ATCConfig.faster()`, or the setting that you
 """
 
 import argparse
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from atc_diffusion import ATCConfig, MergeConfig, patched, psnr
 from atc_diffusion.clustering import LINKAGES, on_compilation
 from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, draw_images, load
+from pipeline import EMOJI, check_drawing, draw_images, load
 
 SIDE, HEAD, FOOT = 256, 44, 84  # pixels: of an image, and of the text above and below a column
 GAIN = 20  # of differences
@@ -48,12 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the images were drawn."""
-    if args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}")
-    if args.size is not None and args.size < 8:
-        raise ValueError(f"--size must be at least 8 pixels, got {args.size}")
-    if not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance must be a finite number, got {args.guidance}")
+    check_drawing(args.steps, args.size, args.guidance, args.seed)
     if args.out.is_dir() or args.out.suffix.lower() not in FORMATS:
         raise ValueError(f"--out {args.out} must be a file that ends in {', '.join(FORMATS)}")
     if not args.out.parent.is_dir():

@@ -1,5 +1,6 @@
 """The pipeline of an example, by default the small Stable Diffusion that ships here, and what merging did in it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,19 @@ from numpy.typing import NDArray
 from atc_diffusion import MergeMap, RecordedMerge, load_pipeline, merge_maps
 
 EMOJI = str(Path(__file__).parent / "emoji_diffusion")
+SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
+
+
+def check_drawing(steps: int, size: int | None, guidance: float, seed: int = 0) -> None:
+    """Refuse what would fail only once the pipeline draws."""
+    if steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    if size is not None and (size < 8 or size % 8):
+        raise ValueError(f"--size must be a multiple of 8 pixels, at least 8, got {size}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be a finite number, got {guidance}")
+    if seed not in SEEDS:
+        raise ValueError(f"--seed must fit into 64 bits, got {seed}; give one closer to 0")
 
 
 def load(model: str) -> Any:

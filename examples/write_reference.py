@@ -16,6 +16,7 @@ Everything that `from atc_diffusion import ...` offers, written from the docstri
 """
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:    .*\n|\n)+)", re.MULTILINE)
 ENTRY = re.compile(r"^    ([\w*]+)(?: \(default: (.+)\))?:\s+(.*(?:\n {8}.*)*)", re.MULTILINE)
+BETWEEN_PARAMETERS = re.compile(r", (?![^([{]*[)\]}])")  # not within the brackets of a default
 
 
 def page() -> str:
@@ -56,7 +57,7 @@ def call(name: str, function: object) -> str:
     shown = str(signature.replace(parameters=bare, return_annotation=signature.empty)).replace("Ellipsis", "...")
     if len(name + shown) <= 110:
         return name + shown
-    return f"{name}(\n" + "".join(f"    {part},\n" for part in shown[1:-1].split(", ")) + ")"
+    return f"{name}(\n" + "".join(f"    {part},\n" for part in BETWEEN_PARAMETERS.split(shown[1:-1])) + ")"
 
 
 def without_type(parameter: inspect.Parameter) -> inspect.Parameter:

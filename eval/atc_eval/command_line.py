@@ -7,6 +7,8 @@ how that names an option.
 import os
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +34,30 @@ def parse(
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**defaults)
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        *filled, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
+        check_unknown(unknown, kinds)
     except (ValueError, OSError) as error:
-        return parser.error(str(error))
+        parser.error(str(error))
+    return tuple(filled)
+
+
+def check_unknown(arguments: Sequence[str], kinds: Sequence[type]) -> None:
+    """Refuses arguments that no field of `kinds` takes, and names the option that was probably meant."""
+    if arguments:
+        known = [name for kind in kinds for field in fields(kind) for name in option_names(field)]
+        meant = get_close_matches(arguments[0].partition("=")[0].strip("-"), known, n=1)
+        hint = f"; did you mean --{meant[0]}?" if meant else ""
+        raise ValueError(f"unrecognized arguments: {' '.join(arguments)}{hint}")
+
+
+def option_names(field: Field[Any]) -> list[str]:
+    """How the option of a field is called, without dashes in front."""
+    return [name.strip("-").replace("_", "-") for name in (field.name, *field.metadata.get("aliases", []))]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 image" or "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def check_number(option: str, value: int | None, least: int = 1, multiple: int = 1) -> None:
@@ -43,15 +66,15 @@ def check_number(option: str, value: int | None, least: int = 1, multiple: int =
         raise ValueError(f"{option} must be {kind} from {least} up, got {value}")
 
 
-def parse_fraction(text: str) -> float:
+def parse_fraction(text: str, option: str = "--keep", example: str = "50") -> float:
     """The fraction of tokens kept that a percentage stands for."""
     try:
         percent = float(text)
     except ValueError:
-        raise ValueError(f"expected percentages of tokens kept, such as 50 or 100/12.5, got {text!r}") from None
+        raise ValueError(f"{option}: expected percentages of tokens kept, such as {example}, got {text!r}") from None
     if not 1 <= percent <= 100:
         hint = f"; did you mean {100 * percent:g}?" if 0 < percent < 1 else ""
-        raise ValueError(f"expected percentages of tokens kept, from 1 to 100, got {percent:g}{hint}")
+        raise ValueError(f"{option}: expected percentages of tokens kept, from 1 to 100, got {percent:g}{hint}")
     return percent / 100
 
 

@@ -41,8 +41,8 @@ def read_json(path: Path) -> Any:
 
 def list_images(folder: Path) -> tuple[Path, ...]:
     """Paths of the images in `folder`, sorted by name."""
-    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-    return tuple(sorted(found))
+    named = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    return tuple(sorted(path for path in named if path.is_file()))
 
 
 def load_image(path: Path) -> Image.Image:

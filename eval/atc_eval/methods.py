@@ -73,8 +73,12 @@ class Comparison:
 
     def methods(self) -> list[Method]:
         """The unmerged model, every merging, each rival alone, and merging together with rivals."""
-        keep, options = [parse_fractions(text) for text in self.keep], dict(map(parse_option, self.set))
-        merged = grid(self.method, keep, options)
+        merged = grid(self.method, [parse_fractions(text) for text in self.keep], parse_options(self.set))
+        if self.together and not any(each.config for each in merged):
+            raise ValueError(
+                f"--with {' '.join(self.together)} combines rivals with merging, but nothing merges; give another "
+                "--method or --keep, or use --rival"
+            )
         alone = [Method(rival=Rival.parse(text)) for text in self.rival]
         both = [replace(each, rival=Rival.parse(text)) for text in self.together for each in merged if each.config]
         return list(dict.fromkeys([*merged, *alone, *both]))
@@ -82,11 +86,17 @@ class Comparison:
 
 def parse_fractions(text: str) -> Fractions:
     """The fractions of queries and of keys in "100/10", which are percentages; "50" is for both."""
-    queries, _, keys = text.partition("/")
-    try:
-        return parse_fraction(queries), parse_fraction(keys) if keys else None
-    except ValueError as error:
-        raise ValueError(f"--keep {text}: {error}") from None
+    queries, slash, keys = text.partition("/")
+    parse = partial(parse_fraction, option=f"--keep {text}", example="50 or 100/12.5")
+    return parse(queries), parse(keys) if slash else None
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """Fields of `ATCConfig` with all values to try, which may be given apart."""
+    options: dict[str, tuple[Any, ...]] = {}
+    for field, values in map(parse_option, texts):
+        options[field] = options.get(field, ()) + values
+    return options
 
 
 def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -95,9 +105,12 @@ def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
     known = [each.name for each in fields(ATCConfig) if each.name not in ("r", "r_keys")]
     if field not in known or not values:
         raise ValueError(f"--set: expected FIELD=VALUE[,VALUE...] with a field of {', '.join(known)}; got {text!r}")
-    parsed = yaml.safe_load(f"[{values}]")
-    if any(isinstance(value, dict | list) for value in parsed):
-        raise ValueError(f"--set: expected plain values, got {text!r}")
+    try:
+        parsed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        parsed = None
+    if not parsed or any(isinstance(value, dict | list) for value in parsed):
+        raise ValueError(f"--set: expected plain values separated by commas, got {text!r}")
     return field, tuple(parsed)
 
 

@@ -24,6 +24,7 @@ Refused = Callable[..., str]
 def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A command of fid.py that would draw, in a folder with files to name in the wrong places; nothing may be drawn."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("something was drawn"))
     Path("names.txt").write_text("ant\nbee\ncat\n")
     Path("gap.txt").write_text("ant\n\ncat\n")
@@ -31,6 +32,8 @@ def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, mo
     Path("file").touch()
     Path("empty").mkdir()
     draw_images("few", 3)
+    Path("few/folder.png").mkdir()
+    Path("few/dangling.png").symlink_to("nowhere")
     draw_images("damaged", 5)
     Path("damaged/3.png").write_bytes(Path("damaged/3.png").read_bytes()[:200])
     return (
@@ -49,7 +52,7 @@ def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, mo
         ("--model no/model", "cannot load 'no/model'"),
         ("--lora no/lora", "cannot load the LoRA 'no/lora': .*; if it was never downloaded, .*: hf download no/lora"),
         ("--reference nowhere", "there is no folder nowhere"),
-        ("--reference few", "few has 3 images; at least 4 are needed"),
+        ("--reference few", "few needs at least 4 images, and has 3"),
         ("--reference damaged", r"unreadable images: damaged/3\.png$"),
         ("--report file", "--report file is a file; give a folder"),
         ("--out file", "file is a file; give a folder"),
@@ -60,11 +63,16 @@ def experiment(model: Path, draw_images: Callable[..., Path], tmp_path: Path, mo
         ("--class-names latin.txt", "latin.txt is not text in UTF-8"),
         ("--prompt dog", "--prompt needs {} for the name of the class, got 'dog'"),
         ("--classes 4", "does not name different classes of 0..2"),
-        ("--classes 1 --images-per-class 1", "1 images are too few to score; at least 4 are needed"),
+        ("--classes 1 --images-per-class 1", "1 image is too few to score; at least 4 are needed"),
         ("--show 3", "--show 3, but there are no images of that class"),
         ("--batch-size 0", "--batch-size must be a whole number from 1 up, got 0"),
         ("--size many", "invalid int value: 'many'"),
+        ("--size 63", "--size must be a multiple of 8 from 8 up, got 63"),
+        (f"--seed {2**64 - 11}", f"--seed {2**64 - 11} .* beyond 64 bits; give one closer to 0"),
+        ("--guidance nan", "--guidance must be a finite number, got nan"),
+        ("--set backend=triton --method atc --keep 50", "backend='triton' needs tokens on a CUDA device, got cpu"),
         ("--part 3", "such as 3/8, got '3'"),
+        ("--part=", "such as 3/8, got ''"),
         ("--part 9/8", "such as 3/8, got '9/8'"),
         ("--bootstrap 1", "--bootstrap must be a whole number from 2 up, got 1"),
         ("--device cuda", "--device cuda, but the device here is cpu"),
@@ -75,6 +83,19 @@ def test_fid_draws_nothing(experiment: str, refused: Refused, wrong: str, text: 
     assert re.search(text, refused(fid.main, f"{experiment} {wrong}".split()))
     assert not list(Path().glob("out/sets"))
     assert not list(Path().glob("out/settings.json"))
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--nonsense 5", "error: unrecognized arguments: --nonsense 5"),
+        ("--reference-images few", "error: unrecognized arguments: --reference-images few; did you mean --reference?"),
+        ("--lists", "error: unrecognized arguments: --lists; did you mean --list?"),
+        ("--batchsize=2", "error: unrecognized arguments: --batchsize=2; did you mean --batch-size?"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(refused: Refused, line: str, text: str) -> None:
+    assert refused(fid.main, line.split()).endswith(text)
 
 
 @pytest.mark.usefixtures("experiment")

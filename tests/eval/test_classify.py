@@ -90,6 +90,7 @@ def test_a_rerun_reads_what_is_there(imagenet):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--keep", "50/10"], "--keep: expected percentages of tokens kept, such as 50, got '50/10'"),
         ([], r"--imagenet-val DIR is needed: .* or use --demo"),
         (
             ["--demo", "--emoji-images", "nowhere"],
@@ -108,6 +109,7 @@ def test_what_is_missing_is_said_in_one_sentence(arguments, message, tmp_path, r
             ["--weights", "nowhere.pt"],
             "there is no file nowhere.pt",
         ),
+        (["--weights", __file__], r"--weights \S+test_classify\.py holds no weights of vit_of_this_test"),
         (["--model", "vit_of_nobody"], "--model vit_of_nobody is not one of timm's"),
     ],
 )

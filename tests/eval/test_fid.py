@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from atc_diffusion import ATCConfig, ToMeConfig
 from atc_eval.draw.images import PlannedImage, plan
 from atc_eval.draw.sampler import Sampler
 from atc_eval.draw.sampling import Sampling
+from atc_eval.draw.sets import make_sets
 from atc_eval.method import Method
 from tests.eval.conftest import random_images
 from tests.helpers import tiny_pipelines
@@ -103,7 +105,9 @@ def test_the_report_has_everything(run: Run, out: Path, capsys: pytest.CaptureFi
     rows = run(f"{line} --set proportional_attention=off")
     said = capsys.readouterr().out
     assert "7 sets of 6 images, 2 steps each: 42 images, of which 24 are drawn already." in said
-    assert re.search(r"The first batch took [\d.]+ s on .* the other 16 images of this process take [\d.]+ hours", said)
+    assert re.search(
+        r"The first batch took [\d.]+ s on .* this process takes [\d.]+ hours for the other 16 images", said
+    )
     assert f"wrote {out / 'report.html'}" in said
     report = (out / "report.md").read_text()
     for text in ("n = 6", "64 x 64", "8 images", "efficientnet-lite0, clean resizing", "Speed at equal fidelity"):
@@ -185,6 +189,13 @@ def test_more_methods_are_timed_again_in_turn_with_the_others(run: Run, out: Pat
     rounds = json.loads((out / "times.json").read_text())
     assert [len(each) for each in rounds] == [4, 4, 5]
     assert {float(row["seconds"]) for row in rows} == set(rounds[2].values())
+
+
+def test_a_log_has_the_estimate_at_once(sampling: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(log := BytesIO()))
+    images, sampler = plan(["ant"], [0], 2, "{}", 0), Sampler(replace(sampling, batch_size=1), PartialState(cpu=True))
+    sampler.draw_missing(make_sets(tmp_path, [Method()], images, {}), {Method(): images})
+    assert b"hours for the other 1 image." in log.getvalue()
 
 
 def test_merging_changes_images_and_is_undone_for_the_next_set(sampling: Sampling) -> None:

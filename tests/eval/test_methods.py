@@ -35,7 +35,10 @@ def test_values_have_their_own_type() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "levels={1: 2}"])
+@pytest.mark.parametrize(
+    "text",
+    ["colour=red", "linkage", "linkage=", "r=0.5", "r_keys=0.1", "levels={1: 2}", "linkage=[average", "linkage= "],
+)
 def test_an_option_of_another_form_is_one_sentence(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_option(text)
@@ -59,6 +62,11 @@ def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> N
         "ToMeConfig(recluster_threshold=0.1)",
         "ToMeConfig(recluster_threshold=0.2)",
     ]
+
+
+def test_values_of_one_field_given_apart_are_all_tried() -> None:
+    together = parse("--method atc --keep 50 --set linkage=ward,single")
+    assert parse("--method atc --keep 50 --set linkage=ward linkage=single") == together
 
 
 def test_queries_and_keys_have_fractions_of_their_own() -> None:
@@ -91,6 +99,11 @@ def test_rivals_stand_alone_and_together_with_every_merging() -> None:
         ("--keep 0.6", "--keep 0.6: .* got 0.6; did you mean 60?"),
         ("--keep 0", "got 0"),
         ("--keep 50/101", "got 101"),
+        ("--keep 50/", "--keep 50/: .* such as 50 or 100/12.5, got ''"),
+        (
+            "--method none --with todo:2",
+            "--with todo:2 .* nothing merges; give another --method or --keep, or use --rival",
+        ),
         ("--keep half", "such as 50 or 100/12.5, got 'half'"),
         ("--set linkage=medium", "medium"),
         ("--methods atc", "--methods"),

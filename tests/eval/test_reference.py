@@ -82,7 +82,7 @@ def test_an_unreadable_image_is_named_if_it_is_wanted(by_class: Path, tmp_path: 
     gather(by_class, None, tmp_path / "out")
     path = by_class / "n1" / "val_09.JPEG"
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"1 images are unreadable: val_09\.JPEG"):
+    with pytest.raises(ValueError, match=r"unreadable images: val_09\.JPEG"):
         gather(by_class, None, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -90,16 +90,23 @@ def test_an_unreadable_image_is_named_if_it_is_wanted(by_class: Path, tmp_path: 
 def test_missing_images_and_classes_are_named(by_class: Path, tmp_path: Path) -> None:
     for path in list_images(by_class / "n1")[:3]:
         path.unlink()
-    with pytest.raises(ValueError, match="1 classes have fewer than 5 images: n1 has 4"):
+    with pytest.raises(ValueError, match="every class needs at least 5 images, but n1 has 4"):
         gather(by_class, None, tmp_path / "out")
     (by_class / "n1").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="found 2 classes instead of 3"):
+    with pytest.raises(ValueError, match="expected 3 classes, found 2"):
         gather(by_class, None, tmp_path / "out")
 
 
 def test_the_ground_truth_must_belong_to_these_images(flat: tuple[Path, Path], tmp_path: Path) -> None:
     list_images(flat[0])[0].unlink()
     with pytest.raises(ValueError, match=r"has 20 images, but .* has 21 lines"):
+        gather(*flat, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"n01440764\nn01443537\n", b"\xff\xfe\x00", b"PK\x00\x01"])
+def test_a_ground_truth_of_something_else_is_named(flat: tuple[Path, Path], tmp_path: Path, content: bytes) -> None:
+    flat[1].write_bytes(content)
+    with pytest.raises(ValueError, match=r"ground_truth\.txt must hold one class on each line, a number, like ILSVRC"):
         gather(*flat, tmp_path / "out")
 
 

@@ -241,6 +241,8 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     ("line", "text"),
     [
         ("--keep 0.6", "expected percentages of tokens kept, from 1 to 100, got 0.6; did you mean 60?"),
+        ("--keep 60/10", "--keep: expected percentages of tokens kept, such as 50, got '60/10'"),
+        ("--tokens 2 3", "--tokens must be a whole number from 16 up, got 2"),
         ("--size 500", "--size must be a multiple of 64 from 64 up, got 500"),
         ("--repeats 0", "--repeats must be a whole number from 1 up, got 0"),
         ("--method dog", "invalid choice: 'dog'"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import app
 import clusters
 from atc_diffusion import ATCConfig, ToMeConfig, patched, summary
 from atc_diffusion.painting import paint_clusters
@@ -109,7 +110,7 @@ def test_the_code_makes_the_configuration(preset, fractions):
 
 
 def test_clusters_writes_an_image_for_each_layer_and_step(tmp_path):
-    options = "--method atc-average tome --r 0.25 --steps 2 --size 64 --at 1 --layers down_blocks.0.attentions.1"
+    options = "--method atc-average tome --r 0.25 --steps 2 --size 64 --at 1 1 --layers down_blocks.0.attentions.1"
     clusters.main([*options.split(), "--out", str(tmp_path)])
     [written] = tmp_path.iterdir()
     assert written.name == "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1_step1.png"
@@ -120,14 +121,41 @@ def test_clusters_writes_an_image_for_each_layer_and_step(tmp_path):
     ("options", "message"),
     [
         (["--r", "0"], r"in \(0, 1\], got 0.0"),
+        (["--r", "1"], "--r 1 keeps every token"),
         (["--r", "25"], "did you mean 0.25"),
         (["--method", "tome", "--r", "0.1"], "ToMe with stride 2 keeps at least 0.25 of the tokens"),
         (["--model", "/nonexistent"], "there is no folder /nonexistent"),
         (["--steps", "4", "--at", "4"], "--at counts the steps from 0 to 3, got 4"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--size", "-8"], "--size must be a multiple of 8 pixels, at least 8, got -8"),
+        (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
+        (["--seed", str(-(2**64))], f"--seed must fit into 64 bits, got -{2**64}"),
+        (["--out", f"{__file__}/x"], r"cannot write to --out \S+test_clusters\.py/x: \S+test_clusters\.py is a file"),
         (["--layers", "mid"], r"--layers mid fits none of unet\.down_blocks\.0"),
     ],
 )
 def test_clusters_says_what_does_not_fit(tmp_path, refused, options, message):
-    assert re.search(message, refused(clusters.main, [*options, "--out", str(tmp_path)]))
+    assert re.search(message, refused(clusters.main, ["--out", str(tmp_path), *options]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "1001"], "--steps must be a whole number from 1 to 1000, got 1001"),
+        (["--size", "0"], "--size must be a multiple of 8 pixels, at least 8, got 0"),
+        (["--size", "-8"], "--size must be a multiple of 8 pixels, at least 8, got -8"),
+        (["--size", "8192"], "--size must be a whole number from 16 to 4096, got 8192"),
+        (["--guidance", "inf"], "--guidance must be a finite number, got inf"),
+        (["--port", "70000"], "--port must be a whole number from 1 to 65535, got 70000"),
+    ],
+)
+def test_the_page_is_not_served_with_what_does_not_fit(monkeypatch, refused, options, message):
+    monkeypatch.setattr(app, "serve", lambda args: pytest.fail("the page was served"))
+    assert message in refused(app.main, options)
+
+
+def test_a_fraction_that_rounds_to_every_token_is_named(tmp_path, refused):
+    options = ["--r", "0.9999", "--steps", "1", "--size", "64", "--out", str(tmp_path)]
+    assert "--r 0.9999 merges no token of an image of this size" in refused(clusters.main, options)

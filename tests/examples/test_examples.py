@@ -94,9 +94,10 @@ def test_on_a_fresh_installation_all_is_compiled_before_time_is_taken(tmp_path):
         (["--out", "."], r"--out \. must be a file"),
         (["--out", "missing/a.png"], "cannot write 'missing/a.png': there is no folder 'missing'"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--size", "0"], "--size must be at least 8 pixels, got 0"),
+        (["--size", "0"], "--size must be a multiple of 8 pixels, at least 8, got 0"),
         (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
-        (["--size", "100"], "divisible by 8 but are 100 and 100"),
+        (["--size", "100"], "--size must be a multiple of 8 pixels, at least 8, got 100"),
+        (["--seed", str(2**64)], f"--seed must fit into 64 bits, got {2**64}"),
     ],
 )
 def test_generate_says_what_does_not_fit(tmp_path, monkeypatch, refused, options, message):

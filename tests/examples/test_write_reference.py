@@ -14,3 +14,4 @@ def test_the_page_has_every_public_name_with_its_arguments():
     assert all(f"\n### {name}\n" in page for name in atc_diffusion.__all__)
     assert "`forecast_tolerance` (default: `0.0`): error budget" in page
     assert " at 0x" not in page
+    assert "\n    blocks=(4, 7, 10),\n" in page

@@ -17,6 +17,7 @@ from torch import Tensor
 from atc_diffusion import ATCConfig, agglomerate
 from atc_diffusion.clustering import LINKAGES
 from atc_eval.benchmark.timing import Call, Row, table, take_turns
+from atc_eval.command_line import counted
 
 CHANNELS = 320
 OURS = "atc_diffusion"
@@ -30,7 +31,8 @@ def engines_table(title: str, shapes: Iterable[tuple[int, int, int]], keep: floa
     return table(
         f"{title}, of Gaussian tokens to {keep:.0%}",
         "From tokens to labels. The other engines cluster the problems of a batch one after the other. Milliseconds, "
-        f"medians of {repeats} rounds of several calls. Ratio: the fastest of {', '.join(OTHERS)}, divided by ours.",
+        f"medians of {counted(repeats, 'round')} of several calls. Ratio: the fastest of {', '.join(OTHERS)}, divided "
+        "by ours.",
         ("tokens", "linkage", OURS, "quickest other", "ms", "ratio", "same"),
         _beside_quickest(shapes, keep, repeats),
     )

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from atc_eval.command_line import check_number, read_names
+from atc_eval.command_line import check_number, counted, read_names
 from atc_eval.files import FEWEST_IMAGES
 
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
 IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
+SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,12 @@ class Prompts:
         check_number("--images-per-class", self.images_per_class)
         if "{}" not in self.prompt:
             raise ValueError(f"--prompt needs {{}} for the name of the class, got {self.prompt!r}")
-        count = len(self.plan())
-        if count < FEWEST_IMAGES:
-            raise ValueError(f"{count} images are too few to score; at least {FEWEST_IMAGES} are needed")
+        images = self.plan()
+        if (count := len(images)) < FEWEST_IMAGES:
+            verb = "is" if count == 1 else "are"
+            raise ValueError(f"{counted(count, 'image')} {verb} too few to score; at least {FEWEST_IMAGES} are needed")
+        if any(image.seed not in SEEDS for image in images):
+            raise ValueError(f"--seed {self.seed} gives seeds beyond 64 bits; give one closer to 0")
         self.shown()
 
     def plan(self) -> list[PlannedImage]:

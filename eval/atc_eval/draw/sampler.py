@@ -1,5 +1,6 @@
 """Draws and times sets of images with a diffusers pipeline: resumable, and divided between processes and jobs."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from atc_diffusion import ATCConfig, agglomerate
 from atc_diffusion.clustering import on_compilation
+from atc_eval.command_line import counted
 from atc_eval.draw.images import PlannedImage
 from atc_eval.draw.sampling import Sampling, load_pipeline
 from atc_eval.draw.sets import ImageSet, Sets
@@ -33,7 +36,7 @@ class Part:
     @classmethod
     def parse(cls, text: str | None) -> "Part":
         """The part that `text` names, such as "3/8"; all for None."""
-        number, _, count = (text or "1/1").partition("/")
+        number, _, count = ("1/1" if text is None else text).partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise ValueError(f"--part is one of the parts into which the images are divided, such as 3/8, got {text!r}")
         return cls(int(number), int(count))
@@ -65,8 +68,10 @@ class Sampler:
         return load_pipeline(self.sampling, self.state.device)
 
     def check(self, methods: Sequence[Method]) -> None:
-        """Raises ValueError if the pipeline cannot be loaded or a method does not fit it."""
+        """Raises ValueError if the pipeline cannot be loaded, or a method does not fit it or the device."""
         for method in methods:
+            if isinstance(method.config, ATCConfig) and method.config.backend:  # not called while patching
+                agglomerate(torch.eye(4, device=self.state.device)[None], 2, backend=method.config.backend)
             with method.applied(self.pipe):
                 pass
 
@@ -105,8 +110,9 @@ class Sampler:
             hours = seconds / self.sampling.batch_size * left / 3600
             bar.write(
                 f"The first batch took {seconds:.1f} s on {device_name(self.state.device)}; "
-                f"at this rate the other {left} images of this process take {hours:.1f} hours."
+                f"at this rate this process takes {hours:.1f} hours for the other {counted(left, 'image')}."
             )
+            sys.stdout.flush()  # a log is written in blocks
 
     def _record(self) -> dict[str, Any]:
         device = self.state.device

@@ -1,6 +1,7 @@
 """How images are sampled: the model, its scheduler, and everything else that changes the bits of an image."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,8 +54,11 @@ class Sampling:
         check_source(self.model, "pipeline")
         if self.lora:
             check_source(self.lora, "LoRA")
-        for name in ("steps", "size", "batch_size"):
-            check_number(f"--{name.replace('_', '-')}", getattr(self, name))
+        check_number("--steps", self.steps)
+        check_number("--size", self.size, least=8, multiple=8)
+        check_number("--batch-size", self.batch_size)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"--guidance must be a finite number, got {self.guidance}")
 
     @property
     def name(self) -> str:

@@ -169,7 +169,7 @@ class Scoring:
         check_exists("--inception-weights", self.inception_weights, "file")
         check_number("--bootstrap", self.bootstrap, least=2)
         if self.reference and (count := len(list_images(self.reference))) < FEWEST_IMAGES:
-            raise ValueError(f"{self.reference} has {count} images; at least {FEWEST_IMAGES} are needed")
+            raise ValueError(f"--reference {self.reference} needs at least {FEWEST_IMAGES} images, and has {count}")
 
     def prepare(self, cache: Path, device: torch.device) -> Callable[[ImageSet], Scorer]:
         """A function that makes the scorer from the unmerged set; everything else is loaded now."""
