@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = "--method paper --rival todo:2 tomesd:50"
 Rows = list[dict[str, str]]
 Run = Callable[..., Rows]
-pytestmark = pytest.mark.xdist_group("experiment")  # one whole experiment, copied by each test
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgroun
 SECONDS = 60_000  # milliseconds for whatever draws; a image of three steps takes about one second
 
 expect.set_options(timeout=SECONDS)
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("app")]  # one server and one browser for all
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
