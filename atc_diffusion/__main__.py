@@ -110,10 +110,9 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _device(name: str | None) -> torch.device:
     found = devices_found()
-    if name and name not in {form for device in found for form in (device.type, str(device))}:
-        kind, _, number = name.partition(":")
-        if kind not in {device.type for device in found} or not number.isdecimal():
-            raise ValueError(f"there is no device {name!r} here, only {' and '.join(map(str, found))}")
+    kind, colon, number = (name or "").partition(":")
+    if name and (kind not in {device.type for device in found} or (colon and not number.isdecimal())):
+        raise ValueError(f"there is no device {name!r} here, only {' and '.join(map(str, found))}")
     return torch.device(name) if name else found[-1]
 
 

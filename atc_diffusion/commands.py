@@ -1,8 +1,10 @@
-"""How every command of this project ends: with a result, or with one sentence and a status."""
+"""What the commands of this project share: which seeds they take, and how they end, at worst with one sentence."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atc_diffusion.commands import SEEDS
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.fidelity import psnr
 from atc_diffusion.methods import ATCConfig
@@ -308,7 +309,7 @@ def _as_prompts(prompts: object) -> list[str]:
 
 
 def _check(pipe: Any, seed: object, steps: object, min_psnr: object, max_seconds: object, arguments: Any) -> None:
-    if not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
+    if not isinstance(seed, Integral) or int(seed) not in SEEDS:
         raise ValueError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
     check_count("num_inference_steps", steps, "a number of steps from 1 up")
     check_not_negative("min_psnr", min_psnr)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from atc_diffusion import MergeMap, RecordedMerge, load_pipeline, merge_maps
+from atc_diffusion.commands import SEEDS
 
 EMOJI = str(Path(__file__).parent / "emoji_diffusion")
-SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
 
 
 def check_drawing(steps: int, size: int | None, guidance: float, seed: int = 0) -> None:

@@ -159,9 +159,9 @@ def parts_of(latents: Tensor) -> Parts:
     places: dict[int, list[int]] = {}
     for item, row in enumerate(equal_items(latents)):
         places.setdefault(row.index(True) if True in row else item, []).append(item)
-    images = (
-        list(places.values()) if len(set(map(len, places.values()))) == 1 else [[item] for item in range(len(latents))]
-    )
+    images = list(places.values())
+    if len(set(map(len, images))) > 1:  # no parts of guidance, which repeat all images equally often
+        images = [[item] for item in range(len(latents))]
     return list(map(list, zip(*images, strict=True)))
 
 

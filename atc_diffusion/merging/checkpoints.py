@@ -161,12 +161,12 @@ class Memory:
             self._by_value[_values(image, time)] = call
 
     def find(self, image: ImageInput, time: float) -> Call | None:
-        """The call that one with these arguments repeats; the last with these latents if others were made anew."""
+        """The call that had these arguments, or else the last one with these latents: others may be computed again."""
         if found := _find(self._by_value, _values(image, time)):
             return found[0]
         known, places = self._by_latents.get(image.latents.untyped_storage(), {}), _places(image, time)
-        same_latents = [call for other, call in known.items() if other[0] == places[0]]
-        return known.get(places) or (same_latents[-1] if same_latents else None)
+        last = next((call for other, call in reversed(known.items()) if other[0] == places[0]), None)
+        return known.get(places, last)
 
 
 def keep_with_graph(call: Call, returned: Any) -> None:

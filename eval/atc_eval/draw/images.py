@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
+from atc_diffusion.commands import SEEDS
 from atc_eval.command_line import check_number, counted, read_names
 from atc_eval.files import FEWEST_IMAGES
 
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
 IMAGENET_NAMES = Path(__file__).with_name("imagenet_class_names.txt")
-SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
 
 
 @dataclass(frozen=True)
