@@ -8,7 +8,7 @@ import operator
 from collections.abc import Hashable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
 _KNOWN_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "diffusers.hooks.hooks")
 _LIBRARIES = (*_KNOWN, "diffusers.", "transformers.")  # whose classes may have a forward of another file of theirs
 _SAMPLES = 4  # values of each weight that are read
+_STEERING = (*get_args(Setting), tuple)  # types; a tuple of them is quicker to ask for than a union
 _ADAPTER = ("scaling", "_disable_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -154,7 +155,7 @@ def _settings(processor: Any) -> Hashable:
 def _plain_names(module: nn.Module) -> Iterator[str]:
     """The attributes by which a module's class may steer it, such as FreeU's factors or a scale."""
     for name, value in module.__dict__.items():
-        if not name.startswith("_") and name != "training" and isinstance(value, Setting | tuple):
+        if not name.startswith("_") and name != "training" and isinstance(value, _STEERING):
             yield name
 
 

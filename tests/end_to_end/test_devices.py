@@ -25,9 +25,14 @@ from tests.helpers.attentions import recorded_calls, recorded_results
 from tests.helpers.families import FAMILIES, ROTARY
 from tests.helpers.pretend_device import DEVICE, OPERATIONS, PretendDevice
 
-CONFIGS = [ATCConfig(), ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
 CUDA = torch.device("cuda", 0)
 WITH_QUERIES = [name for name, family in FAMILIES.items() if family.merges_queries]
+CONFIGS = [ATCConfig.fast(), ATCConfig(r=0.5, window_size=4), ToMeConfig(r=0.5)]
+# Every family merges in the same calls whatever the clustering, and every clustering is the same whatever the family.
+MERGED = [*((name, ATCConfig()) for name in WITH_QUERIES), *((WITH_QUERIES[0], config) for config in CONFIGS)]
+merged = pytest.mark.parametrize(
+    ("name", "config"), MERGED, ids=lambda each: None if isinstance(each, str) else type(each).__name__
+)
 
 
 def run_on(device: torch.device, family: TinyNetwork, network: Any) -> Tensor:
@@ -52,8 +57,7 @@ def used_unpatched(name: str) -> set[str]:
     return step(FAMILIES[name].make(), FAMILIES[name], None)[1].used
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-@pytest.mark.parametrize("name", WITH_QUERIES)
+@merged
 def test_a_step_on_mps_needs_what_it_has_and_gives_what_the_cpu_gives(name, config):
     family = FAMILIES[name]
     network = family.make()
@@ -175,8 +179,7 @@ needs_fake_cuda = pytest.mark.skipif(not fakes_cuda(), reason="this PyTorch need
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-@pytest.mark.parametrize("name", WITH_QUERIES)
+@merged
 def test_every_tensor_of_a_step_is_on_the_networks_device(name, config):
     """Tensors of two devices do not mix in FakeTensorMode either, and reading a tensor's data raises there."""
     family = FAMILIES[name]

@@ -109,15 +109,11 @@ def number(text: str) -> float:
     return float(re.sub(r"[^\d.]", "", text))
 
 
-def test_an_example_is_there_on_arrival(visitors):
+def test_a_visitor_finds_an_example_draws_changes_the_fraction_and_looks_back(visitors):
     page = visitors.enter()
     expect(page.locator(".tiles")).to_contain_text("dB")
     expect(code(page)).to_contain_text("from atc_diffusion import ATCConfig, apply_patch")
     expect(code(page)).to_contain_text("apply_patch(pipe, ATCConfig.fast())")
-
-
-def test_a_visitor_draws_changes_the_fraction_and_looks_back(visitors):
-    page = visitors.enter()
     first = draw(page, runs=1)
     assert number(first["of the time"]) == pytest.approx(
         100 * number(first["merged"]) / number(first["unmerged"]), rel=0.1
@@ -190,9 +186,6 @@ def test_bad_input_is_a_sentence_beside_its_field(visitors):
     fill(page, prompt="fox", seed=1, steps=1, size=64)
     draw(page, runs=1)
 
-
-def test_a_share_that_the_method_cannot_keep_is_a_sentence_beside_it(visitors):
-    page = visitors.enter()
     page.locator("#preset input").click()
     page.get_by_role("option", name="ToMe").click()
     expect(page.locator("#r input[type=number]")).to_have_value("0.5")

@@ -127,7 +127,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: Any) -> Tensor:
-    options = {"num_inference_steps": 30, "guidance_scale": 3.0} | options
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0} | options
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt, height=64, width=64, output_type="latent", generator=generator, **options).images
 
@@ -351,6 +351,7 @@ def test_an_interrupted_run_leaves_nothing(components):
     assert torch.equal(draw(pipe), expected)
 
 
+@pytest.mark.slow
 def test_offloading_before_and_after(components):
     unforecast = draw(pipeline(components))
     expected = draw(apply_patch(pipeline(components), FORECAST))
@@ -409,6 +410,7 @@ def test_clusters_last_through_skipped_steps(components):
     assert {layer.clusterings for layer in summary(pipe).layers} == {1}
 
 
+@pytest.mark.slow
 def test_compiled_blocks(components):
     pipe = apply_patch(pipeline(components), FORECAST)
     expected = draw(pipe)
@@ -417,6 +419,7 @@ def test_compiled_blocks(components):
     assert forecast_steps(pipe) == SKIPPED
 
 
+@pytest.mark.slow
 def test_a_compiled_network(components):
     pipe = apply_patch(pipeline(components), FORECAST)
     expected = draw(pipe)
