@@ -15,7 +15,7 @@ import torch
 
 from atc_diffusion.commands import one_sentence
 from atc_diffusion.devices import devices_found
-from atc_diffusion.loading import load_lora, load_pipeline, quiet
+from atc_diffusion.loading import load_lora, load_pipeline, make_scheduler, quiet
 from atc_diffusion.tuning import Tuning, tune
 
 NAME = "python -m atc_diffusion"
@@ -123,18 +123,10 @@ def _pipeline(options: argparse.Namespace, device: torch.device, call: dict[str,
     if options.lora:
         load_lora(pipe, options.lora)
     if options.scheduler:
-        pipe.scheduler = _scheduler(options.scheduler, pipe.scheduler)
+        pipe.scheduler = make_scheduler(options.scheduler, pipe.scheduler)
     if options.image:
         pipe, call = _from_image(pipe, options.image, call)
     return pipe.to(device), call
-
-
-def _scheduler(name: str, present: Any) -> Any:
-    """The scheduler of that name for a model that comes with the present one."""
-    fitting = {each.__name__: each for each in (*present.compatibles, type(present))}
-    if name not in fitting:
-        raise ValueError(f"--scheduler {name} does not fit this model; these do: {', '.join(sorted(fitting))}")
-    return fitting[name].from_config(present.config)
 
 
 def _from_image(pipe: Any, path: Path, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

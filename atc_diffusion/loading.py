@@ -86,3 +86,20 @@ def load_lora(pipe: Any, lora: str) -> None:
         reason = str(error).partition("\n")[0]
         hint = "" if is_local else f"; if it was never downloaded, connect once and run: hf download {lora}"
         raise ValueError(f"cannot load the LoRA {lora!r}: {reason}{hint}") from error
+
+
+def make_scheduler(name: str, own: Any, **options: Any) -> Any:
+    """A scheduler for a model that comes with another.
+
+    Args:
+        name: a scheduler class of diffusers.
+        own: the scheduler that the model comes with.
+        options: fields of the new scheduler's configuration; the others are those of `own`.
+
+    Raises:
+        ValueError: if it does not fit the model.
+    """
+    fitting = {each.__name__: each for each in (*own.compatibles, type(own))}
+    if name not in fitting:
+        raise ValueError(f"the scheduler {name} does not fit this model; these do: {', '.join(sorted(fitting))}")
+    return fitting[name].from_config(own.config, **options)

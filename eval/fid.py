@@ -53,8 +53,8 @@ with one_sentence("fid.py", extra="eval"):
         note_command,
     )
     from atc_eval.environment import in_words
+    from atc_eval.grid import Comparison
     from atc_eval.method import Method
-    from atc_eval.methods import Comparison
     from atc_eval.report.results import Result, Study
     from atc_eval.report.sections import write_report
     from atc_eval.score.scorer import Scorer, Scoring

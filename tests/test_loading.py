@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from atc_diffusion import load_pipeline
-from atc_diffusion.loading import load_lora
+from atc_diffusion.loading import load_lora, make_scheduler
 from tests.helpers.tiny_pipelines import EMOJI
 
 
@@ -69,3 +69,13 @@ def test_a_lora_that_cannot_be_loaded_is_named_in_one_sentence(monkeypatch, lora
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=message):
         load_lora(load_pipeline(str(EMOJI), torch.float32), lora)
+
+
+def test_a_scheduler_keeps_the_models_noise_and_is_refused_where_it_does_not_fit():
+    own = diffusers.DDIMScheduler(beta_end=0.015)
+    config = make_scheduler("EulerDiscreteScheduler", own, use_karras_sigmas=True).config
+    assert (config.beta_end, config.use_karras_sigmas) == (0.015, True)
+    with pytest.raises(
+        ValueError, match="the scheduler DDIMScheduler does not fit this model; these do: FlowMatchEuler"
+    ):
+        make_scheduler("DDIMScheduler", diffusers.FlowMatchEulerDiscreteScheduler())

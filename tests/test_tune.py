@@ -240,7 +240,7 @@ def test_the_command_tunes_image_to_image_with_another_scheduler(model, tmp_path
     ("more", "sentence"),
     [
         ("--size 63", "`height` and `width` have to be divisible by 8"),
-        ("--scheduler Euler", "--scheduler Euler does not fit this model; these do: .*DDIMScheduler, "),
+        ("--scheduler Euler", "the scheduler Euler does not fit this model; these do: .*DDIMScheduler, "),
         ("--device moon", "there is no device 'moon' here, only cpu"),
         ("--lora nowhere", "there is no folder nowhere; give a folder with a LoRA, or a hub id"),
         ("--image nowhere.png", "No such file or directory: 'nowhere.png'"),

@@ -13,8 +13,8 @@ from PIL import Image
 from atc_diffusion import ATCConfig
 from atc_eval.draw.images import plan
 from atc_eval.draw.sets import ImageSet
+from atc_eval.grid import grid
 from atc_eval.method import Method
-from atc_eval.methods import grid
 from atc_eval.report.plots import LINE_HEIGHT, on_frontier, spread
 from atc_eval.report.results import Result, Study
 from atc_eval.report.sections import make_page, write_report

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
-from atc_diffusion.loading import check_source, load_lora
+from atc_diffusion.loading import check_source, load_lora, make_scheduler
 from atc_eval.command_line import check_number
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -118,13 +117,6 @@ def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
     if sampling.lora:
         load_lora(pipe, sampling.lora)
     if sampling.scheduler:
-        pipe.scheduler = make_scheduler(sampling.scheduler, pipe.scheduler)
+        name, options = SCHEDULERS[sampling.scheduler]
+        pipe.scheduler = make_scheduler(name, pipe.scheduler, **options)
     return pipe.to(device)
-
-
-def make_scheduler(name: str, own: Any) -> Any:
-    """The scheduler `name` for a model whose own scheduler is `own`."""
-    class_name, options = SCHEDULERS[name]
-    if class_name not in {each.__name__ for each in own.compatibles} | {type(own).__name__}:
-        raise ValueError(f"--scheduler {name} does not fit this model, which comes with {type(own).__name__}")
-    return getattr(diffusers, class_name).from_config(own.config, **options)

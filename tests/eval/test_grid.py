@@ -9,8 +9,8 @@ import pytest
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, ToMeConfig, ViTConfig
 from atc_eval import command_line
+from atc_eval.grid import Comparison, parse_option
 from atc_eval.method import Method
-from atc_eval.methods import Comparison, parse_option
 from atc_eval.rivals import Rival
 
 
