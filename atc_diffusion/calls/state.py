@@ -111,7 +111,7 @@ class NetworkState:
                 yield f"the forward {_name(kind.forward)}"
         for module in self._with_processor:
             kind = type(module.processor)
-            if not _source(kind).startswith((*_KNOWN, "diffusers.")):
+            if not _source(kind).startswith((*_KNOWN, "diffusers.models.")):  # those of pipelines store attention
                 yield f"the attention processor {_name(kind)}"
         for module in self._modules:
             attributes = module.__dict__

@@ -128,11 +128,11 @@ class Forecaster:
         if trajectory.fit is None or len(series.computed) < 2:
             return "the latents or their conditions are not those of a run so far"
         if trajectory.is_surprising:
-            return "the latents were edited"
+            return "the latents changed by more than the sampler explains"
         if len(series.forecast) == min(MAX_SKIPPED, len(series.computed) - 1):
             return f"no more than {MAX_SKIPPED} steps in a row are skipped, and one after the first two"
         if trajectory.is_rough:
-            return "the solver weighs several earlier steps, and would magnify errors"
+            return "the latents follow from several earlier steps, which would magnify errors"
         steps = [now - later for now, later in pairwise(position.times_around)]
         if any(later > LONGER * now for now, later in pairwise(steps)):
             return "the next steps are much longer"

@@ -7,6 +7,10 @@ import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion import (
+    LeditsAttentionStore,
+    LEDITSCrossAttnProcessor,
+)
 from peft import LoraConfig
 from torch import nn
 
@@ -70,6 +74,8 @@ def test_hooks_processors_and_forwards_of_others_are_named(unet):
     handle.remove()
     unet.set_attn_processor(Counting())
     assert "processor tests.calls.test_state.Counting" in state.stranger()
+    unet.set_attn_processor(LEDITSCrossAttnProcessor(LeditsAttentionStore(average=False), "up", False, 1))
+    assert "processor diffusers.pipelines.ledits_pp" in state.stranger()  # its pipeline reads what it stores
     unet.set_attn_processor(AttnProcessor2_0())
     block = unet.down_blocks[0]
     block.forward = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)

@@ -82,7 +82,7 @@ def test_solvers_that_magnify_errors_are_computed(scheduler):
     apply_patch(pipe, ATCConfig.forecast())
     assert fidelity(draw_emoji(pipe), expected) > 40
     reasons = getattr(summary(pipe).forecasts, "reasons", ())
-    assert "the solver weighs several earlier steps, and would magnify errors" in reasons
+    assert "the latents follow from several earlier steps, which would magnify errors" in reasons
 
 
 @pytest.mark.parametrize(
