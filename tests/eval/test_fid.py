@@ -232,7 +232,7 @@ def finish(processes: "list[subprocess.Popen[str]]") -> list[str]:
 @pytest.mark.slow
 def test_two_machines_share_the_images_and_resume_what_was_begun(options: list[str], whole: Path, out: Path) -> None:
     """By the recipe of the help, with one process on each machine, both of which are this one, without GPUs."""
-    for path in [*out.glob("sets/*/0001_*.png"), *out.glob("sets/atc*/*.png")]:
+    for path in {*out.glob("sets/*/0001_*.png"), *out.glob("sets/atc*/*.png")}:
         path.unlink()
     said = finish(launch([*options, *METHODS.split(), "--out", str(out)]))
     assert images_in(out) == images_in(whole)
