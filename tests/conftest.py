@@ -6,41 +6,33 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hypothesis import settings
 
-# torch and diffusers are imported where they are needed: the process that hands tests out to others needs neither.
+from atc_diffusion.adapters.lookup import is_supported
+from atc_diffusion.testing import UNET
+from tests.helpers.drawing import VAE
 
 Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
 PAGE = ["examples/test_app.py", "examples/test_clusters.py"]
 collect_ignore = [] if find_spec("gradio") else PAGE  # the extra `test` is without it
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """One thread, here and in the processes that tests start: pytest-xdist runs a process on every core already.
 
     Properties are tried on examples that are the same in every run; CI tries more of them.
     """
+    torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     examples = 200 if os.environ.get("CI") else 50
     settings.register_profile("atc_diffusion", max_examples=examples, deadline=None, derandomize=True)
     settings.load_profile("atc_diffusion")
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        _prepare_torch()
-
-
-def _prepare_torch() -> None:
-    """Where there is no CUDA device, Triton's kernels run in its interpreter; Triton reads that when it is imported."""
-    import torch
-
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip families that the installed diffusers is too old for."""
-    from atc_diffusion.adapters.lookup import is_supported
-
     old = [name for name in ("qwen_image", "z_image") if not is_supported(name)]
     for item in items:
         if any(name in item.name for name in old):
@@ -49,28 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import torch
-
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def unet() -> Any:
+def unet() -> UNet2DConditionModel:
     """A UNet in Stable Diffusion 1.x's layout: self-attention at levels 1 and 2, three blocks at the finest."""
-    from diffusers import UNet2DConditionModel
-
-    from atc_diffusion.testing import UNET
-
     return UNet2DConditionModel(**UNET).eval().requires_grad_(False)
 
 
 @pytest.fixture
-def components(unet: Any) -> dict[str, Any]:
+def components(unet: UNet2DConditionModel) -> dict[str, Any]:
     """What a Stable Diffusion pipeline needs beside a prompt's embedding."""
-    from diffusers import AutoencoderKL, DDIMScheduler
-
-    from tests.helpers.drawing import VAE
-
     return {
         "unet": unet,
         "vae": AutoencoderKL(**VAE).eval(),
