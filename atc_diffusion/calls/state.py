@@ -18,6 +18,7 @@ from atc_diffusion.calls.inputs import Setting
 # Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
 _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
 _KNOWN_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "diffusers.hooks.hooks")
+_KNOWN_PROCESSORS = (*_KNOWN, "diffusers.models.")  # those of diffusers' pipelines store what they see
 _LIBRARIES = (*_KNOWN, "diffusers.", "transformers.")  # whose classes may have a forward of another file of theirs
 _SAMPLES = 4  # values of each weight that are read
 _STEERING = (*get_args(Setting), tuple)  # types; a tuple of them is quicker to ask for than a union
@@ -111,7 +112,7 @@ class NetworkState:
                 yield f"the forward {_name(kind.forward)}"
         for module in self._with_processor:
             kind = type(module.processor)
-            if not _source(kind).startswith((*_KNOWN, "diffusers.models.")):  # those of pipelines store attention
+            if not _source(kind).startswith(_KNOWN_PROCESSORS):
                 yield f"the attention processor {_name(kind)}"
         for module in self._modules:
             attributes = module.__dict__

@@ -141,7 +141,7 @@ def test_identical_tokens_pair_off_instead_of_queueing_at_one(monkeypatch):
     assert cluster_tree(tokens, backend="triton").heights.isfinite().sum() == 31
 
 
-@pytest.mark.parametrize("linkage", ["average", "single"])
+@pytest.mark.parametrize("linkage", LINKAGES)
 def test_degenerate_tokens_in_low_precision_give_valid_labels(linkage):
     tokens = draw_tokens(6, 11, 4).half()
     for i, value in enumerate([0.0, 3e4, float("nan"), float("inf"), -float("inf")]):

@@ -1,5 +1,7 @@
-"""The model that ships here: its pictures are there, at its size."""
+"""The model that ships here: it loads quietly, and its pictures are there, at its size."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ from PIL import Image
 
 MODEL = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 THINGS = (MODEL / "things.txt").read_text().splitlines()
+LOAD = """
+import diffusers, transformers
+diffusers.utils.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()
+diffusers.StableDiffusionPipeline.from_pretrained({model!r})
+"""
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +27,13 @@ def vae() -> AutoencoderKL:
 
 def picture(thing: str) -> Image.Image:
     return Image.open(MODEL / "pictures" / f"{thing.replace(' ', '_')}.webp")
+
+
+@pytest.mark.slow
+def test_the_pipeline_loads_without_a_warning():
+    command = [sys.executable, "-c", LOAD.format(model=str(MODEL))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_the_finest_level_has_4096_tokens():
