@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import load_lora, load_pipeline, make_scheduler, one_sentence, quiet
 from atc_diffusion.devices import devices_found
-from atc_diffusion.loading import load_lora, load_pipeline, make_scheduler, quiet
 from atc_diffusion.tuning import Tuning, tune
 
 NAME = "python -m atc_diffusion"

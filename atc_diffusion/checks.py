@@ -20,8 +20,8 @@ from atc_diffusion.clustering import LINKAGES, agglomerate
 from atc_diffusion.clustering._available import HAS_TRITON, numba_works
 from atc_diffusion.clustering.placement import FEW, disagreement
 from atc_diffusion.clustering.windows import cluster_windows
+from atc_diffusion.commands import quiet
 from atc_diffusion.devices import devices_found
-from atc_diffusion.loading import quiet
 from atc_diffusion.patch import patched, summary
 from atc_diffusion.testing import TINY_NETWORKS, TinyNetwork, draw
 

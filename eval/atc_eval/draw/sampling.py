@@ -11,7 +11,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
-from atc_diffusion.loading import check_source, load_lora, make_scheduler
+from atc_diffusion.commands import check_source, load_lora, make_scheduler
 from atc_eval.command_line import check_number
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
