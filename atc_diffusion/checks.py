@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_map
 
 from atc_diffusion.adapters.weights import attend
 from atc_diffusion.clustering import LINKAGES, agglomerate
-from atc_diffusion.clustering._available import HAS_TRITON, numba_works
-from atc_diffusion.clustering.placement import FEW, disagreement
+from atc_diffusion.clustering.placement import FEW, HAS_TRITON, disagreement, numba_problem
 from atc_diffusion.clustering.windows import cluster_windows
 from atc_diffusion.commands import quiet
 from atc_diffusion.devices import devices_found
@@ -100,7 +99,7 @@ def find(subject: str, error: Callable[[], float], tolerance: float) -> Finding:
 
 def check_clusterings(device: torch.device, linkages: Sequence[str] = LINKAGES) -> Iterator[Finding]:
     """Every backend of the device against the reference, for odd sizes and for those of a real call."""
-    backends = ["torch"] * (device.type in ("cpu", "cuda")) + ["numba"] * numba_works()
+    backends = ["torch"] * (device.type in ("cpu", "cuda")) + ["numba"] * (numba_problem() is None)
     backends += ["triton"] * (HAS_TRITON and device.type == "cuda")
     for linkage in linkages:
         for backend in backends:

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._available import HAS_TRITON, numba_problem, on_compilation
-from atc_diffusion.clustering.placement import place
+from atc_diffusion.clustering.placement import HAS_TRITON, numba_problem, on_compilation, place
 from atc_diffusion.clustering.tree import ClusterTree, check_num_clusters
 from atc_diffusion.devices import is_traced, without_autocast
 

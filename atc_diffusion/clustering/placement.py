@@ -3,18 +3,21 @@
 Kernels that are new to a device cluster small problems beside the torch form before they are trusted there.
 """
 
+import importlib.util
 import platform
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atc_diffusion.clustering._available import HAS_TRITON, numba_problem
 from atc_diffusion.clustering._clusters import MATRIX_FREE
 from atc_diffusion.devices import without_autocast
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 LARGEST_MATRIX = 4096  # tokens up to which the matrix-free linkages are quicker with the matrix
 CPU = torch.device("cpu")
 
@@ -60,6 +63,38 @@ def _fastest(tokens: Tensor, linkage: str, metric: str) -> Place:
             return Place("numba", CPU)
         warn_once(f"{problem}; plain torch clusters instead, which takes longer; backend='torch' avoids this warning")
     return Place("torch", tokens.device if tokens.is_cuda else CPU)
+
+
+@cache
+def numba_problem() -> str | None:
+    """Why Numba cannot compile here; None if it can."""
+    try:
+        import numba
+    except Exception as error:  # not installed, a NumPy newer than it supports, a library that does not load
+        return f"Numba cannot be imported ({error})"
+    return "Numba compiles nothing while NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
+
+
+@contextmanager
+def on_compilation(tell: Callable[[], object]) -> Iterator[None]:
+    """Call `tell` whenever clustering starts to be compiled for the CPU in the `with` block.
+
+    This takes some seconds, once per installation; later runs read the compiled code from a cache on disk.
+    """
+    if numba_problem():
+        yield
+        return
+    from numba.core import event
+
+    class Listener(event.Listener):  # type: ignore[misc]  # Numba is not annotated
+        def on_start(self, event: Any) -> None:
+            tell()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 @cache

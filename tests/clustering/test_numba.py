@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from atc_diffusion import ATCConfig, agglomerate, cluster_tree
-from atc_diffusion.clustering._available import numba_problem
-from atc_diffusion.clustering._numba.compiled import entry
+from atc_diffusion.clustering._numba import entry
+from atc_diffusion.clustering.placement import numba_problem
 
 Compile = Callable[[], Callable[[float], float]]
 

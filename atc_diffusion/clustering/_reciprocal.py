@@ -1,14 +1,23 @@
-"""All linkages; a round joins every pair of clusters that are each other's nearest."""
+"""The loops that Numba compiles, of all linkages; a round joins every pair of clusters that are each other's nearest.
 
-from typing import NamedTuple
+All of them are in this file: Numba compiles a cached function again when its own file changes, and no other.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
-from atc_diffusion.clustering._numba.compiled import LANES, UNREACHABLE, Array, entry, inner, nearest
+Array = np.ndarray[Any, np.dtype[Any]]
 
 CODES = {"average": 0, "complete": 1, "single": 2, "ward": 3}  # numbers, so that LLVM tests them once per loop
 AVERAGE, COMPLETE, SINGLE = CODES["average"], CODES["complete"], CODES["single"]
 RESCANS = 8  # stale clusters per merge above which the search is thrifty
+UNREACHABLE = 3e38  # beyond every distance, and finite in float32, so that a distance can be added to it
+LANES = 64  # independent comparisons, which LLVM turns into vector instructions
+
+# NumPy's rule for division by zero: Python's raises, and the test for it keeps loops from becoming vector instructions.
+compiled = njit(nogil=True, error_model="numpy")
 
 
 class _Clusters(NamedTuple):
@@ -21,7 +30,7 @@ class _Clusters(NamedTuple):
     stale: Array  # whether that neighbour may be out of date
     grown: Array  # the last round in which it absorbed another
     gone: Array  # UNREACHABLE for clusters that were absorbed or will not merge again, otherwise 0
-    least: Array  # scratch space for `nearest`
+    least: Array  # scratch space for `_nearest`
     apart: Array
 
 
@@ -33,7 +42,6 @@ class _Pairs(NamedTuple):
     distances: Array
 
 
-@entry
 def merge_reciprocal(
     linkage: int, num_merges: int, matrices: Array, parents: Array, heights: Array, rounds: Array
 ) -> None:
@@ -45,7 +53,7 @@ def merge_reciprocal(
         _merge_one(linkage, num_merges, matrices[item], parents[item], heights[item], rounds[item])
 
 
-@inner
+@compiled
 def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, heights: Array, rounds: Array) -> None:
     n, dtype = len(matrix), matrix.dtype
     clusters = _Clusters(
@@ -75,7 +83,7 @@ def _merge_one(linkage: int, num_merges: int, matrix: Array, parents: Array, hei
         number += 1
 
 
-@inner
+@compiled
 def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) -> None:
     """Find the nearest neighbours of stale clusters; if `thrifty`, only of those that may be in the closest pair.
 
@@ -88,13 +96,45 @@ def _search(matrix: Array, clusters: _Clusters, active: Array, thrifty: bool) ->
     for i in active:
         if clusters.stale[i] and clusters.bounds[i] <= limit:
             clusters.gone[i] = UNREACHABLE
-            clusters.neighbours[i] = nearest(matrix[i], clusters.gone, i, clusters.least, clusters.apart)
+            clusters.neighbours[i] = _nearest(matrix[i], clusters.gone, i, clusters.least, clusters.apart)
             clusters.gone[i] = 0
             clusters.bounds[i] = matrix[i, clusters.neighbours[i]]
             clusters.stale[i] = False
 
 
-@inner
+@compiled
+def _nearest(distances: Array, gone: Array, i: int, least: Array, apart: Array) -> int:
+    """The nearest cluster that is not gone; of equally near ones, the one with the smallest i XOR j.
+
+    XOR is symmetric, so equal tokens form pairs instead of all choosing the same one.
+
+    Args:
+        distances: `[N]`, from `i` to all clusters.
+        gone: `[N]`, 0 or `UNREACHABLE`.
+        i: the cluster whose neighbour is searched.
+        least: scratch space for `LANES` distances.
+        apart: scratch space for `LANES` int32.
+    """
+    n = len(distances)
+    least[:] = np.inf
+    for start in range(0, n - n % LANES, LANES):
+        for lane in range(LANES):
+            distance, xor = distances[start + lane] + gone[start + lane], np.int32((start + lane) ^ i)
+            nearer = (distance < least[lane]) | ((distance == least[lane]) & (xor < apart[lane]))
+            least[lane] = distance if nearer else least[lane]
+            apart[lane] = xor if nearer else apart[lane]
+    for j in range(n - n % LANES, n):
+        lane, distance, xor = j % LANES, distances[j] + gone[j], np.int32(j ^ i)
+        if distance < least[lane] or (distance == least[lane] and xor < apart[lane]):
+            least[lane], apart[lane] = distance, xor
+    best = 0
+    for lane in range(1, LANES):
+        if least[lane] < least[best] or (least[lane] == least[best] and apart[lane] < apart[best]):
+            best = lane
+    return apart[best] ^ i
+
+
+@compiled
 def _pair(matrix: Array, clusters: _Clusters, active: Array) -> _Pairs:
     """The reciprocal pairs. Rounding may leave none, so the closest pair is always included."""
     bounds, neighbours, stale = clusters.bounds, clusters.neighbours, clusters.stale
@@ -113,7 +153,7 @@ def _pair(matrix: Array, clusters: _Clusters, active: Array) -> _Pairs:
     return _Pairs(pairs.first[:count], pairs.second[:count], pairs.distances[:count])
 
 
-@inner
+@compiled
 def _record(clusters: _Clusters, pairs: _Pairs, number: int, parents: Array, heights: Array, rounds: Array) -> None:
     for pair in range(len(pairs.first)):
         into, absorbed = pairs.first[pair], pairs.second[pair]
@@ -125,7 +165,7 @@ def _record(clusters: _Clusters, pairs: _Pairs, number: int, parents: Array, hei
         clusters.stale[into], clusters.gone[absorbed] = True, UNREACHABLE
 
 
-@inner
+@compiled
 def _smallest(values: Array, k: int) -> float:
     """The value at index `k` in sorted order (Hoare's quickselect; NumPy's takes five seconds to compile)."""
     values, low, high = values.copy(), 0, len(values) - 1
@@ -143,7 +183,7 @@ def _smallest(values: Array, k: int) -> float:
     return values[k]
 
 
-@inner
+@compiled
 def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
     """The active clusters that may still merge below height `last`."""
     count = 0
@@ -156,7 +196,7 @@ def _drop(clusters: _Clusters, active: Array, last: float) -> Array:
     return active[:count]
 
 
-@inner
+@compiled
 def _follow(clusters: _Clusters, active: Array, parents: Array) -> None:
     """A union is as near as the nearer of its parts: with single linkage the nearest neighbour stays it when it grows.
 
@@ -166,7 +206,7 @@ def _follow(clusters: _Clusters, active: Array, parents: Array) -> None:
         clusters.neighbours[i] = parents[clusters.neighbours[i]]
 
 
-@inner
+@compiled
 def _mark_stale(clusters: _Clusters, active: Array, number: int, linkage: int) -> int:
     """Mark clusters whose neighbour is gone or has grown, and count the stale ones."""
     count = 0
@@ -178,7 +218,7 @@ def _mark_stale(clusters: _Clusters, active: Array, number: int, linkage: int) -
     return count
 
 
-@inner
+@compiled
 def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs: _Pairs) -> None:
     """Update distances to the unions: first the rows of all pairs, then their columns, in memory order."""
     sizes = clusters.sizes
@@ -197,7 +237,7 @@ def _join(linkage: int, matrix: Array, clusters: _Clusters, active: Array, pairs
             row[i] = _update(linkage, row[i], row[j], d_ij, sizes[i] - sizes[j], sizes[j], sizes[k])
 
 
-@inner
+@compiled
 def _update(linkage: int, d_ki: float, d_kj: float, d_ij: float, n_i: float, n_j: float, n_k: float) -> float:
     """How far a cluster k is from the union of i and j; of Ward's linkage, squared."""
     if linkage == AVERAGE:

@@ -4,16 +4,19 @@ Small problems are quick because a round is one loop instead of dozens of tensor
 no hindrance because no loop waits for other threads. Only whole problems of a batch are shared out among threads.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numba.core.caching import FunctionCache
 from torch import Tensor
 
 from atc_diffusion.clustering._clusters import pairwise_distances, prepare
-from atc_diffusion.clustering._numba.compiled import Array
-from atc_diffusion.clustering._numba.reciprocal import CODES, merge_reciprocal
+from atc_diffusion.clustering._reciprocal import CODES, Array, compiled, merge_reciprocal
 from atc_diffusion.clustering.tree import ClusterTree
 
 CHUNK = 2**22  # distances computed together, of several problems: 16 MiB in float32
@@ -42,7 +45,7 @@ def _merge(linkage: int, num_merges: int, matrices: Tensor) -> tuple[Array, Arra
     """Parents, heights (squared, of Ward's linkage) and rounds `[B, N]`; threads share out the problems of a batch."""
     arrays, shape = matrices.numpy(), matrices.shape[:2]
     merges = np.empty(shape, np.int64), np.empty(shape, arrays.dtype), np.empty(shape, np.int64)
-    kernel, threads = partial(merge_reciprocal, linkage, num_merges), min(len(arrays), torch.get_num_threads())
+    kernel, threads = partial(_merge_reciprocal, linkage, num_merges), min(len(arrays), torch.get_num_threads())
     if threads == 1 or arrays.size <= SERIAL:
         kernel(arrays, *merges)
     else:
@@ -59,3 +62,30 @@ def _distance_matrices(tokens: Tensor, linkage: str, metric: str) -> Tensor:
         return torch.baddbmm(norms[:, None, :], tokens, tokens.mT, alpha=-2).add_(norms[:, :, None])
     distances = pairwise_distances(tokens, metric)
     return distances.square_() if linkage == "ward" else distances
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` at its first call, and cache it on disk where that is possible."""
+    dispatcher = compiled(function)
+    with suppress(RuntimeError, OSError):  # no directory is writable
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]  # Numba is not annotated
+    """A cache that cannot end a call: what it cannot read is compiled, and what it cannot write is not kept."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever damaged files make Numba and pickle raise
+            with suppress(OSError):
+                self.flush()  # or saving would read the damaged index again
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk, an exceeded quota, a directory that became read-only
+            super().save_overload(sig, data)
+
+
+_merge_reciprocal = entry(merge_reciprocal)
