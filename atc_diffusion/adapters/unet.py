@@ -1,13 +1,17 @@
 """Stable Diffusion 1, 2 and XL, ControlNet and PixArt: diffusers' `BasicTransformerBlock` and its `attn1`."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
 from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -16,18 +20,16 @@ from torch import Tensor, nn
 from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
-from atc_diffusion.adapters.unet_processors import (
-    PERTURBED,
-    MergedPerturbedAttnProcessor,
-    WiderHeadsAttnProcessor,
-    attended_items,
-)
-from atc_diffusion.adapters.weights import aligned
+from atc_diffusion.adapters.weights import aligned, attend
 from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.merge_map import MergeMap
 
 _MASKED = -1e3  # as good as -inf, and finite in float16, also times the root of a head's width
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.|mid_block\.")
+
+# Perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377): into how many parts its processors split the batch.
+# The last part's attention is replaced by the identity.
+PERTURBED: dict[type, int] = {PAGIdentitySelfAttnProcessor2_0: 2, PAGCFGIdentitySelfAttnProcessor2_0: 3}
 
 # By name: which of them exist depends on the version of diffusers.
 _ANY = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
@@ -37,12 +39,65 @@ _KEYS_OF_QUERIES = {  # those that make keys of the queries' tokens alone, and t
 }
 
 
-def _classes(names: Iterable[str]) -> set[type]:
-    return {kind for name in names if (kind := getattr(attention_processor, name, None))}
+class MergedPerturbedAttnProcessor(StandIn):
+    """A processor of `PERTURBED` whose keys and values may come from other tokens than its queries."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, except in the last part.
+
+        In the last part, each token attends only to itself. Without `encoder_hidden_states`, calls the original.
+        """
+        if encoder_hidden_states is None:
+            return self.original(attn, hidden_states, attention_mask=attention_mask, temb=temb)
+        attended = attended_items(attn, len(hidden_states))
+        queries, perturbed = hidden_states.tensor_split([attended])
+        keys = encoder_hidden_states[:attended]
+        output = AttnProcessor2_0()(attn, queries, keys, attention_mask, temb)
+        return torch.cat([output, attn.to_out[1](attn.to_out[0](attn.to_v(perturbed)))])
 
 
-_ANY_CLASSES = {*_classes(_ANY), *PERTURBED, MergedPerturbedAttnProcessor, WiderHeadsAttnProcessor}
-_KEYS_OF_QUERIES_CLASSES = _classes(_KEYS_OF_QUERIES)
+def attended_items(attn: Any, batch: int) -> int:
+    """How many items of a batch have attention; the others are perturbed."""
+    processor = attn.processor
+    if isinstance(processor, MergedPerturbedAttnProcessor):
+        processor = processor.original
+    parts = PERTURBED.get(type(processor))
+    return batch if parts is None else batch // parts * (parts - 1)
+
+
+class WiderHeadsAttnProcessor(StandIn):
+    """`AttnProcessor2_0` that takes weights of merged keys, and adds their logarithms in channels of the heads."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` `[B, Q, C]` to `encoder_hidden_states` `[B, K, C]`, or to the same tokens.
+
+        Without `log_weights` `[B, K]`, which are added to the logits, calls the original.
+        """
+        if log_weights is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+        attended = attend(query, key, value, log_weights, widen=True).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+
+_PERTURBED_OR_OURS = (*PERTURBED, MergedPerturbedAttnProcessor, WiderHeadsAttnProcessor)
 
 
 class UNetFamily(TokenFamily):
@@ -64,12 +119,13 @@ class UNetFamily(TokenFamily):
         if type(layer.block).__name__ == "ToMeBlock":
             return "is patched by tomesd too; call tomesd.remove_patch, or remove_patch"
         kind = type(layer.attention.processor)
+        name = kind.__name__ if kind.__module__ == attention_processor.__name__ else ""
         if demands.wider_heads and kind not in (AttnProcessor2_0, WiderHeadsAttnProcessor):
             way_out = "wider heads need diffusers' AttnProcessor2_0; set that one, or leave out widen_heads"
-        elif kind in _ANY_CLASSES or (kind in _KEYS_OF_QUERIES_CLASSES and not demands.separate_keys):
+        elif demands.separate_keys and name in _KEYS_OF_QUERIES:
+            way_out = _KEYS_OF_QUERIES[name]
+        elif name in (*_ANY, *_KEYS_OF_QUERIES) or kind in _PERTURBED_OR_OURS:
             return super().obstacle(layer, demands)
-        elif kind in _KEYS_OF_QUERIES_CLASSES:
-            way_out = _KEYS_OF_QUERIES[kind.__name__]
         else:
             way_out = f"it is not known to work with merged tokens; known are diffusers' {', '.join(_ANY)}"
         return f"has a {kind.__module__}.{kind.__name__}: {way_out}, or remove_patch"
@@ -132,11 +188,7 @@ def _log_weights(mask: Tensor | None, keys: MergeMap, weigh: bool) -> Tensor:
     sizes = keys.sizes[:, None, :].float()
     weights = sizes if weigh else torch.ones_like(sizes)
     if mask is not None:
-        weights = weights * keys.merge(_per_key(mask).float().exp().mT).mT
+        if mask.ndim != 3 or mask.shape[1] != 1:
+            raise ValueError(f"merging takes attention masks [B, 1, N], one for all queries, got {list(mask.shape)}")
+        weights = weights * keys.merge(mask.float().exp().mT).mT
     return weights.log().clamp(min=_MASKED)
-
-
-def _per_key(mask: Tensor) -> Tensor:
-    if mask.ndim != 3 or mask.shape[1] != 1:
-        raise ValueError(f"merging takes attention masks [B, 1, N], one for all queries, got {list(mask.shape)}")
-    return mask

@@ -32,7 +32,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
-from atc_diffusion.adapters.unet_processors import MergedPerturbedAttnProcessor
+from atc_diffusion.adapters.unet import MergedPerturbedAttnProcessor
 from atc_diffusion.testing import UNET
 from tests.helpers.attentions import recorded_calls, recorded_results, softmax_attention
 from tests.helpers.drawing import MASK, PARTS, PICTURE, draw, text
