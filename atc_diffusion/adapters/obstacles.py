@@ -1,7 +1,8 @@
 """What keeps an attention from merging: code of other packages in the place of its own, or hooks around it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # Hooks of diffusers, by the module that defines them, that only move or cast weights.
@@ -61,7 +62,7 @@ def replaced_code(attention: Any) -> str | None:
 
     Both the forward and the processor compute attention.
     """
-    forward = _innermost(attention)
+    forward = _unhooked_forward(attention)
     function = getattr(forward, "__func__", forward)
     if function is type(attention).forward and source(function).startswith("diffusers."):
         return None
@@ -71,12 +72,20 @@ def replaced_code(attention: Any) -> str | None:
     )
 
 
-def source(function: Callable[..., Any]) -> str:
-    """The module that defines a function; `__module__` may name that of a wrapped function."""
-    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+def innermost(function: Any) -> Any:
+    """The function inside partial functions and bound methods."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__func__", function)
 
 
-def _innermost(attention: Any) -> Callable[..., Any]:
+def source(function: Any) -> str:
+    """The module that defines a function or class; `__module__` of a function may name that of a wrapped one."""
+    function = innermost(function)
+    return str(getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", ""))
+
+
+def _unhooked_forward(attention: Any) -> Any:
     """The forward inside the hooks of accelerate and diffusers (offloading, casting, caching), which only wrap it."""
     forward = attention.forward
     hooked = list(getattr(getattr(attention, "_diffusers_hook", None), "_fn_refs", ()))

@@ -1,10 +1,14 @@
-"""Which modules are being called, found on the stacks of threads: interruptions such as Ctrl-C cannot falsify these."""
+"""Which modules are being called, found on the stacks of threads, which interruptions such as Ctrl-C cannot falsify.
+
+And whether the call is a tracer's: a patched network cannot be traced, as its values decide which tokens are merged.
+"""
 
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from torch import nn
 
 
@@ -28,3 +32,13 @@ def called_elsewhere() -> Iterator[nn.Module]:
     for thread, innermost in sys._current_frames().items():
         if thread != threading.get_ident():
             yield from called(innermost)
+
+
+def refuse_tracing() -> None:
+    """Raise ValueError under `torch.export`, ONNX export, `torch.jit.trace` or `make_fx`; `torch.compile` is fine."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # or nothing is traced by it; to load it takes long
+    is_traced_by_fx = proxies is not None and proxies.get_proxy_mode() is not None
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or is_traced_by_fx:
+        raise ValueError("a patched network cannot be exported or traced; call remove_patch first")

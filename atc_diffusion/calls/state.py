@@ -6,18 +6,18 @@ network's modules have been exchanged.
 
 import operator
 from collections.abc import Hashable, Iterator
-from functools import partial
 from itertools import chain
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from atc_diffusion.adapters.obstacles import innermost, source
 from atc_diffusion.calls.inputs import Setting
 
 # Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
 _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
-_KNOWN_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "diffusers.hooks.hooks")
+_KNOWN_HOOKS = (*_KNOWN, *(f"diffusers.hooks.{name}" for name in ("group_offloading", "layerwise_casting", "hooks")))
 _KNOWN_PROCESSORS = (*_KNOWN, "diffusers.models.")  # those of diffusers' pipelines store what they see
 _LIBRARIES = (*_KNOWN, "diffusers.", "transformers.")  # whose classes may have a forward of another file of theirs
 _SAMPLES = 4  # values of each weight that are read
@@ -112,21 +112,17 @@ class NetworkState:
                 yield f"the forward {_name(kind.forward)}"
         for module in self._with_processor:
             kind = type(module.processor)
-            if not _source(kind).startswith(_KNOWN_PROCESSORS):
+            if not _is_from(_KNOWN_PROCESSORS, kind):
                 yield f"the attention processor {_name(kind)}"
-        for module in self._modules:
+        for module in self._modules[1:]:  # not the network itself
             attributes = module.__dict__
-            if module is self._network:
-                continue
-            for hook in (*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()):
-                if not _is_known(hook):
-                    yield f"the hook {_name(hook)}"
+            hooks: list[Any] = [*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()]
             if registry := attributes.get("_diffusers_hook"):
-                for hook in registry.hooks.values():
-                    if not _is_known(type(hook)):
-                        yield f"the hook {_name(type(hook))}"
+                hooks += map(type, registry.hooks.values())
+            yield from (f"the hook {_name(hook)}" for hook in hooks if not _is_from(_KNOWN_HOOKS, hook))
             forward = attributes.get("forward")  # its own one is there where others have put it back
-            if forward is not None and _innermost(forward) is not type(module).forward and not _is_known(forward):
+            is_own = forward is None or innermost(forward) is type(module).forward
+            if not is_own and not _is_from(_KNOWN_HOOKS, forward):
                 yield f"the forward {_name(forward)}"
 
 
@@ -178,26 +174,14 @@ def _read(views: list[Tensor]) -> tuple[float, ...]:
 def is_own_forward(kind: type) -> bool:
     """Whether a class still has the forward that it was written with, or one of the library that it is of."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    source = _source(vars(owner)["forward"])
-    return source == f"{owner.__module__}." or source.startswith(_LIBRARIES)
+    forward = vars(owner)["forward"]
+    return source(forward) == owner.__module__ or _is_from(_LIBRARIES, forward)
 
 
-def _innermost(function: Any) -> Any:
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__func__", function)
-
-
-def _source(function: Any) -> str:
-    """The module that defines a function or class; `__module__` of a function may name that of a wrapped one."""
-    function = _innermost(function)
-    return str(getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", "")) + "."
-
-
-def _is_known(function: Any) -> bool:
-    return _source(function).startswith((*_KNOWN, *_KNOWN_HOOKS))
+def _is_from(packages: tuple[str, ...], function: Any) -> bool:
+    return f"{source(function)}.".startswith(packages)
 
 
 def _name(function: Any) -> str:
-    function = _innermost(function)
-    return f"{_source(function)}{getattr(function, '__qualname__', type(function).__name__)}"
+    function = innermost(function)
+    return f"{source(function)}.{getattr(function, '__qualname__', type(function).__name__)}"

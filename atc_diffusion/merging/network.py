@@ -14,8 +14,8 @@ from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, time_of
 from atc_diffusion.calls.reference import Reference
+from atc_diffusion.calls.stack import refuse_tracing
 from atc_diffusion.calls.state import NetworkState
-from atc_diffusion.calls.tracing import refuse_tracing
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.forecasting import Decision
 from atc_diffusion.forecasting.deferred import is_deferred, realized

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Kwargs
-from atc_diffusion.calls.tracing import refuse_tracing
+from atc_diffusion.calls.stack import refuse_tracing
 from atc_diffusion.report import LayerSummary, RecordedMerge
 from atc_diffusion.vit.config import PRUNING, ViTConfig
 from atc_diffusion.vit.reduce import Attention, Reduction, cluster, prune
