@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import singledispatch
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -141,7 +140,7 @@ def _patches(model: object, config: Any, options: ATCOptions) -> dict[nn.Module,
             f"give either config or options, got both: {both}; presets such as ATCConfig.fast take options"
         )
     networks = find_networks(model)
-    patches = make_patches(ATCConfig(**options) if config is None else config, networks, Reference(model))
+    patches = _make_patches(ATCConfig(**options) if config is None else config, networks, Reference(model))
     return {network: patches.get(name) for name, network in networks.items()}
 
 
@@ -154,10 +153,9 @@ def find_networks(model: object) -> Networks:
     """The networks of a model by the names that reports use: the denoiser first, then ControlNets."""
     if isinstance(model, nn.Module):
         return _unwrapped("", model)
-    named = {name: getattr(model, name, None) for name in (*DENOISERS, "controlnet")}
     networks: Networks = {}
-    for name, part in named.items():
-        if isinstance(part, nn.Module):
+    for name in (*DENOISERS, "controlnet"):
+        if isinstance(part := getattr(model, name, None), nn.Module):
             networks |= _unwrapped(name, part)
     if not networks.keys() & set(DENOISERS):
         raise ValueError(
@@ -178,9 +176,12 @@ def _unwrapped(name: str, network: nn.Module) -> Networks:
     return {path: inner for inner, path in found.items()}
 
 
-@singledispatch
-def make_patches(config: object, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
+def _make_patches(config: object, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
     """A patch, not attached yet, for every network that `config` selects."""
+    if isinstance(config, ViTConfig):
+        return {name: ViTPatch(name, network, config) for name, network in networks.items()}
+    if isinstance(config, MergeConfig):
+        return _network_patches(config, networks, pipeline)
     raise ValueError(f"config must be a configuration, such as an ATCConfig, got {config!r}{_hint(config)}")
 
 
@@ -196,13 +197,7 @@ def _hint(config: object) -> str:
     return did_you_mean(config, "r=")
 
 
-@make_patches.register
-def _(config: ViTConfig, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
-    return {name: ViTPatch(name, network, config) for name, network in networks.items()}
-
-
-@make_patches.register
-def _(config: MergeConfig, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
+def _network_patches(config: MergeConfig, networks: Networks, pipeline: Reference) -> Mapping[str, Patch]:
     """The first network must have self-attention that can merge, and decides at which levels.
 
     So a ControlNet is merged at the levels of the denoiser.

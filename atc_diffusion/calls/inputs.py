@@ -44,11 +44,12 @@ class Inputs:
         moving = [latents, *(x for x in added if x.ndim > 2)]
         fixed = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + [x for x in added if x.ndim <= 2]
         settings = (len(coarsest), *(leaf for leaf in leaves if isinstance(leaf, Setting)))
-        return cls(_detached(moving), _detached(fixed), settings, state)
+        return cls(tuple(x.detach() for x in moving), tuple(x.detach() for x in fixed), settings, state)
 
     def clone(self) -> "Inputs":
         """A copy that survives changes in place."""
-        return replace(self, moving=_clones(self.moving), fixed=_clones(self.fixed))
+        moving, fixed = (tuple(x.detach().clone() for x in tensors) for tensors in (self.moving, self.fixed))
+        return replace(self, moving=moving, fixed=fixed)
 
     @property
     def latents(self) -> Tensor:
@@ -74,11 +75,8 @@ class Inputs:
 
     def same_latents(self, other: "Inputs") -> bool:
         """Whether the latents are equal, and the network is in the same state."""
-        return (
-            self.state == other.state
-            and self.inference_mode == other.inference_mode
-            and _equal(self.latents, other.latents)
-        )
+        same_state = (self.state, self.inference_mode) == (other.state, other.inference_mode)
+        return same_state and _equal(self.latents, other.latents)
 
     def same_conditions(self, other: "Inputs") -> bool:
         """Whether everything that stays the same throughout an image is equal."""
@@ -197,14 +195,6 @@ def equal_items(latents: Tensor) -> list[list[bool]]:
 
 def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
-
-
-def _detached(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x.detach() for x in tensors)
-
-
-def _clones(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.detach().clone() for x in tensors)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -32,10 +32,6 @@ MAX_IMAGES = 64  # that take turns; a loop that never leaves its timestep forget
 MAX_BYTES = 2**28  # or where what is kept of them fills 256 MiB
 
 
-def _unchanged(returned: Any) -> Any:
-    return returned
-
-
 @dataclass
 class Decision:
     """Whether a call is made.
@@ -48,7 +44,7 @@ class Decision:
 
     output: Any = None
     reason: str = ""
-    end: Callable[[Any], Any] = _unchanged
+    end: Callable[[Any], Any] = lambda returned: returned
 
 
 class Forecaster:

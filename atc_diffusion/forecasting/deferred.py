@@ -67,12 +67,8 @@ class DeferredTensor(Tensor):
         return made
 
 
-_PUT_OFF = (
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.mul.Tensor,
-    torch.ops.aten.add_.Tensor,
-    torch.ops.aten.mul_.Tensor,
-)
+_aten = torch.ops.aten
+_PUT_OFF = (_aten.add.Tensor, _aten.mul.Tensor, _aten.add_.Tensor, _aten.mul_.Tensor)
 
 
 def _are_alike(x: Any, y: Any) -> bool:
@@ -124,7 +120,7 @@ class Deferrals:
             return returned
         if not any(earlier.same_conditions(inputs) for earlier in self._computed):
             self._computed = [*self._computed[1 - MAX_CONDITIONS :], inputs.clone()]
-        self._returned[inputs.kind] = tree_map_only(Tensor, _like, returned)
+        self._returned[inputs.kind] = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), returned)
         return returned
 
 
@@ -159,7 +155,3 @@ class _Made:
             finally:
                 _forced.by = before
         return self._values[index]
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="meta")

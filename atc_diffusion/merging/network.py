@@ -199,9 +199,7 @@ class NetworkPatch:
     @torch.compiler.disable
     def finished(self, returned: Any) -> Any:
         call = present_call(self)
-        if call is None:
-            return returned
-        return call.decision.end(returned)
+        return returned if call is None else call.decision.end(returned)
 
     @torch.compiler.disable
     def abandoned(self) -> None:

@@ -1,6 +1,7 @@
 """Whether the calls of a patched network are made: by what is forecast for it, or for the network that it serves."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,11 @@ from atc_diffusion.forecasting.deferred import is_forced
 from atc_diffusion.merging.runs import Run
 
 
+@dataclass(eq=False)
 class Skipping:
     """Decides which calls of one network are made.
 
-    Args:
+    Attributes:
         network: the network.
         owner: its patch, which skips the calls.
         family: its adapter.
@@ -32,37 +34,29 @@ class Skipping:
         denoiser: refers to the patch of the network that a ControlNet serves, or to nothing.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        owner: Watcher,
-        family: Family,
-        tolerance: float,
-        state: NetworkState,
-        sees_last_arguments: Callable[[], bool],
-        pipeline: Reference,
-        denoiser: Reference,
-    ) -> None:
-        self.forward = WatchedForward(network, owner)
-        self._owner = owner
-        self._family = family
-        self._tolerance = tolerance
-        self._state = state
-        self._sees_last_arguments = sees_last_arguments
-        self._pipeline = pipeline
-        self._denoiser = denoiser
+    network: nn.Module
+    owner: Watcher
+    family: Family
+    tolerance: float
+    state: NetworkState
+    sees_last_arguments: Callable[[], bool]
+    pipeline: Reference
+    denoiser: Reference
+
+    def __post_init__(self) -> None:
+        self.forward = WatchedForward(self.network, self.owner)
 
     def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
         """Whether a `call` of the network is made."""
-        if is_forced(self._owner):
+        if is_forced(self.owner):
             return Decision()
         if run.forecasts is None:
-            noise = self._family.noise(getattr(self._pipeline(), "scheduler", None))
-            run.forecasts = Forecaster(self._family, noise, self._tolerance)
+            noise = self.family.noise(getattr(self.pipeline(), "scheduler", None))
+            run.forecasts = Forecaster(self.family, noise, self.tolerance)
         if reason := self.never():
             run.forecasts.refuse(position)
             return Decision(reason=reason)
-        if (denoiser := self._denoiser()) is not None:
+        if (denoiser := self.denoiser()) is not None:
             return self._defer(denoiser, run, position, inputs, call)
         return run.forecasts.decide(inputs, position)
 
@@ -71,9 +65,9 @@ class Skipping:
         if not self.forward.is_trusted:
             self.forward.mend()
             return "the network's forward was replaced, as by a cache"
-        if not self._sees_last_arguments():
+        if not self.sees_last_arguments():
             return "a hook was registered after the patch, and may change the arguments"
-        if stranger := self._state.stranger():
+        if stranger := self.state.stranger():
             return f"{stranger} may have to see every step"
         return ""
 
@@ -83,7 +77,7 @@ class Skipping:
         if served is not None and served.forecasts is not None and inputs.readable and not torch.is_grad_enabled():
             coming = served.position_at(position.entry, position.time)
             if not denoiser.skipping.never() and served.forecasts.expects(inputs, coming):
-                put_off = run.deferrals.put_off(inputs, call, self._owner)
+                put_off = run.deferrals.put_off(inputs, call, self.owner)
                 if put_off is not None:
                     return Decision(put_off)
         return Decision(reason="the denoiser is computed", end=partial(run.deferrals.remember, inputs))
