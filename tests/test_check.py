@@ -77,6 +77,12 @@ def test_a_network_of_which_fewer_attentions_are_merged_is_named(monkeypatch):
     assert set(problems(check_networks(CPU)).values()) == {expected}
 
 
+def test_a_family_that_needs_a_newer_diffusers_is_left_out(monkeypatch):
+    monkeypatch.setattr(checks, "FAMILIES", {"z_image": "Z-Image"})
+    monkeypatch.delitem(TINY_NETWORKS, "z_image", raising=False)
+    assert not list(check_networks(CPU))
+
+
 def test_a_device_that_fails_makes_the_command_fail(monkeypatch, capsys):
     monkeypatch.setattr(checks, "devices_found", lambda: [torch.device("mps", 0)])
     monkeypatch.setattr(checks, "CHECKS", (check_networks,))
