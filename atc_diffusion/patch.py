@@ -10,9 +10,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from atc_diffusion import attached
-from atc_diffusion.adapters import Layer
+from atc_diffusion.adapters.layer import Layer, unwrapped
 from atc_diffusion.adapters.lookup import family_of
-from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.attached import Patch
 from atc_diffusion.calls.reference import Reference
 from atc_diffusion.config import MergeConfig

@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.noise import NoiseSchedule, diffusion
 from atc_diffusion.adapters.obstacles import Limit, limit_by_hooks, replaced_code
 from atc_diffusion.adapters.stand_in import StandIn
-from atc_diffusion.adapters.wrappers import unwrapped, without_wrappers
 from atc_diffusion.merge_map import MergeMap
 
 # Arguments by which networks take what a ControlNet, a T2I-Adapter, BrushNet or PowerPaint adds to their features.
@@ -23,37 +23,6 @@ _RESIDUALS = re.compile(
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Which = Literal["keys", "values"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One self-attention that can be merged.
-
-    Attributes:
-        name: its path in the network.
-        block: the transformer block that contains it.
-        attention: the module that receives the tokens `[B, N, C]`.
-        level: the downsampling factor of its grid of tokens, relative to the latents.
-        channels: `C`.
-    """
-
-    name: str
-    block: nn.Module
-    attention: nn.Module
-    level: int
-    channels: int
-
-    @classmethod
-    def within(cls, block: nn.Module, path: str, name: str, level: int) -> "Layer":
-        """The attention called `name` in the transformer block at `path`, which wrappers may be around."""
-        block = unwrapped(block)
-        attention = unwrapped(getattr(block, name))
-        return cls(f"{without_wrappers(path)}.{name}", block, attention, level, attention.query_dim)
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of its grid of tokens, for latents of `size` (height, width)."""
-        height, width = size
-        return -(-height // self.level), -(-width // self.level)
 
 
 @dataclass(frozen=True)
@@ -130,20 +99,11 @@ class MergedCall:
     widen: bool = False
 
     @property
-    def is_identity(self) -> bool:
-        return self.queries is None and self.keys is None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.image.num_tokens
-
-    @property
     def kept(self) -> tuple[int, int]:
         """The numbers of queries and of keys after merging."""
-        return self._kept(self.queries), self._kept(self.keys)
-
-    def _kept(self, merge_map: MergeMap | None) -> int:
-        return self.num_tokens if merge_map is None else merge_map.num_clusters
+        maps = self.queries, self.keys
+        queries, keys = (self.image.num_tokens if each is None else each.num_clusters for each in maps)
+        return queries, keys
 
     @property
     def log_weights(self) -> Tensor | None:

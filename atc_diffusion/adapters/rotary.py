@@ -25,7 +25,6 @@ from atc_diffusion.adapters import (
     ImageInput,
     ImageSlice,
     Kwargs,
-    Layer,
     MergedCall,
     Which,
     argument,
@@ -33,6 +32,7 @@ from atc_diffusion.adapters import (
     like,
     without,
 )
+from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.obstacles import source
 from atc_diffusion.adapters.stand_in import StandIn
@@ -169,8 +169,8 @@ def _merge_keys(x: Tensor, merge: MergedCall) -> Tensor:
 
 def _log_weights(merge: MergedCall, length: int) -> Tensor | None:
     """What is added to the logits of merged keys, `[B, S - N + K]`, of a sequence of `length` `S`; None: nothing."""
-    logs, after = merge.log_weights, merge.image.after
-    return None if logs is None else F.pad(logs, (length - merge.num_tokens - after, after))
+    logs, image = merge.log_weights, merge.image
+    return None if logs is None else F.pad(logs, (length - image.num_tokens - image.after, image.after))
 
 
 def _merge_mask(mask: Tensor, merge: MergedCall) -> Tensor:

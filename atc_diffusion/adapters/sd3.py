@@ -11,12 +11,12 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
+from atc_diffusion.adapters import Demands, Kwargs, MergedCall, Which
+from atc_diffusion.adapters.layer import Layer, unwrapped
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import attend
-from atc_diffusion.adapters.wrappers import unwrapped
 
 
 class SD3Family(TokenFamily):

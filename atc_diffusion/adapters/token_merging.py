@@ -24,7 +24,7 @@ class TokenFamily(Family):
     def merge(self, attention: Any, args: Args, kwargs: Kwargs, image: ImageSlice, cut: Cut) -> tuple[Args, Kwargs]:
         given = _named(args, kwargs)
         merge = cut(partial(self._picked, attention, given["hidden_states"]))
-        if merge.is_identity:
+        if merge.queries is None and merge.keys is None:
             return args, kwargs
         merged = self.merged(attention, given, merge)
         return (merged.pop("hidden_states"),), merged  # by place, where hooks of others look for it

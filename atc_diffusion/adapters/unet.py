@@ -17,11 +17,11 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Demands, Kwargs, Layer, MergedCall, Which
+from atc_diffusion.adapters import Demands, Kwargs, MergedCall, Which
+from atc_diffusion.adapters.layer import Layer, unwrapped
 from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import aligned, attend
-from atc_diffusion.adapters.wrappers import unwrapped
 from atc_diffusion.merge_map import MergeMap
 
 _MASKED = -1e3  # as good as -inf, and finite in float16, also times the root of a head's width

@@ -9,7 +9,8 @@ from diffusers.models.transformers.transformer_z_image import (
 )
 from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, Layer, argument, like, without
+from atc_diffusion.adapters import ImageInput, Kwargs, argument, like, without
+from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
 from atc_diffusion.adapters.stand_in import StandIn

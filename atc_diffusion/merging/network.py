@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, Layer
+from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs
+from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, time_of
 from atc_diffusion.calls.reference import Reference
@@ -222,7 +223,7 @@ class NetworkPatch:
         if self.skipping is not None:
             call.log.reasons[call.step] = call.log.reasons.get(call.step) or call.decision.reason
         for name, merge in call.merges.items():
-            call.log.layer(name).add(call.step, merge.num_tokens, merge.kept, name in call.clustered)
+            call.log.layer(name).add(call.step, merge.image.num_tokens, merge.kept, name in call.clustered)
         for name, limit in call.limits.items():
             call.log.layer(name).limit = limit.reason
         if self.config.record:
