@@ -144,11 +144,6 @@ def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:
         if patch is not None:
             patch.attach()
             setattr(network, _PATCH, patch)
-    if changed:
-        _forget_compiled()
-
-
-def _forget_compiled() -> None:
-    """torch.compile does not guard on forward hooks: without this, a compiled network would not notice them."""
-    if "torch._dynamo" in sys.modules:  # or else nothing is compiled, and `reset` would load the compiler
+    # torch.compile does not guard on forward hooks: without this, a compiled network would not notice them.
+    if changed and "torch._dynamo" in sys.modules:  # or else nothing is compiled, and `reset` would load the compiler
         torch.compiler.reset()

@@ -1,6 +1,6 @@
 """Records of what merging did in a run, and the reports that `summary` and `merge_maps` make of them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from atc_diffusion.config import Configuration
@@ -163,13 +163,10 @@ class LayerLog:
 class RunLog:
     """What happened in a run so far."""
 
-    layers: dict[str, LayerLog] = field(default_factory=dict)
+    layers: defaultdict[str, LayerLog] = field(default_factory=lambda: defaultdict(LayerLog))
     merges: list[RecordedMerge] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
 
     def forecasts(self) -> ForecastSummary:
         forecast = tuple(step for step, reason in self.reasons.items() if not reason)
         return ForecastSummary(tuple(self.reasons), forecast, tuple(filter(None, self.reasons.values())))
-
-    def layer(self, name: str) -> LayerLog:
-        return self.layers.setdefault(name, LayerLog())

@@ -43,11 +43,8 @@ def limit_by_hooks(attention: Any) -> Limit | None:
     if not kinds:
         return None
     names = ", ".join(sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds))
-    return Limit(f"has a hook that works on all of its tokens: {names}", by_hooks=True, keys_merge=_are_known(kinds))
-
-
-def _are_known(kinds: set[type]) -> bool:
-    return all(kind.__module__.startswith("diffusers.") and kind.__name__ in _NEED_ALL_QUERIES for kind in kinds)
+    known = all(kind.__module__.startswith("diffusers.") and kind.__name__ in _NEED_ALL_QUERIES for kind in kinds)
+    return Limit(f"has a hook that works on all of its tokens: {names}", by_hooks=True, keys_merge=known)
 
 
 def _hooks(attention: Any) -> Iterator[Any]:

@@ -94,8 +94,8 @@ class MergedJointAttnProcessor(StandIn):
         """
         if merged_keys is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        query, key = _queries(attn, hidden_states), _keys(attn, merged_keys)
-        value = _heads(attn, attn.to_v(merged_keys))
+        query = _normed(attn.norm_q, _heads(attn, attn.to_q(hidden_states)))
+        key, value = _keys(attn, merged_keys), _heads(attn, attn.to_v(merged_keys))
         if encoder_hidden_states is not None:
             query, key, value = (
                 torch.cat([image, text], dim=1)
@@ -113,10 +113,6 @@ class MergedJointAttnProcessor(StandIn):
 def _heads(attn: Any, x: Tensor) -> Tensor:
     """Split `x` `[B, N, C]` into heads `[B, N, H, C / H]`."""
     return x.unflatten(2, (attn.heads, -1))
-
-
-def _queries(attn: Any, tokens: Tensor) -> Tensor:
-    return _normed(attn.norm_q, _heads(attn, attn.to_q(tokens)))
 
 
 def _keys(attn: Any, tokens: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Clock:
             self._changes, self._moves = (0,) * len(settings), (0.0,) * len(settings)
         moves = tuple(map(_move, old, settings))
         self._changes = tuple(
-            count + 1 if move and _goes_on(before, move) else int(move != 0)
+            count + 1 if move and (not before or 0 < move / before < JUMP) else int(move != 0)
             for count, before, move in zip(self._changes, self._moves, moves, strict=True)
         )
         self._moves, self._settings, self._step = moves, settings, step
@@ -123,11 +123,6 @@ def _move(old: object, new: object) -> float:
     """From one number to another; 0 for anything else."""
     numbers = type(new) in (int, float) and type(old) in (int, float)
     return new - old if numbers else 0.0  # type: ignore[operator]
-
-
-def _goes_on(before: float, move: float) -> bool:
-    """Whether a number moves as it did, and no more than `JUMP` times as far."""
-    return not before or 0 < move / before < JUMP
 
 
 def changes(inputs: Inputs, earlier: Sequence[Inputs]) -> list[float]:

@@ -15,7 +15,7 @@ class Reference:
         try:
             self._target: Any = weakref.ref(target)
         except TypeError:
-            self._target = _nothing
+            self._target = lambda: None
 
     def __call__(self) -> Any:
         return self._target()
@@ -26,6 +26,3 @@ class Reference:
     def __reduce__(self) -> tuple[Any, ...]:
         """What is read from a file refers to nothing."""
         return Reference, (None,)
-
-
-def _nothing() -> None: ...

@@ -46,12 +46,14 @@ def enter(part: Part, owner: object, layer: str, hidden_states: Tensor) -> Call 
         times_called = call.times_called.get(layer, 0)
         _put(_blocks.setdefault(hidden_states.untyped_storage(), {}), place, (call, times_called))
         if torch.is_grad_enabled() and part == "block":
-            _remember_input(owner, layer, hidden_states, call, times_called)
+            # Checkpoints around several blocks recompute all inputs but the first.
+            known = _by_input.setdefault(owner, {}).setdefault(layer, WeakValueDictionary())
+            known[_Digest.of(None, [hidden_states], times_called)] = call
         return call
-    known = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_values(owner, layer, hidden_states)
-    if known is None:
+    found = _blocks.get(hidden_states.untyped_storage(), {}).get(place) or _by_values(owner, layer, hidden_states)
+    if found is None:
         return None
-    call, times_called = known
+    call, times_called = found
     call.times_called[layer] = times_called
     present.call, present.recalled_by = call, part
     return call
@@ -100,12 +102,6 @@ def _sum(x: Tensor) -> Tensor:
     for part in bits.split(_AT_ONCE):
         total = total * _ODD + (part * weights[: len(part)]).sum()
     return total
-
-
-def _remember_input(owner: object, layer: str, hidden_states: Tensor, call: Call, times_called: int) -> None:
-    """For checkpoints around several blocks, which recompute all inputs but the first."""
-    known = _by_input.setdefault(owner, {}).setdefault(layer, WeakValueDictionary())
-    known[_Digest.of(None, [hidden_states], times_called)] = call
 
 
 def _by_values(owner: object, layer: str, hidden_states: Tensor) -> tuple[Call, int] | None:

@@ -1,6 +1,7 @@
 """The hooks around one self-attention: cluster its tokens or reuse clusters, cut the tree, merge, unmerge."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -137,7 +138,7 @@ class LayerHooks:
     def _features(self, call: Call, tokens: Tensor, project: Projection) -> Tensor:
         """The features `[B, N, D]` by which the clustered items of `tokens` `[B, N, C]` are compared."""
         sharing = _sharing(call, tokens)
-        pick = sharing.pick if sharing else _all
+        pick: Callable[[Tensor], Tensor] = sharing.pick if sharing else lambda x: x
         match self.config.features:
             case "hidden_states":  # of several images, the one to merge comes first
                 seen = call.seen(self.layer.name)
@@ -155,10 +156,6 @@ class LayerHooks:
                 " this layout cannot be merged, so call remove_patch"
             )
         return height, width
-
-
-def _all(x: Tensor) -> Tensor:
-    return x
 
 
 def _sharing(call: Call, tokens: Tensor) -> Sharing | None:

@@ -93,8 +93,8 @@ class NetworkPatch:
 
     def summaries(self) -> list[LayerSummary]:
         """The last run, layer by layer."""
-        logs, projects_all = self._last_run.log, self._family.projects_all
-        return [logs.layer(x.name).summary(self.name, x.name, x.level, x.channels, projects_all) for x in self._layers]
+        logs, projects_all = self._last_run.log.layers, self._family.projects_all
+        return [logs[x.name].summary(self.name, x.name, x.level, x.channels, projects_all) for x in self._layers]
 
     def forecasts(self) -> ForecastSummary | None:
         """The forecast steps of the last run; None if the configuration forecasts none."""
@@ -223,9 +223,9 @@ class NetworkPatch:
         if self.skipping is not None:
             call.log.reasons[call.step] = call.log.reasons.get(call.step) or call.decision.reason
         for name, merge in call.merges.items():
-            call.log.layer(name).add(call.step, merge.image.num_tokens, merge.kept, name in call.clustered)
+            call.log.layers[name].add(call.step, merge.image.num_tokens, merge.kept, name in call.clustered)
         for name, limit in call.limits.items():
-            call.log.layer(name).limit = limit.reason
+            call.log.layers[name].limit = limit.reason
         if self.config.record:
             call.log.merges += self._recorded(call)
 
