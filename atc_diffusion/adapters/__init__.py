@@ -2,18 +2,16 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atc_diffusion.adapters.layer import Layer
+from atc_diffusion.adapters.layer import Cut, Demands, ImageSlice, Layer, MergedCall
 from atc_diffusion.adapters.noise import NoiseSchedule, diffusion
 from atc_diffusion.adapters.obstacles import Limit, limit_by_hooks, replaced_code
-from atc_diffusion.adapters.stand_in import StandIn
-from atc_diffusion.merge_map import MergeMap
 
 # Arguments by which networks take what a ControlNet, a T2I-Adapter, BrushNet or PowerPaint adds to their features.
 _RESIDUALS = re.compile(
@@ -22,7 +20,6 @@ _RESIDUALS = re.compile(
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-Which = Literal["keys", "values"]
 
 
 @dataclass(frozen=True)
@@ -58,91 +55,30 @@ class ImageInput:
         return cls(latents, size, timestep, others, after, tuple(residuals.values()))
 
 
-@dataclass(frozen=True)
-class ImageSlice:
-    """Where the image's tokens are in a sequence that also has others, such as text tokens.
+def _of_original(name: str) -> Any:
+    """An attribute that is the original's, also when it is set."""
+    return property(lambda self: getattr(self.original, name), lambda self, value: setattr(self.original, name, value))
 
-    Attributes:
-        num_tokens: `N`, how many tokens the image has.
-        after: how many tokens follow them.
+
+class StandIn:
+    """A processor with one of diffusers' inside, which is put back when the patch is removed.
+
+    It says that it is of the original's class, because diffusers looks processors up by `__class__`: guidance by hooks
+    in a registry, others by `isinstance`.
     """
 
-    num_tokens: int
-    after: int = 0
+    def __init__(self, original: Any) -> None:
+        self.original = original
 
-    def split(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """The parts of a sequence `x` before the image, of the image, and after it."""
-        return x.split([x.shape[dim] - self.num_tokens - self.after, self.num_tokens, self.after], dim=dim)
+    @property  # type: ignore[misc]  # read-only, as nobody sets it
+    def __class__(self) -> Any:
+        return type(self.original)
 
-    def of(self, x: Tensor, dim: int) -> Tensor:
-        """The image's part of a sequence `x`."""
-        return x.narrow(dim, x.shape[dim] - self.num_tokens - self.after, self.num_tokens)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.original,)  # copying and pickling go by `__class__`
 
-
-@dataclass(frozen=True)
-class MergedCall:
-    """How the tokens of one call of a self-attention are merged.
-
-    Attributes:
-        image: which tokens are the image's; no others are merged.
-        queries: merges the tokens of the queries and copies the output back; None keeps all of them.
-        keys: merges the tokens of keys and values, or for rotary families keys and values themselves; None keeps all of
-            them. The same object as `queries` if as many are kept.
-        weigh: add the logarithm of a cluster's size to the logits of its key (proportional attention).
-        widen: add it in channels of the heads instead of in a mask.
-    """
-
-    image: ImageSlice
-    queries: MergeMap | None
-    keys: MergeMap | None
-    weigh: bool
-    widen: bool = False
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """The numbers of queries and of keys after merging."""
-        maps = self.queries, self.keys
-        queries, keys = (self.image.num_tokens if each is None else each.num_clusters for each in maps)
-        return queries, keys
-
-    @property
-    def log_weights(self) -> Tensor | None:
-        """What proportional attention adds to the logits of merged keys, `[B, K]` float32; None: nothing."""
-        return self.keys.sizes.float().log() if self.weigh and self.keys is not None else None
-
-    def merge_queries(self, x: Tensor) -> Tensor:
-        return x if self.queries is None else self.queries.merge(x)
-
-    def merge_keys(self, x: Tensor) -> Tensor:
-        return x if self.keys is None else self.keys.merge(x)
-
-    def unmerge(self, x: Tensor) -> Tensor:
-        return x if self.queries is None else self.queries.unmerge(x)
-
-
-class Projection(Protocol):
-    """How the keys or values of an image's tokens are had, of those items of a batch that `pick` picks."""
-
-    def __call__(self, which: Which, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Keys or values `[B', N, D]` of all heads; keys normed and rotated, if the model does that."""
-
-
-Cut: TypeAlias = Callable[[Projection], MergedCall]
-
-
-@dataclass(frozen=True)
-class Demands:
-    """What merging asks of an attention.
-
-    Attributes:
-        fewer_queries: queries merge.
-        separate_keys: keys and queries merge differently.
-        wider_heads: merged keys are weighed in channels of the heads.
-    """
-
-    fewer_queries: bool
-    separate_keys: bool
-    wider_heads: bool = False
+    _attention_backend = _of_original("_attention_backend")  # what set_attention_backend and
+    _parallel_config = _of_original("_parallel_config")  # enable_parallelism set
 
 
 class Family(ABC):

@@ -5,10 +5,9 @@ from typing import Any
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, argument
+from atc_diffusion.adapters import ImageInput, Kwargs, StandIn, argument
 from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.rotary import PACK, RotaryFamily, packed_image, with_merged_keys
-from atc_diffusion.adapters.stand_in import StandIn
 
 
 class MergedFluxAttnProcessor(StandIn):

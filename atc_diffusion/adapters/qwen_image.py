@@ -2,14 +2,11 @@
 
 from typing import Any
 
-from diffusers.models.transformers.transformer_qwenimage import (
-    QwenDoubleStreamAttnProcessor2_0,
-)
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from atc_diffusion.adapters import ImageInput, Kwargs, argument
+from atc_diffusion.adapters import ImageInput, Kwargs, StandIn, argument
 from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.rotary import PACK, RotaryFamily, packed_image, with_merged_keys
-from atc_diffusion.adapters.stand_in import StandIn
 
 
 class MergedQwenAttnProcessor(StandIn):

@@ -17,25 +17,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import (
-    Args,
-    Cut,
-    Demands,
-    Family,
-    ImageInput,
-    ImageSlice,
-    Kwargs,
-    MergedCall,
-    Which,
-    argument,
-    first,
-    like,
-    without,
-)
-from atc_diffusion.adapters.layer import Layer
+from atc_diffusion.adapters import Args, Family, ImageInput, Kwargs, StandIn, argument, first, like, without
+from atc_diffusion.adapters.layer import Cut, Demands, ImageSlice, Layer, MergedCall, Which
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.obstacles import source
-from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.weights import aligned, wider_heads
 
 # By name: which of them exist depends on the version of diffusers.

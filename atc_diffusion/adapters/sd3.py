@@ -11,10 +11,9 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atc_diffusion.adapters import Demands, Kwargs, MergedCall, Which
-from atc_diffusion.adapters.layer import Layer, unwrapped
+from atc_diffusion.adapters import Kwargs, StandIn
+from atc_diffusion.adapters.layer import Demands, Layer, MergedCall, Which, unwrapped
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
-from atc_diffusion.adapters.stand_in import StandIn
 from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import attend
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Args, Cut, Family, ImageSlice, Kwargs, MergedCall, Which
+from atc_diffusion.adapters import Args, Family, Kwargs
+from atc_diffusion.adapters.layer import Cut, ImageSlice, MergedCall, Which
 
 
 class TokenFamily(Family):

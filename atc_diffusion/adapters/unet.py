@@ -17,9 +17,8 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import Demands, Kwargs, MergedCall, Which
-from atc_diffusion.adapters.layer import Layer, unwrapped
-from atc_diffusion.adapters.stand_in import StandIn
+from atc_diffusion.adapters import Kwargs, StandIn
+from atc_diffusion.adapters.layer import Demands, Layer, MergedCall, Which, unwrapped
 from atc_diffusion.adapters.token_merging import TokenFamily
 from atc_diffusion.adapters.weights import aligned, attend
 from atc_diffusion.merge_map import MergeMap

@@ -3,17 +3,13 @@
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_z_image import (
-    SEQ_MULTI_OF,
-    ZSingleStreamAttnProcessor,
-)
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 from torch import Tensor
 
-from atc_diffusion.adapters import ImageInput, Kwargs, argument, like, without
+from atc_diffusion.adapters import ImageInput, Kwargs, StandIn, argument, like, without
 from atc_diffusion.adapters.layer import Layer
 from atc_diffusion.adapters.noise import NoiseSchedule, flow
 from atc_diffusion.adapters.rotary import RotaryFamily, with_merged_keys
-from atc_diffusion.adapters.stand_in import StandIn
 
 
 class MergedZImageAttnProcessor(StandIn):

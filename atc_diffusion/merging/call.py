@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from atc_diffusion.adapters import MergedCall
+from atc_diffusion.adapters.layer import MergedCall
 from atc_diffusion.adapters.obstacles import Limit
 from atc_diffusion.calls.stack import called
 from atc_diffusion.forecasting import Decision

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from atc_diffusion.adapters import Args, Family, ImageSlice, Kwargs, MergedCall, Projection, first
-from atc_diffusion.adapters.layer import Layer
+from atc_diffusion.adapters import Args, Family, Kwargs, first
+from atc_diffusion.adapters.layer import ImageSlice, Layer, MergedCall, Projection
 from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig

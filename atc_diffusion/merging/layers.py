@@ -6,8 +6,8 @@ from collections import Counter
 
 from torch import nn
 
-from atc_diffusion.adapters import Demands, Family
-from atc_diffusion.adapters.layer import Layer
+from atc_diffusion.adapters import Family
+from atc_diffusion.adapters.layer import Demands, Layer
 from atc_diffusion.adapters.obstacles import Limit
 from atc_diffusion.calls.position import Position
 from atc_diffusion.config import MergeConfig

@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from atc_diffusion import ATCConfig, MergeConfig, MergeMap, ToMeConfig, agglomerate, apply_patch
-from atc_diffusion.adapters import Cut, Family, ImageSlice, MergedCall
+from atc_diffusion.adapters import Family
+from atc_diffusion.adapters.layer import Cut, ImageSlice, MergedCall
 from atc_diffusion.adapters.lookup import family_of
 from atc_diffusion.clustering import placement
 from atc_diffusion.clustering.placement import CPU, place
