@@ -11,7 +11,7 @@ from atc_diffusion.methods import ATCConfig, ATCOptions, DPCKNNConfig, KMedoidsC
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary
 from atc_diffusion.report import ForecastSummary, LayerSummary, RecordedMerge, Summary
 from atc_diffusion.tuning import Tuning, tune
-from atc_diffusion.vit.config import ViTConfig
+from atc_diffusion.vit import ViTConfig
 
 __all__ = [
     "ATCConfig",

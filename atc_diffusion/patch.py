@@ -18,7 +18,7 @@ from atc_diffusion.config import MergeConfig
 from atc_diffusion.methods import ATCConfig, ATCOptions
 from atc_diffusion.report import RecordedMerge, Summary
 from atc_diffusion.validation import did_you_mean
-from atc_diffusion.vit.config import ViTConfig
+from atc_diffusion.vit import ViTConfig
 from atc_diffusion.vit.hooks import ViTPatch
 
 Model = TypeVar("Model")
@@ -201,7 +201,7 @@ def _network_patches(config: MergeConfig, networks: Networks, pipeline: Referenc
 
     So a ControlNet is merged at the levels of the denoiser.
     """
-    from atc_diffusion.merging.network import NetworkPatch  # loads torch's compiler, which takes as long as torch
+    from atc_diffusion.merging import NetworkPatch  # loads torch's compiler, which takes as long as torch
 
     families = {name: family_of(network) for name, network in networks.items()}
     layers = {name: family.layers(networks[name]) if family else [] for name, family in families.items()}

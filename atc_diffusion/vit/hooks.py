@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from atc_diffusion.adapters import Args, Kwargs
 from atc_diffusion.calls.stack import refuse_tracing
 from atc_diffusion.report import LayerSummary, RecordedMerge
-from atc_diffusion.vit.config import PRUNING, ViTConfig
+from atc_diffusion.vit import PRUNING, ViTConfig
 from atc_diffusion.vit.reduce import Attention, Reduction, cluster, prune
 
 _REDUCTION = "_atc_reduction"  # the attribute of a sequence

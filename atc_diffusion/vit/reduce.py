@@ -15,7 +15,7 @@ from atc_diffusion.clustering import agglomerate
 from atc_diffusion.clustering.baselines import dpc_knn_labels, kmedoids_labels, match
 from atc_diffusion.clustering.tree import number_clusters
 from atc_diffusion.merge_map import MergeMap
-from atc_diffusion.vit.config import ViTConfig
+from atc_diffusion.vit import ViTConfig
 
 
 @dataclass(frozen=True, eq=False)
