@@ -36,9 +36,6 @@ class NetworkState:
         self._network = network
         self._structure: tuple[int, ...] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkState":
-        return NetworkState(memo.get(id(self._network), self._network))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return NetworkState, (self._network,)
 

@@ -22,7 +22,7 @@ from atc_diffusion.forecasting import Decision
 from atc_diffusion.forecasting.deferred import is_deferred, realized
 from atc_diffusion.merging.call import Call, present, present_call
 from atc_diffusion.merging.checkpoints import Memory, is_in_backward, is_recomputed_by_torch, keep_with_graph
-from atc_diffusion.merging.layer import LayerHooks
+from atc_diffusion.merging.hooks import LayerHooks
 from atc_diffusion.merging.layers import PatchedLayers
 from atc_diffusion.merging.reuse import CachedClusters
 from atc_diffusion.merging.runs import Run, Runs, locate

@@ -44,14 +44,14 @@ class _Thread(threading.local):  # unlike a context variable, torch.compile can 
 _thread = _Thread()
 
 
+@dataclass(eq=False)
 class BlockHooks:
     """The hooks of one block: they repeat earlier merges and, if the configuration asks for it, merge further."""
 
-    def __init__(self, config: ViTConfig, index: int, depth: int, num_prefix_tokens: int) -> None:
-        self.config = config
-        self.index = index
-        self.depth = depth
-        self.num_prefix_tokens = num_prefix_tokens
+    config: ViTConfig
+    index: int
+    depth: int
+    num_prefix_tokens: int
 
     def attach(self, block: Any) -> list[RemovableHandle]:
         return [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,21 +20,21 @@ from atc_diffusion.merging.call import Call, present_call
 from atc_diffusion.merging.checkpoints import enter, leave, unseen_by_checkpoints
 
 
+@dataclass(eq=False)
 class LayerHooks:
     """Merging in one layer; what changes from call to call is in the `Call`.
 
-    Args:
+    Attributes:
         owner: the patch of its network.
         layer: the self-attention.
         family: the adapter of its network.
         config: how to merge.
     """
 
-    def __init__(self, owner: object, layer: Layer, family: Family, config: MergeConfig) -> None:
-        self.owner = owner
-        self.layer = layer
-        self.family = family
-        self.config = config
+    owner: object
+    layer: Layer
+    family: Family
+    config: MergeConfig
 
     def attach(self) -> list[RemovableHandle]:
         block, attention = self.layer.block, self.layer.attention
