@@ -150,38 +150,6 @@ def _relative_changes(x: Tensor, earlier: Tensor) -> Tensor:
     return change.amax(dim=1).sqrt()
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """Which items of a batch are clustered, and whose clusters each item uses.
-
-    Attributes:
-        clustered: `[U]` int64, items of the batch.
-        used: `[B]` int64, for each item a place in `clustered`.
-    """
-
-    clustered: Tensor
-    used: Tensor
-
-    @classmethod
-    def of(cls, latents: Tensor) -> "Sharing | None":
-        """Items of equal `latents` `[B, C, ...]` share the clusters of the last of them; None if all differ."""
-        rows = enumerate(equal_items(latents))
-        last = [max(other for other, same in enumerate(row) if same or other == item) for item, row in rows]
-        clustered = sorted(set(last))
-        if len(clustered) == len(last):
-            return None
-        used = [clustered.index(item) for item in last]
-        return cls(*(torch.tensor(index, device=latents.device) for index in (clustered, used)))
-
-    def pick(self, tokens: Tensor) -> Tensor:
-        """The clustered items of `tokens` `[B * F, N, C]`, with `F` frames an item."""
-        return tokens.unflatten(0, (len(self.used), -1))[self.clustered].flatten(0, 1)
-
-    def spread(self, labels: Tensor) -> Tensor:
-        """Labels `[B * F, N]` of all items, from those of the clustered ones `[U * F, N]`."""
-        return labels.unflatten(0, (len(self.clustered), -1))[self.used].flatten(0, 1)
-
-
 def equal_items(latents: Tensor) -> list[list[bool]]:
     """For each item of a batch, which items are equal to it."""
     equal: list[list[bool]] = torch.stack([(latents == item).flatten(1).all(dim=1) for item in latents]).tolist()

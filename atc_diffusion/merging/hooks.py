@@ -12,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from atc_diffusion.adapters import Args, Family, Kwargs, first
 from atc_diffusion.adapters.layer import ImageSlice, Layer, MergedCall, Projection
-from atc_diffusion.calls.inputs import Sharing
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.merging.call import Call, present_call
 from atc_diffusion.merging.checkpoints import enter, leave, unseen_by_checkpoints
+from atc_diffusion.merging.reuse import Sharing
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Which clusters serve a call. Knows nothing of tokens or models.
+"""Which clusters serve a call, and which of its items share them.
 
 Clusters are reused by content: by calls whose inputs continue those that the clusters were made from.
 """
@@ -6,10 +6,11 @@ Clusters are reused by content: by calls whose inputs continue those that the cl
 from dataclasses import dataclass, field
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from atc_diffusion.adapters.noise import TRAINED
-from atc_diffusion.calls.inputs import Inputs, Sharing, changes
+from atc_diffusion.calls.inputs import Inputs, changes, equal_items
 from atc_diffusion.calls.position import Position
 from atc_diffusion.clustering.tree import Cuttable
 from atc_diffusion.merge_map import MergeMap
@@ -17,6 +18,38 @@ from atc_diffusion.merge_map import MergeMap
 PATIENCE = 3  # steps for which clusters wait to serve again: forecasting may skip two in a row, guidance one
 MAX_SOURCES = 128  # a loop that never leaves its timestep forgets its oldest clusters here,
 MAX_BYTES = 2**28  # or where they and the inputs that are kept to compare with fill 256 MiB
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which items of a batch are clustered, and whose clusters each item uses.
+
+    Attributes:
+        clustered: `[U]` int64, items of the batch.
+        used: `[B]` int64, for each item a place in `clustered`.
+    """
+
+    clustered: Tensor
+    used: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor) -> "Sharing | None":
+        """Items of equal `latents` `[B, C, ...]` share the clusters of the last of them; None if all differ."""
+        rows = enumerate(equal_items(latents))
+        last = [max(other for other, same in enumerate(row) if same or other == item) for item, row in rows]
+        clustered = sorted(set(last))
+        if len(clustered) == len(last):
+            return None
+        used = [clustered.index(item) for item in last]
+        return cls(*(torch.tensor(index, device=latents.device) for index in (clustered, used)))
+
+    def pick(self, tokens: Tensor) -> Tensor:
+        """The clustered items of `tokens` `[B * F, N, C]`, with `F` frames an item."""
+        return tokens.unflatten(0, (len(self.used), -1))[self.clustered].flatten(0, 1)
+
+    def spread(self, labels: Tensor) -> Tensor:
+        """Labels `[B * F, N]` of all items, from those of the clustered ones `[U * F, N]`."""
+        return labels.unflatten(0, (len(self.clustered), -1))[self.used].flatten(0, 1)
 
 
 @dataclass(frozen=True)
