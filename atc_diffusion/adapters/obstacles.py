@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 # Hooks of diffusers, by the module that defines them, that only move or cast weights.
-_HARMLESS = {"diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting"}
+HARMLESS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
 
 # Those that keep the attention's output for later calls, whose clusters are others, or blur all of the queries. Keys
 # may merge under them.
@@ -39,7 +39,7 @@ def limit_by_hooks(attention: Any) -> Limit | None:
     Those of unknown kind leave it unmerged, and so do those that skip attention: they return the values, or the tokens,
     in the place of its output, and there is nothing to save.
     """
-    kinds = {type(hook) for hook in _hooks(attention) if type(hook).__module__ not in _HARMLESS}
+    kinds = {type(hook) for hook in _hooks(attention) if type(hook).__module__ not in HARMLESS}
     if not kinds:
         return None
     names = ", ".join(sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds))

@@ -12,12 +12,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from atc_diffusion.adapters.obstacles import innermost, source
+from atc_diffusion.adapters.obstacles import HARMLESS, innermost, source
 from atc_diffusion.calls.inputs import Setting
 
 # Whose hooks and replaced forwards only move, cast, wrap or compile, and whose processors keep nothing between steps.
 _KNOWN = ("atc_diffusion.", "accelerate.", "torch.", "peft.")
-_KNOWN_HOOKS = (*_KNOWN, *(f"diffusers.hooks.{name}" for name in ("group_offloading", "layerwise_casting", "hooks")))
+_KNOWN_HOOKS = (*_KNOWN, *HARMLESS, "diffusers.hooks.hooks")
 _KNOWN_PROCESSORS = (*_KNOWN, "diffusers.models.")  # those of diffusers' pipelines store what they see
 _LIBRARIES = (*_KNOWN, "diffusers.", "transformers.")  # whose classes may have a forward of another file of theirs
 _SAMPLES = 4  # values of each weight that are read
