@@ -211,15 +211,10 @@ def _attend_to_clusters(
         query, key, value = wider_heads(query, key, value, weights)
         options |= {"scale": width**-0.5}
     elif weights is not None:
-        mask = _with_weights(mask, weights.to(query.dtype))
+        added = weights.to(query.dtype)[:, None, None]
+        mask = aligned(added if mask is None else added.masked_fill(~mask, -torch.inf))
     return dispatch_attention_fn(query, key, value, attn_mask=mask, **options)[..., :width]
 
 
 def _picked(image: ImageSlice, key: Tensor, value: Tensor, which: Which, pick: Callable[[Tensor], Tensor]) -> Tensor:
     return pick(image.of(key if which == "keys" else value, dim=1).flatten(2))
-
-
-def _with_weights(mask: Tensor | None, weights: Tensor) -> Tensor:
-    """An additive mask `[B, 1, 1, K]` of log weights `[B, K]` and a bool `mask` `[B, 1, 1, K]`."""
-    added = weights[:, None, None]
-    return aligned(added if mask is None else added.masked_fill(~mask, -torch.inf))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +30,8 @@ CHECKED_SIZES = (240, 640)
 CHECKED_CHANNELS = 64
 
 
-class Place(NamedTuple):
-    """Where tokens are clustered, and by what."""
-
-    backend: str
-    device: torch.device
-
-
-def place(tokens: Tensor, linkage: str, metric: str, backend: str | None = None) -> Place:
-    """The backend that was asked for, on the device that it needs, or the fastest, which never changes the result.
+def place(tokens: Tensor, linkage: str, metric: str, backend: str | None = None) -> tuple[str, torch.device]:
+    """The backend that was asked for and the device that it needs, or the fastest, which never changes the result.
 
     Raises:
         RuntimeError: if Triton was asked for and fails on the tokens' device.
@@ -47,22 +40,22 @@ def place(tokens: Tensor, linkage: str, metric: str, backend: str | None = None)
         return _fastest(tokens, linkage, metric)
     if backend == "triton" and (problem := triton_problem(tokens.device, linkage, metric)):
         raise RuntimeError(f"{problem}; use backend='torch'")
-    return Place(backend, CPU if backend in ("numba", "scipy") else tokens.device)
+    return backend, CPU if backend in ("numba", "scipy") else tokens.device
 
 
-def _fastest(tokens: Tensor, linkage: str, metric: str) -> Place:
+def _fastest(tokens: Tensor, linkage: str, metric: str) -> tuple[str, torch.device]:
     """Plain torch launches thousands of small kernels, so it clusters on a GPU only where there is nothing else."""
     if tokens.is_cuda and tokens.dtype != torch.float64:
         problem = triton_problem(tokens.device, linkage, metric)
         if problem is None:
-            return Place("triton", tokens.device)
+            return "triton", tokens.device
         warn_once(f"{problem}; a slower backend clusters instead, and backend='numba' avoids this warning")
     matrix_free = (linkage, metric) in MATRIX_FREE and tokens.shape[1] > LARGEST_MATRIX
     if not matrix_free:
         if (problem := numba_problem()) is None:
-            return Place("numba", CPU)
+            return "numba", CPU
         warn_once(f"{problem}; plain torch clusters instead, which takes longer; backend='torch' avoids this warning")
-    return Place("torch", tokens.device if tokens.is_cuda else CPU)
+    return "torch", tokens.device if tokens.is_cuda else CPU
 
 
 @cache

@@ -124,17 +124,11 @@ class Deferrals:
         return returned
 
 
-class _Forced(threading.local):
-    """Whose call has to be made, because someone reads what was put off."""
-
-    by: object = None
-
-
-_forced = _Forced()
+_forced = threading.local()  # `by` whose call has to be made, because someone reads what was put off
 
 
 def is_forced(owner: object) -> bool:
-    return _forced.by is owner
+    return getattr(_forced, "by", None) is owner
 
 
 class _Made:
@@ -148,7 +142,7 @@ class _Made:
 
     def value(self, index: int) -> Any:
         if not self._values:
-            before, _forced.by = _forced.by, self._owner
+            before, _forced.by = getattr(_forced, "by", None), self._owner
             try:
                 with torch.no_grad():
                     self._values = tree_leaves(self._call())

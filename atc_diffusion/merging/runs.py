@@ -28,8 +28,8 @@ class Run:
         clock: the numbers among the arguments that change at every step.
     """
 
-    def __init__(self) -> None:
-        self.log = RunLog()
+    def __init__(self, log: RunLog | None = None) -> None:
+        self.log = log or RunLog()
         self.position: Position | None = None
         self.clusters = ClusterCache()
         self.forecasts: Forecaster | None = None
@@ -40,7 +40,7 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, and what is read from a file, have only the log of what happened."""
-        return _finished, (self.log,)
+        return Run, (self.log,)
 
     def continues_at(self, entry: Entry | None, time: float) -> bool:
         """Whether a call at this place can be one of this run."""
@@ -115,12 +115,6 @@ class Runs(threading.local):
         """The run that a call would continue."""
         run = self._unplaced if entry is None else self._placed.get(entry.timesteps)
         return run if run is not None and run.continues_at(entry, time) else None
-
-
-def _finished(log: RunLog) -> Run:
-    run = Run()
-    run.log = log
-    return run
 
 
 def locate(timestep: object) -> tuple[Entry | None, float]:
