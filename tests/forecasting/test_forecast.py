@@ -129,7 +129,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: Any) -> Tensor:
     options = {"num_inference_steps": 20, "guidance_scale": 3.0} | options
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, height=64, width=64, output_type="latent", generator=generator, **options).images
+    return pipe(prompt, height=48, width=48, output_type="latent", generator=generator, **options).images
 
 
 def fidelity(latents: Tensor, expected: Tensor) -> float:
@@ -149,7 +149,7 @@ def replace_half(pipe: Any, step: int, t: Tensor, tensors: Any) -> Any:
     latents = tensors["latents"].clone()
     if step in (5, 11, 15):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        latents[..., :8] = (0.7 * latents + 0.7 * latents.std() * noise)[..., 8:].flip(3)
+        latents[..., :6] = (0.7 * latents + 0.7 * latents.std() * noise)[..., 6:].flip(3)
     return {"latents": latents}
 
 
