@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Skipping:
         self._sees_last_arguments = sees_last_arguments
         self._pipeline = pipeline
         self._denoiser = denoiser
+        self._is_controlnet = "controlnet_cond" in signature(type(network).forward).parameters
 
     def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
         """Whether a `call` of the network is made."""
@@ -59,6 +61,8 @@ class Skipping:
         if run.forecasts is None:
             noise = self._family.noise(getattr(self._pipeline(), "scheduler", None))
             run.forecasts = Forecaster(self._family, noise, self._tolerance)
+        if not self._is_controlnet:
+            run.forecasts.meet(inputs, position)
         if reason := self.never():
             run.forecasts.refuse(position)
             return Decision(reason=reason)
