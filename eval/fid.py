@@ -32,14 +32,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_folder, check_number, one_sentence
 
 with one_sentence("fid.py", extra="eval"):
     from accelerate import PartialState
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_new, check_number, counted, parse
+    from atc_eval.command_line import counted, parse
     from atc_eval.draw.images import PlannedImage, Prompts
     from atc_eval.draw.sampler import Part, Sampler, Times, read_records
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
@@ -95,8 +95,8 @@ class Output:
     )
 
     def __post_init__(self) -> None:
-        check_new("--out", self.out)
-        check_new("--report", self.report)
+        check_folder("--out", self.out)
+        check_folder("--report", self.report)
         check_number("--time", self.time, least=0)
         Part.parse(self.part)
 

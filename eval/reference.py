@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_folder, one_sentence
 
 with one_sentence("reference.py", extra="eval"):
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_exists, check_new, counted, parse
+    from atc_eval.command_line import check_exists, counted, parse
     from atc_eval.files import image_mode, list_images
 
 NUM_CLASSES = 1000
@@ -39,7 +39,7 @@ class Gathering:
 
     def __post_init__(self) -> None:
         check_exists("--imagenet-val", self.imagenet_val, "folder")
-        check_new("--out", self.out)
+        check_folder("--out", self.out)
         check_exists("--ground-truth", self.ground_truth, "file")
 
 

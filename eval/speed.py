@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_file, check_number, one_sentence
 
 with one_sentence("speed.py", extra="eval"):
     import torch
@@ -25,7 +25,7 @@ with one_sentence("speed.py", extra="eval"):
     from atc_eval.benchmark.lora_training import training_table
     from atc_eval.benchmark.step import METHODS, Setting, arithmetic_table, compiled_table, step_table
     from atc_eval.benchmark.timing import write
-    from atc_eval.command_line import check_new, check_number, parse, parse_fraction
+    from atc_eval.command_line import parse, parse_fraction
     from atc_eval.environment import device_name, in_words, versions
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
@@ -95,7 +95,7 @@ class Benchmark:
             check_number("--tokens", number, least=16)
         check_number("--blocks", self.blocks)
         check_number("--repeats", self.repeats)
-        check_new("--out", self.out, ".md", ".txt")
+        check_file("--out", self.out, ".md", ".txt")
         _ = self.fractions  # raises ValueError for percentages that do not fit
 
     @property

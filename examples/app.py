@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, check_drawing, load
+from atc_diffusion.commands import check_finite, check_number, one_sentence
+from pipeline import load, make_parser
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 with one_sentence("app.py", extra="app"):
@@ -32,7 +32,6 @@ with one_sentence("app.py", extra="app"):
         clusters,
         configure,
         fields,
-        number_problem,
         past,
         select,
         show,
@@ -171,40 +170,21 @@ def image(name: str) -> gr.Image:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=EMOJI, help="hub id or folder of a diffusers pipeline (default: the bundled one)"
-    )
-    parser.add_argument(
-        "--prompts",
-        nargs="+",
-        default=PROMPTS,
-        metavar="PROMPT",
-        help="prompts to offer; an example of the first is drawn at the start",
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="side in pixels to begin with (default: the model's)")
-    parser.add_argument(
-        "--guidance", type=float, default=3.0, help="classifier-free guidance scale (default: %(default)s)"
-    )
+    parser = make_parser(__doc__)
+    prompts = "prompts to offer; an example of the first is drawn at the start"
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help=prompts)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     return parser.parse_args(arguments)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse before anything is drawn what would fail later, or what the page's form refuses."""
-    check_drawing(args.steps, args.size, args.guidance)
-    limits = {"steps": (args.steps, *STEPS), "size": (args.size, *SIZE), "port": (args.port, 1, 65535)}
-    for name, (value, least, most) in limits.items():
-        if value is not None and (problem := number_problem(value, least, most, f"--{name}")):
-            raise ValueError(f"{problem.rstrip('.')}, got {value}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_sentence("app.py", extra="app"):
-        check_arguments(args)
+        check_number("--steps", args.steps, *STEPS)
+        check_number("--size", args.size, *SIZE)
+        check_number("--port", args.port, 1, 65535)
+        check_finite("--guidance", args.guidance)
         serve(args)
 
 

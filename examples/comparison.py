@@ -1,7 +1,6 @@
 """Draws one image twice, unmerged and merged, and compares the two."""
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,12 +51,12 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB of the merged image to the unmerged one; infinite if they are equal."""
-        return psnr(np.asarray(self.unmerged), np.asarray(self.merged))
+        return psnr(self.unmerged, self.merged)
 
     @property
     def ssim(self) -> float:
         """Structural similarity of the two, 1 if they are equal."""
-        return ssim(np.asarray(self.unmerged), np.asarray(self.merged))
+        return ssim(self.unmerged, self.merged)
 
     @property
     def gain(self) -> int:
@@ -115,10 +114,10 @@ class Studio:
         self._draw(replace(settings, steps=1), lambda done: None)
 
     def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
-        start = time.perf_counter()
-        options = self.options | {"callback_on_step_end": partial(_after_step, on_step)}
-        [image] = draw_images(self.pipe, [settings.prompt], settings.seed, settings.size, settings.steps, **options)
-        return image, time.perf_counter() - start
+        given = [settings.prompt], settings.seed, settings.size, settings.steps
+        on_end = partial(_after_step, on_step)
+        [image], seconds = draw_images(self.pipe, *given, callback_on_step_end=on_end, **self.options)
+        return image, seconds
 
 
 def _after_step(on_step: Callable[[int], None], pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:

@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from atc_diffusion.commands import check_number
 from atc_eval.classification.evaluation import RESULTS, Task
-from atc_eval.command_line import check_number
 from atc_eval.draw.sets import claim_folder
 
 SIZE = 48  # pixels

@@ -19,7 +19,8 @@ from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ViTConfig
 from atc_diffusion.clustering import LINKAGES
-from atc_eval.command_line import check_number, parse_fraction
+from atc_diffusion.commands import check_number
+from atc_eval.command_line import parse_fraction
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
 from atc_eval.score.statistics import Draws, Estimate

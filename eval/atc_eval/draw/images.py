@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from atc_diffusion.commands import SEEDS
-from atc_eval.command_line import check_number, counted, read_names
+from atc_diffusion.commands import SEEDS, check_number
+from atc_eval.command_line import counted, read_names
 from atc_eval.files import FEWEST_IMAGES
 
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).

@@ -1,7 +1,6 @@
 """How images are sampled: the model, its scheduler, and everything else that changes the bits of an image."""
 
 import hashlib
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
+from atc_diffusion.commands import check_finite, check_number
 from atc_diffusion.loading import check_source, load_lora, make_scheduler
-from atc_eval.command_line import check_number
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
@@ -56,8 +55,7 @@ class Sampling:
         check_number("--steps", self.steps)
         check_number("--size", self.size, least=8, multiple=8)
         check_number("--batch-size", self.batch_size)
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"--guidance must be a finite number, got {self.guidance}")
+        check_finite("--guidance", self.guidance)
 
     @property
     def name(self) -> str:

@@ -16,7 +16,8 @@ from transformers.hf_argparser import HfArg
 
 import atc_diffusion
 from atc_diffusion import ssim
-from atc_eval.command_line import check_exists, check_number
+from atc_diffusion.commands import check_number
+from atc_eval.command_line import check_exists
 from atc_eval.draw.images import PlannedImage
 from atc_eval.draw.sets import ImageSet
 from atc_eval.files import FEWEST_IMAGES, list_images
