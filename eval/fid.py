@@ -40,8 +40,8 @@ with one_sentence("fid.py", extra="eval"):
     from transformers.hf_argparser import HfArg
 
     from atc_eval.command_line import counted, parse
-    from atc_eval.draw.images import PlannedImage, Prompts
-    from atc_eval.draw.sampler import Part, Sampler, Times, read_records
+    from atc_eval.draw.images import PlannedImage, Prompts, parse_part
+    from atc_eval.draw.sampler import Sampler, Times, read_records
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
     from atc_eval.draw.sets import (
         DRAWN,
@@ -98,7 +98,7 @@ class Output:
         check_folder("--out", self.out)
         check_folder("--report", self.report)
         check_number("--time", self.time, least=0)
-        Part.parse(self.part)
+        parse_part(self.part)
 
 
 KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
@@ -114,11 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Sampling, scoring: Scoring) -> None:
     """Draw the missing images, time, score and report; everything is checked before the first image is drawn."""
     state = PartialState(cpu=sampling.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
-    images, settings, out, part = prompts.plan(), sampling.json(state.device), output.out, Part.parse(output.part)
+    images, settings, out, part = prompts.plan(), sampling.json(state.device), output.out, parse_part(output.part)
     check_folder_settings(out, settings, DRAWN)
     sets = make_sets(out, comparison.methods(), images, settings)
     missing = {method: each.missing() for method, each in sets.items()}
-    own = {method: part.of(images, missing[method]) for method in sets}
+    wanted = set(images[part])  # whatever is missing
+    own = {method: [image for image in each if image in wanted] for method, each in missing.items()}
     if state.is_main_process:
         if output.dry_run:
             prompts.print_list()

@@ -64,12 +64,6 @@ class Sampling:
         return " with the LoRA ".join(names)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
-        size = {} if self.size is None else {"height": self.size, "width": self.size}
-        return size | {"guidance_scale": self.guidance}
-
-    @property
     def is_full_size(self) -> bool:
         """Whether the model is large, or is on the hub, where models are."""
         folder = Path(self.model)
