@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,38 +68,31 @@ class Reductions:
 
     def methods(self) -> list[Method]:
         """The unreduced model, and every method at every strength that it supports."""
-        return [Method(), *map(Method, self._configs())]
-
-    def _configs(self) -> Iterator[ViTConfig]:
         keeps = self.keep or ([] if self.remove else ["25", "50", "70", "90"])
         strengths: list[dict[str, Any]] = [{"r": parse_fraction(text)} for text in keeps]
         strengths += [{"t": number, "schedule": schedule} for number in self.remove for schedule in self.schedule]
+        kinds: list[dict[str, Any]] = []
         for method in self.method:
-            for linkage in self.linkage if method == "atc" else ["average"]:
-                for strength in strengths:
-                    if method != "tome" or strength.get("r", 1) >= TOME_KEEPS:
-                        options: dict[str, Any] = {"method": method, "linkage": linkage, **strength}
-                        yield ViTConfig(**options)
+            linkages = self.linkage if method == "atc" else ["average"]
+            kinds += [{"method": method, "linkage": linkage} for linkage in linkages]
+        configs = [
+            ViTConfig(**kind, **strength)
+            for kind, strength in product(kinds, strengths)
+            if kind["method"] != "tome" or strength.get("r", 1) >= TOME_KEEPS
+        ]
+        return [Method(), *map(Method, configs)]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model and the images that it is tested on.
-
-    Attributes:
-        name: in words.
-        images: pairs of an image `[3, H, W]`, as the model takes it, and its class.
-        subjects: `[n]`, what each image shows; the bootstrap draws images of one subject together.
-        shown: indices of the images whose clusters are shown.
-        visible: makes an image visible, `[H, W, 3]` from 0 to 1.
-    """
+    """A model and the images that it is tested on."""
 
     name: str
     model: VisionTransformer
-    images: Dataset[Any]
-    subjects: NDArray[np.int64]
-    shown: list[int]
-    visible: Callable[[torch.Tensor], NDArray[np.floating[Any]]]
+    images: Dataset[Any]  # pairs of an image [3, H, W], as the model takes it, and its class
+    subjects: NDArray[np.int64]  # [n], what each image shows; the bootstrap draws images of one subject together
+    shown: list[int]  # indices of the images whose clusters are shown
+    visible: Callable[[torch.Tensor], NDArray[np.floating[Any]]]  # makes an image visible, [H, W, 3] from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,4 +149,4 @@ def mean_by_subject(values: NDArray[Any], subjects: NDArray[np.int64], draws: Dr
     """The mean of `values` `[n]`, one per image, with a bootstrap over the subjects by `draws` `[B, S]`."""
     _, subject = np.unique(subjects, return_inverse=True)
     totals, counts = np.bincount(subject, values), np.bincount(subject)
-    return Estimate.of(values.mean(), totals[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    return Estimate.of(np.append(values.mean(), totals[draws].sum(axis=1) / counts[draws].sum(axis=1)))

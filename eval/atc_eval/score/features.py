@@ -1,7 +1,6 @@
 """Features of sets of images by a network, cached by content."""
 
 import hashlib
-import urllib.error
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -75,7 +74,14 @@ def find_inception_weights(path: Path | None = None) -> str:
     """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder."""
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path is None and not file.exists():
-        _download_inception(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
+        except OSError as error:
+            raise ValueError(
+                f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
+                f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
+            ) from error
     if not file.is_file():
         raise ValueError(f"--inception-weights {file} is no file; download it from {URL_INCEPTION_V3}")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -85,17 +91,6 @@ def find_inception_weights(path: Path | None = None) -> str:
             f"download them again from {URL_INCEPTION_V3}"
         )
     return str(file)
-
-
-def _download_inception(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(
-            f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
-            f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
-        ) from error
 
 
 class Features:

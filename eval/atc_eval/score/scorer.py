@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
@@ -31,15 +32,10 @@ from atc_eval.score.statistics import (
     precision_recall,
 )
 
-Pixels = NDArray[np.uint8]
 EQUAL = 10 * np.log10(12 * 255**2)  # 58.9 dB, the PSNR of rounding to 8 bits
 
 
-def pixels(image: Image.Image) -> Pixels:
-    return np.asarray(image.convert("RGB"))
-
-
-def psnr(image: Pixels, other: Pixels) -> float:
+def psnr(image: Image.Image | ArrayLike, other: Image.Image | ArrayLike) -> float:
     """Peak signal-to-noise ratio in dB; `EQUAL` if there is no difference, so that means stay finite."""
     found = atc_diffusion.psnr(image, other)
     return found if np.isfinite(found) else float(EQUAL)
@@ -58,8 +54,8 @@ class Lpips:
                 f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out"
             ) from error
 
-    def __call__(self, image: Pixels, other: Pixels) -> float:
-        pair = [torch.from_numpy(each).float().movedim(2, 0)[None] / 127.5 - 1 for each in (image, other)]
+    def __call__(self, image: Image.Image, other: Image.Image) -> float:
+        pair = [pil_to_tensor(each)[None] / 127.5 - 1 for each in (image, other)]
         with torch.inference_mode():
             return float(self.network(*pair))
 
@@ -119,21 +115,18 @@ class Scorer:
         kid, kid_deviation = kernel_distance(features, self.reference)
         precision, recall = precision_recall(features, self.reference)
         fidelity = None if images is self.unmerged else self._fidelity(images, features, fid)
-        return Scores(len(features), self._estimate(fid), kid, kid_deviation, precision, recall, fidelity)
+        return Scores(len(features), Estimate.of(fid), kid, kid_deviation, precision, recall, fidelity)
 
     def _fid(self, features: Tensor) -> Array:
         """FID and its replicates, `[1 + B]`."""
         return self.distance(features, np.vstack([np.arange(len(features)), self.draws]))
-
-    def _estimate(self, values: Array) -> Estimate:
-        return Estimate.of(values[0], values[1:])
 
     def _fidelity(self, images: ImageSet, features: Tensor, fid: Array) -> Fidelity:
         with ThreadPoolExecutor() as threads:
             similarity = np.array(list(threads.map(partial(self._similarity, images), images.images)))
         distances = (features.double() - self.unmerged_features.double()).norm(dim=1).numpy()
         return Fidelity(
-            fid_change=self._estimate(fid - self.unmerged_fid),
+            fid_change=Estimate.of(fid - self.unmerged_fid),
             psnr=Estimate.of_mean(similarity[:, 0], self.draws),
             ssim=Estimate.of_mean(similarity[:, 1], self.draws),
             lpips=Estimate.of_mean(similarity[:, 2], self.draws) if self.lpips else None,
@@ -143,7 +136,7 @@ class Scorer:
 
     def _similarity(self, images: ImageSet, image: PlannedImage) -> tuple[float, float, float]:
         """PSNR, SSIM and LPIPS (NaN if left out) of one image to the unmerged one."""
-        pair = pixels(images.load(image)), pixels(self.unmerged.load(image))
+        pair = images.load(image), self.unmerged.load(image)
         return psnr(*pair), ssim(*pair), self.lpips(*pair) if self.lpips else float("nan")
 
 
