@@ -36,6 +36,9 @@ class Method:
     config: Config | None = None
     rival: Rival | None = None
 
+    def __str__(self) -> str:
+        return ", ".join(filter(None, [self.label, self.setting]))
+
     @property
     def is_unmerged(self) -> bool:
         return self == Method()

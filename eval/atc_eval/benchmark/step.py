@@ -178,8 +178,7 @@ class Denoising:
 
     def check_output(self) -> None:
         if not self.output.isfinite().all():
-            name = " ".join(filter(None, [self.method.label, self.method.setting]))
-            raise ValueError(f"the output of {name} is not finite, so its time is meaningless")
+            raise ValueError(f"the output of {self.method} is not finite, so its time is meaningless")
 
 
 def arithmetic_table(settings: Sequence[Setting]) -> Iterator[str]:

@@ -63,17 +63,11 @@ class DemoTask:
 
 
 class Emoji(NamedTuple):
-    """Images with their classes.
+    """Images with their classes."""
 
-    Attributes:
-        images: `[n, 3, H, W]` uint8.
-        classes: `[n]` int64.
-        subjects: `[n]` int64, the emoji that each shows, the same for all vendors.
-    """
-
-    images: Tensor
-    classes: Tensor
-    subjects: Tensor
+    images: Tensor  # [n, 3, H, W] uint8
+    classes: Tensor  # [n] int64
+    subjects: Tensor  # [n] int64, the emoji that each shows, the same for all vendors
 
 
 def load_emoji(folder: Path) -> tuple[Emoji, Emoji]:

@@ -137,10 +137,12 @@ def fid_section(study: Study) -> Iterator[Section]:
     if not merged:
         return
     rows = pd.DataFrame([_fid_row(result) for result in [study.unmerged, *merged]])
-    points = rows[1:].assign(x=rows["keep"], y=rows["fid"])
+    points = rows[1:].rename(columns={"keep": "x", "fid": "y"})
     figure = plot_lines(points, "tokens kept (%)", "FID", study.unmerged.scores.fid.value)
     if study.is_papers_model:
-        rows = pd.concat([rows, _paper_rows()])
+        paper = pd.DataFrame(PAPER_TABLE_2).map("{:.2f}".format).add_suffix(", in the paper", axis="columns")
+        cells = paper.rename_axis("keep").reset_index().melt("keep", var_name="method", value_name="cell")
+        rows = pd.concat([rows, cells])
     cells = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
     table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
     text = f"{FID_TEXT} {PAPER_TEXT}" if study.is_papers_model else FID_TEXT
@@ -156,11 +158,6 @@ def _fid_row(result: Result) -> dict[str, object]:
         "fid": fid.value,
         "margin": fidelity.fid_change.margin if fidelity else 0.0,
     }
-
-
-def _paper_rows() -> pd.DataFrame:
-    cells = pd.DataFrame(PAPER_TABLE_2).map("{:.2f}".format).add_suffix(", in the paper", axis="columns")
-    return cells.rename_axis("keep").reset_index().melt("keep", var_name="method", value_name="cell")
 
 
 def scores_section(study: Study) -> Section:
@@ -182,13 +179,9 @@ def images_section(study: Study, image: PlannedImage) -> Section:
     index, best = study.unmerged.images.images.index(image), [True] * len(study.results)
     if study.is_timed:
         best = list(on_frontier(study.frame["ratio"], study.frame["psnr"]))
-    shown = [
-        Shown(_caption(result, index), result.images.load(image), is_best)
-        for result, is_best in zip(study.results, best, strict=True)
-    ]
+    shown = []
+    for result, is_best in zip(study.results, best, strict=True):
+        name, fidelity = str(result.method), result.scores.fidelity
+        caption = f"{name}: {fidelity.psnr_of_each[index]:.1f} dB" if fidelity else name
+        shown.append(Shown(caption, result.images.load(image), is_best))
     return Section(f'"{image.prompt}", seed {image.seed}', images=shown)
-
-
-def _caption(result: Result, index: int) -> str:
-    name = ", ".join(filter(None, [result.method.label, result.method.setting]))
-    return name if result.scores.fidelity is None else f"{name}: {result.fidelity.psnr_of_each[index]:.1f} dB"
