@@ -17,20 +17,19 @@ from atc_eval.rivals import Rival
 Fractions = tuple[float, float | None]  # kept of queries and of keys; None: the same
 
 
-def tome(r: float) -> MergeConfig:
-    return ToMeConfig(r=r)
-
-
-CONFIGS: dict[str, list[Callable[[float], MergeConfig]]] = {
-    "table2": [tome, *(partial(ATCConfig.paper, linkage=linkage) for linkage in ("single", "average", "complete"))],
+CONFIGS: dict[str, list[Callable[..., MergeConfig]]] = {
+    "table2": [
+        ToMeConfig,
+        *(partial(ATCConfig.paper, linkage=linkage) for linkage in ("single", "average", "complete")),
+    ],
     "paper": [ATCConfig.paper],
-    "atc": [lambda r: ATCConfig(r=r)],
-    "fast": [lambda r: ATCConfig.fast(r=r)],
-    "faster": [lambda r: ATCConfig.faster(r=r)],
-    "forecast": [lambda r: ATCConfig.forecast(r=r)],
-    "tome": [tome],
-    "kmedoids": [lambda r: KMedoidsConfig(r=r)],
-    "dpc-knn": [lambda r: DPCKNNConfig(r=r)],
+    "atc": [ATCConfig],
+    "fast": [ATCConfig.fast],
+    "faster": [ATCConfig.faster],
+    "forecast": [ATCConfig.forecast],
+    "tome": [ToMeConfig],
+    "kmedoids": [KMedoidsConfig],
+    "dpc-knn": [DPCKNNConfig],
     "none": [],
 }
 
@@ -48,10 +47,9 @@ class Comparison:
         default_factory=lambda: ["table2"],
         metadata={"choices": list(CONFIGS)},
         help="table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
-        "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for "
-        "--keep 100/12.5 and, the last, 100; tome: ToMe as "
-        "in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: only the unmerged model "
-        "(default: table2)",
+        "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for --keep 100/12.5 and, "
+        "the last, 100; tome: ToMe as in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: "
+        "only the unmerged model (default: table2)",
     )
     set: list[str] = HfArg(
         default_factory=list,
@@ -73,7 +71,10 @@ class Comparison:
 
     def methods(self) -> list[Method]:
         """The unmerged model, every merging, each rival alone, and merging together with rivals."""
-        merged = grid(self.method, [parse_fractions(text) for text in self.keep], parse_options(self.set))
+        options: dict[str, tuple[Any, ...]] = {}
+        for field, values in map(parse_option, self.set):  # a field may be given twice
+            options[field] = options.get(field, ()) + values
+        merged = grid(self.method, [parse_fractions(text) for text in self.keep], options)
         if self.together and not any(each.config for each in merged):
             raise ValueError(
                 f"--with {' '.join(self.together)} combines rivals with merging, but nothing merges; give another "
@@ -89,14 +90,6 @@ def parse_fractions(text: str) -> Fractions:
     queries, slash, keys = text.partition("/")
     parse = partial(parse_fraction, option=f"--keep {text}", example="50 or 100/12.5")
     return parse(queries), parse(keys) if slash else None
-
-
-def parse_options(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """Fields of `ATCConfig` with all values to try, which may be given apart."""
-    options: dict[str, tuple[Any, ...]] = {}
-    for field, values in map(parse_option, texts):
-        options[field] = options.get(field, ()) + values
-    return options
 
 
 def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -121,10 +114,10 @@ def grid(names: Iterable[str], keeps: Iterable[Fractions], options: Mapping[str,
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     configs = [
-        _with_options(make(r), r_keys, combination)
+        _with_options(make(r=r), r_keys, combination)
         for name, combination in product(names, combinations)
         for make, (r, r_keys) in product(CONFIGS[name], keeps)
-        if make is not tome or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
+        if make is not ToMeConfig or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
     ]
     merging = [each for each in configs if (each.r, each.r_keys) not in ((1, None), (1, 1)) or each.forecast_tolerance]
     return list(dict.fromkeys([Method(), *map(Method, merging)]))

@@ -36,13 +36,9 @@ def _draw_fewer_steps(pipe: Any, fraction: float, *args: Any, num_inference_step
 def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
     """Downsample the keys and values of self-attention on their square grid, in the layers that ATC merges by default.
 
-    With nearest neighbours this is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
-    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
-
-    Args:
-        pipe: a pipeline or a network.
-        factor: side of the cells of tokens that become one.
-        downsample: makes a grid `[B, C, H, W]` of the size given.
+    A cell of `factor` by `factor` tokens becomes one. With nearest neighbours this is ToDo (Smith et al. 2024, arXiv
+    2402.13573, section 3.2), which hooks the inputs of `to_k` and `to_v` in the same way
+    (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
     """
     hook = partial(_downsample_input, int(factor), downsample)
     with ExitStack() as hooks:
@@ -127,9 +123,9 @@ def _draw_with_pab(pipe: Any, registry: HookRegistry, *args: Any, **kwargs: Any)
 @dataclass(frozen=True)
 class _Kind:
     label: str
-    setting: Callable[[float], str]
+    setting: Callable[[float], str]  # a strength in words
     apply: Callable[[Any, float], AbstractContextManager[Draw]]
-    strengths: tuple[float, float]
+    strengths: tuple[float, float]  # the least and the most
     package: str = "diffusers"
     whole: bool = True  # whether the strength is a whole number
     needs_unet: bool = False
@@ -157,17 +153,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Rival:
-    """One rival at one strength.
+    """One rival at one strength."""
 
-    Attributes:
-        name: a key of `KINDS`.
-        strength: fraction of the denoising steps ("steps"); side of the cells of keys that become one ("todo",
-            "pooled"); percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of
-            an attention ("pab") serves; growth of the window ("spectrum"); change of the output ("easycache").
-    """
-
-    name: str
-    strength: float
+    name: str  # a key of `KINDS`
+    strength: float  # in the unit that `--rival` explains
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:

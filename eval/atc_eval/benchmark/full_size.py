@@ -47,29 +47,17 @@ FLUX: dict[str, Any] = {"guidance_embeds": True}
 
 @dataclass(frozen=True)
 class Model:
-    """A network to be timed.
-
-    Attributes:
-        title: its name in tables.
-        kind: its class.
-        config: arguments of the class.
-        text: makes its inputs besides latents and timestep, `text(network, draw, pixels)`.
-        sizes: pixels a side that are timed on a GPU by default; on a CPU, only the first.
-        channels: of the latents.
-        blocks: number of blocks of its most frequent kind; None for a UNet.
-        levels: its two finest levels with self-attention.
-        is_rotary: whether it has rotary embeddings, so that only keys and values merge.
-    """
+    """A network to be timed."""
 
     title: str
     kind: type[nn.Module]
-    config: dict[str, Any]
-    text: Callable[[Any, Draw, int], Inputs]
-    sizes: tuple[int, ...] = (1024,)
-    channels: int = 4
-    blocks: int | None = None
-    levels: tuple[int, ...] = (2,)
-    is_rotary: bool = False
+    config: dict[str, Any]  # arguments of `kind`
+    text: Callable[[Any, Draw, int], Inputs]  # makes its inputs besides latents and timestep: (network, draw, pixels)
+    sizes: tuple[int, ...] = (1024,)  # pixels a side that are timed on a GPU by default; on a CPU, only the first
+    channels: int = 4  # of the latents
+    blocks: int | None = None  # of its most frequent kind; None for a UNet
+    levels: tuple[int, ...] = (2,)  # its two finest with self-attention
+    is_rotary: bool = False  # whether it has rotary embeddings, so that only keys and values merge
 
     def build(self, blocks: int | None = None) -> Any:
         """The network, cut to `blocks` blocks of each kind if given."""
@@ -93,9 +81,8 @@ def _unet_text(unet: Any, draw: Draw, pixels: int) -> Inputs:
 
 
 def _pixart_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
-    sizes = {"resolution": None, "aspect_ratio": None}
     text = draw(BATCH, 300, transformer.config.caption_channels)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": sizes}
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
 
 def _sd3_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
