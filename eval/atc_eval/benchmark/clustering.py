@@ -40,7 +40,8 @@ def engines_table(title: str, shapes: Iterable[tuple[int, int, int]], keep: floa
 
 def _beside_quickest(shapes: Iterable[tuple[int, int, int]], keep: float, repeats: int) -> Iterator[Row]:
     for (batch, num_tokens, channels), linkage in product(shapes, LINKAGES):
-        candidates = engines(gaussian(batch, num_tokens, channels), num_kept(num_tokens, keep), linkage)
+        _, num_clusters = ATCConfig(r=keep).num_kept(num_tokens, level=1, progress=None)
+        candidates = engines(gaussian(batch, num_tokens, channels), num_clusters, linkage)
         labels = candidates[OURS]()
         others = (zip(labels, candidates[name](), strict=True) for name in OTHERS)
         same = all(same_partition(*pair) for pairs in others for pair in pairs)
@@ -98,8 +99,3 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
 
 def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
     return torch.randn(batch, num_tokens, channels, generator=torch.Generator().manual_seed(0))
-
-
-def num_kept(num_tokens: int, keep: float) -> int:
-    """How many of `num_tokens` keys ATC keeps at a fraction `keep`."""
-    return ATCConfig(r=keep).num_kept(num_tokens, 1, None)[1]

@@ -42,7 +42,7 @@ def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator
 
 
 class Training:
-    """A LoRA of a network with `method` applied, trained on noise."""
+    """A LoRA of a network, trained on noise with `method` applied."""
 
     def __init__(self, setting: Setting, network: Any, method: Method, checkpointing: bool) -> None:
         self.network = network.train()

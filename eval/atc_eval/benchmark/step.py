@@ -140,26 +140,21 @@ def share_weights(network: Any) -> Any:
 
 
 class Denoising:
-    """A long denoising run of `network` by `method`.
-
-    Attributes:
-        period: steps per turn; one clustering serves them all.
-        clusterings: of all layers in the last turn.
-    """
+    """A long denoising run of `network` by `method`."""
 
     def __init__(self, setting: Setting, network: Any, method: Method) -> None:
         self.setting, self.network, self.method = setting, network, method
         self.config = method.config if isinstance(method.config, MergeConfig) else None
         self.is_free = self.config is not None and self.config.recluster_threshold == math.inf
         reuses = self.config and self.config.recluster_threshold and not self.is_free
-        self.period = STEPS_A_CLUSTERING if reuses else 1
+        self.period = STEPS_A_CLUSTERING if reuses else 1  # steps per turn; one clustering serves them all
         self.applied = ExitStack()  # never closed: the network is this run's own
         self.applied.enter_context(method.applied(network))
         self.latents, self.inputs = make_inputs(setting.model, network, setting.size)
         # Views of one tensor, like a scheduler's timesteps: their order is known without waiting for a GPU.
         self.timesteps = cycle(torch.arange(999, -1, -1, device=network.device))
         self.noise = torch.Generator().manual_seed(0)  # the same for every method
-        self.clusterings = 0
+        self.clusterings = 0  # of all layers in the last turn
 
     def turn(self) -> None:
         before = self._clusterings_so_far()

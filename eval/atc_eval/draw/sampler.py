@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from atc_eval.environment import device_name, versions
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
 
-ALL = slice(0, None, 1)
 
-
+@dataclass(eq=False)
 class Sampler:
     """Draws this process's images of a part of all images.
 
@@ -34,10 +34,9 @@ class Sampler:
     settings, not on its neighbours, their order, interruptions or the number of processes.
     """
 
-    def __init__(self, sampling: Sampling, state: PartialState, part: slice = ALL) -> None:
-        self.sampling = sampling
-        self.state = state
-        self.part = part
+    sampling: Sampling
+    state: PartialState
+    part: slice = field(default_factory=lambda: slice(0, None, 1))
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:

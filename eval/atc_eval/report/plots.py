@@ -34,11 +34,8 @@ def plot_lines(points: pd.DataFrame, x: str, y: str, unmerged: float) -> Figure 
 def plot(points: pd.DataFrame, x: str, y: str, unmerged: float | None = None) -> Figure | None:
     """A line with intervals for each method; None if there are not two points to compare.
 
-    Args:
-        points: rows with "method", "x", "y", "margin" and "label"; methods that begin with "ATC" are ours.
-        x: title of the horizontal axis.
-        y: title of the vertical axis.
-        unmerged: the unmerged model's y, which becomes a line.
+    `points` has "method", "x", "y", "margin" and "label"; `x` and `y` are the titles of the axes, and `unmerged` is the
+    unmerged model's y, which becomes a line.
     """
     if len(points) < 2:
         return None

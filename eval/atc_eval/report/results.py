@@ -17,16 +17,13 @@ from atc_eval.score.statistics import Draws, Estimate
 
 @dataclass(frozen=True)
 class Result:
-    """One method with its images, their scores, a record of the run, and its time.
-
-    `timing` has the median "seconds" per image and their "ratio" to the unmerged model's, or is empty.
-    """
+    """What was measured of one method."""
 
     method: Method
     images: ImageSet
     scores: Scores
-    record: dict[str, Any]
-    timing: dict[Hashable, float]
+    record: dict[str, Any]  # of the run that drew the images
+    timing: dict[Hashable, float]  # median "seconds" per image, and "ratio" to the unmerged model's; or empty
 
     @property
     def seconds(self) -> float | None:
@@ -86,6 +83,5 @@ class Study:
         rows = json.loads(self.frame.to_json(orient="records", double_precision=6))
         details = [{"config": each.method.json, "record": each.record} for each in self.results]
         results = [row | more for row, more in zip(rows, details, strict=True)]
-        return json.dumps(
-            {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
-        )
+        study = {"conditions": self.conditions, "commands": list(self.commands), "results": results}
+        return json.dumps(study, indent=2)

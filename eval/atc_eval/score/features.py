@@ -96,12 +96,7 @@ def find_inception_weights(path: Path | None = None) -> str:
 class Features:
     """Features of sets of images by one network and one way of resizing, computed once for each set.
 
-    Args:
-        network: "inception" or "efficientnet-lite0".
-        resize: "tensorflow" or "clean".
-        cache: folder of the features, named by the content of the images.
-        device: where the network runs.
-        inception_weights: torch-fidelity's weights file. None: the downloaded file; it is downloaded if missing.
+    `cache` is the folder of the features, which are named by the content of the images.
     """
 
     def __init__(
