@@ -15,9 +15,10 @@ class Help(RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and adds defaults where there are any."""
 
     def _get_help_string(self, action: Action) -> str:
-        text = action.help or ""
-        says_enough = "(default" in text or action.default in (None, False, [], "==SUPPRESS==")
-        return text if says_enough else f"{text} (default: %(default)s)"
+        text, default = action.help or "", action.default
+        if "(default" in text or default in (None, False, [], "==SUPPRESS=="):
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
 
 
 def number_problem(

@@ -25,7 +25,7 @@ with one_sentence("speed.py", extra="eval"):
     from atc_eval.benchmark.lora_training import training_table
     from atc_eval.benchmark.step import METHODS, Setting, arithmetic_table, compiled_table, step_table
     from atc_eval.benchmark.timing import write
-    from atc_eval.command_line import parse, parse_fraction
+    from atc_eval.command_line import parse, parse_fraction, several
     from atc_eval.environment import device_name, in_words, versions
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
@@ -51,38 +51,20 @@ class Benchmark:
     """The options of the command line."""
 
     device: Literal["cpu", "cuda"] = HfArg(default="cpu", help="device to time")
-    parts: list[str] = HfArg(
-        default_factory=list,
-        metadata={"choices": PARTS},
-        help="tables to measure (default: all but training; CPU: no compile; GPU: neither small nor clustering)",
+    parts: list[str] = several(
+        [], "tables to measure (default: all but training; CPU: no compile; GPU: neither small nor clustering)", PARTS
     )
-    model: list[str] = HfArg(
-        default_factory=list,
-        metadata={"choices": list(MODELS)},
-        help="networks whose steps are timed (default: sd15; GPU: sd15 sdxl)",
-    )
+    model: list[str] = several([], "networks to time steps of (default: sd15; GPU: sd15 sdxl)", list(MODELS))
     blocks: int | None = HfArg(default=None, help="time only so many of a transformer's blocks (default: all)")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = HfArg(
-        default=None, help="of the steps (default: float32; GPU: float16)"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = HfArg(default=None, help="default: float32; GPU: float16")
+    size: list[int] = several(
+        [], "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)"
     )
-    size: list[int] = HfArg(
-        default_factory=list,
-        help="pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)",
+    keep: list[str] = several(
+        [], "percent of tokens kept; most parts take only the first (default: 60 40; GPU: 25 too)"
     )
-    keep: list[str] = HfArg(
-        default_factory=list,
-        help="percentages of the tokens kept; all parts but step and training take the first (default: 60 40; GPU: 25 "
-        "too)",
-    )
-    method: list[str] = HfArg(
-        default_factory=lambda: list(METHODS),
-        metadata={"choices": list(METHODS)},
-        help="methods whose steps are timed, besides the unmerged network (default: all)",
-    )
-    tokens: list[int] = HfArg(
-        default_factory=lambda: [4096],
-        help="numbers of tokens to cluster beside other engines, on the CPU (default: 4096)",
-    )
+    method: list[str] = several(list(METHODS), "methods to time, besides the unmerged network", list(METHODS))
+    tokens: list[int] = several([4096], "numbers of tokens to cluster beside other engines, on the CPU")
     repeats: int = HfArg(default=3, help="timings of every candidate")
     out: Path | None = HfArg(default=None, help="file for a copy of the output, .md or .txt")
 

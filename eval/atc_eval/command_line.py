@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from atc_diffusion.commands import Help
+
+
+def several(default: Sequence[Any], help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field whose option takes several values."""
+    return HfArg(default_factory=lambda: list(default), metadata={"choices": choices}, help=help)
 
 
 def parse(

@@ -10,7 +10,7 @@ import yaml
 from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
-from atc_eval.command_line import parse_fraction
+from atc_eval.command_line import parse_fraction, several
 from atc_eval.method import Method
 from atc_eval.rivals import Rival
 
@@ -39,27 +39,26 @@ class Comparison:
     """Which methods are compared with the unmerged model, which is always drawn."""
 
     _argument_group_name = "methods to compare"
-    keep: list[str] = HfArg(
-        default_factory="40 50 60 70 80 90".split,
-        help="percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both (default: 40 50 60 70 80 90)",
+    keep: list[str] = several(
+        ["40", "50", "60", "70", "80", "90"], "percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both"
     )
-    method: list[str] = HfArg(
-        default_factory=lambda: ["table2"],
-        metadata={"choices": list(CONFIGS)},
-        help="table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
+    method: list[str] = several(
+        ["table2"],
+        "table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
         "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for --keep 100/12.5 and, "
         "the last, 100; tome: ToMe as in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: "
-        "only the unmerged model (default: table2)",
+        "only the unmerged model",
+        list(CONFIGS),
     )
-    set: list[str] = HfArg(
-        default_factory=list,
-        help="fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; "
-        "other methods take the fields that they have",
+    set: list[str] = several(
+        [],
+        "fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; other "
+        "methods take the fields that they have",
     )
-    rival: list[str] = HfArg(
-        default_factory=list,
-        help="other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by "
-        "that factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
+    rival: list[str] = several(
+        [],
+        "other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by that "
+        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
         "easycache:0.1 (threshold)",
     )
     together: list[str] = HfArg(

@@ -16,19 +16,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ViTConfig
 from atc_diffusion.clustering import LINKAGES
 from atc_diffusion.commands import check_number
-from atc_eval.command_line import parse_fraction
+from atc_eval.command_line import parse_fraction, several
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
 from atc_eval.score.statistics import Draws, Estimate
 
 RESULTS = "methods/*.json"
 MERGING, PRUNING = ("atc", "tome", "kmedoids", "dpc_knn"), ("topk", "evit")
-SCHEDULES = ("constant", "linear")
 TOME_KEEPS = 0.5  # at least
 
 
@@ -37,29 +35,15 @@ class Reductions:
     """Which methods are compared with the unreduced model."""
 
     _argument_group_name = "reductions of the tokens"
-    method: list[str] = HfArg(
-        default_factory=lambda: [*MERGING, *PRUNING],
-        metadata={"choices": [*MERGING, *PRUNING]},
-        help="methods to compare (default: all)",
+    method: list[str] = several([*MERGING, *PRUNING], "methods to compare", [*MERGING, *PRUNING])
+    linkage: list[str] = several(["average", "complete", "single"], "linkages of atc", LINKAGES)
+    keep: list[str] = several(
+        [], "percent of tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90; none with --remove)"
     )
-    linkage: list[str] = HfArg(
-        default_factory="average complete single".split,
-        metadata={"choices": list(LINKAGES)},
-        help="linkages of atc (default: average complete single)",
+    remove: list[int] = several(
+        [], "tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)"
     )
-    keep: list[str] = HfArg(
-        default_factory=list,
-        help="percentages of the tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90; none with --remove)",
-    )
-    remove: list[int] = HfArg(
-        default_factory=list,
-        help="tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)",
-    )
-    schedule: list[str] = HfArg(
-        default_factory=lambda: list(SCHEDULES),
-        metadata={"choices": SCHEDULES},
-        help="schedules of --remove (default: both)",
-    )
+    schedule: list[str] = several(["constant", "linear"], "schedules of --remove", ["constant", "linear"])
 
     def __post_init__(self) -> None:
         for number in self.remove:

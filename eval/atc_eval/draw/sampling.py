@@ -39,9 +39,7 @@ class Sampling:
     steps: int = HfArg(default=50, help="denoising steps")
     guidance: float = HfArg(default=7.5, help="classifier-free guidance scale")
     size: int | None = HfArg(default=None, help="height and width in pixels (default: the model's own)")
-    scheduler: str | None = HfArg(
-        default=None, metadata={"choices": list(SCHEDULERS)}, help="scheduler (default: the model's own)"
-    )
+    scheduler: str | None = HfArg(default=None, metadata={"choices": list(SCHEDULERS)}, help="default: the model's own")
     batch_size: int = HfArg(default=8, help="prompts in a batch; it changes how images are rounded")
     dtype: Literal["float16", "bfloat16", "float32"] | None = HfArg(
         default=None, help="of the model (default: float16 on a CUDA GPU, else float32)"

@@ -85,26 +85,19 @@ class Scores:
     fidelity: Fidelity | None
 
 
+@dataclass(eq=False)
 class Scorer:
-    """Scores sets of the same images against a reference set and against the unmerged set.
+    """Scores sets of the same images against a reference set and against the unmerged set."""
 
-    Args:
-        features: the features to score by.
-        reference: features of the reference images, `[m, C]`.
-        unmerged: the images of the unmerged model.
-        bootstrap: number of bootstrap draws.
-        lpips: measures LPIPS; None: LPIPS is left out.
-    """
+    features: Features
+    reference: Tensor  # features of the reference images, [m, C]
+    unmerged: ImageSet
+    bootstrap: int  # number of draws
+    lpips: Lpips | None  # None: LPIPS is left out
 
-    def __init__(
-        self, features: Features, reference: Tensor, unmerged: ImageSet, bootstrap: int, lpips: Lpips | None = None
-    ) -> None:
-        self.lpips = lpips
-        self.features = features
-        self.reference = reference
-        self.unmerged = unmerged
-        self.unmerged_features = features(unmerged.paths)
-        self.draws = bootstrap_draws(len(unmerged.images), bootstrap)
+    def __post_init__(self) -> None:
+        self.unmerged_features = self.features(self.unmerged.paths)
+        self.draws = bootstrap_draws(len(self.unmerged.images), self.bootstrap)
         self.distance = FrechetDistance(self.reference)
         self.unmerged_fid = self._fid(self.unmerged_features)
 
@@ -145,12 +138,8 @@ class Scoring:
     """How images are scored."""
 
     _argument_group_name = "scoring"
-    reference: Path | None = HfArg(
-        default=None, help="folder of the reference images; eval/reference.py makes the paper's"
-    )
-    features: Literal["inception", "efficientnet-lite0"] = HfArg(
-        default="inception", help="network whose features are compared"
-    )
+    reference: Path | None = HfArg(default=None, help="folder of reference images; eval/reference.py makes the paper's")
+    features: Literal["inception", "efficientnet-lite0"] = HfArg(default="inception", help="network of the features")
     inception_weights: Path | None = HfArg(default=None, help="torch-fidelity's weights (default: downloaded)")
     resize: Literal["clean", "tensorflow"] = HfArg(
         default="clean", help="clean: as in clean-fid and the paper; tensorflow: as for the original FID"
