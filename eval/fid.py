@@ -36,26 +36,17 @@ from atc_diffusion.commands import check_folder, check_number, one_sentence
 
 with one_sentence("fid.py", extra="eval"):
     from accelerate import PartialState
-    from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
     from atc_eval.command_line import counted, parse
     from atc_eval.draw.images import PlannedImage, Prompts, parse_part
-    from atc_eval.draw.sampler import Sampler, Times, read_records
+    from atc_eval.draw.sampler import Sampler, Times
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
-    from atc_eval.draw.sets import (
-        DRAWN,
-        Sets,
-        check_folder_settings,
-        claim_folder,
-        complete_sets,
-        make_sets,
-        note_command,
-    )
+    from atc_eval.draw.sets import DRAWN, check_folder_settings, claim_folder, complete_sets, make_sets, note_command
     from atc_eval.environment import in_words
     from atc_eval.grid import Comparison
     from atc_eval.method import Method
-    from atc_eval.report.results import Result, Study
+    from atc_eval.report.results import Result, Study, score_sets
     from atc_eval.report.sections import write_report
     from atc_eval.score.scorer import Scorer, Scoring
 
@@ -140,7 +131,8 @@ def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Samp
         sets = complete_sets(out, images, settings)
         times = Times(out / "times.json")
         times.measure(sampler, sets, images, output.time)
-        report(sets, prepared(sets[Method()]), times, (prompts, sampling, scoring, output))
+        scorer = prepared(sets[Method()])
+        report(score_sets(sets, scorer, times), scorer, (prompts, sampling, scoring, output))
     elif state.is_main_process:
         print(f"part {output.part} is drawn; when all parts are, run the command without --part to score them")
 
@@ -163,13 +155,8 @@ def refuse_months(sampling: Sampling, state: PartialState, count: int) -> None:
         )
 
 
-def report(sets: Sets, scorer: Scorer, times: Times, options: tuple[Prompts, Sampling, Scoring, Output]) -> None:
+def report(results: list[Result], scorer: Scorer, options: tuple[Prompts, Sampling, Scoring, Output]) -> None:
     prompts, sampling, scoring, output = options
-    timing = times.medians(sets).to_dict("index")
-    results = [
-        Result(each, images, scorer(images), read_records(images.folder), timing.get(images.folder.name, {}))
-        for each, images in tqdm(sets.items(), desc="scoring", unit="set")
-    ]
     study = Study(
         results,
         features=scorer.features.name,

@@ -20,22 +20,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 with one_sentence("app.py", extra="app"):
     import gradio as gr
 
+    import display
     from comparison import Comparison, Settings, Studio
-    from display import (
-        FIRST,
-        PRESETS,
-        SIDE,
-        SIZE,
-        STEPS,
-        TABLE,
-        check,
-        clusters,
-        configure,
-        fields,
-        past,
-        select,
-        show,
-    )
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
@@ -86,7 +72,7 @@ class Runs:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio reads it from the signature
     ) -> list[Comparison]:
         """The visitor's runs with the new one first; unchanged if it was cancelled."""
-        settings = Settings(prompt.strip(), seed, steps, size, *configure(preset, r, r_keys))
+        settings = Settings(prompt.strip(), seed, steps, size, *display.configure(preset, r, r_keys))
         cancelled = self._cancelled[request.session_hash] = threading.Event()
         try:
             comparison = self.studio.compare(settings, partial(_report, progress, cancelled, steps))
@@ -115,13 +101,15 @@ def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                inputs = fields(prompts[0], steps, example.settings.size)
+                inputs = display.fields(prompts[0], steps, example.settings.size)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
                     stop = gr.Button("Cancel", min_width=100, elem_id="cancel")
                 gr.Examples(prompts, inputs[0], label="Prompts to try")
             with gr.Column(scale=3, min_width=300):
-                images = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="images")
+                images = gr.ImageSlider(
+                    label="Unmerged | merged", format="png", max_height=display.SIDE, elem_id="images"
+                )
                 with gr.Column(visible=False) as summary:
                     figures = gr.HTML(padding=False)
                     code = gr.Code(
@@ -149,19 +137,25 @@ def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
                 buttons=["download_all"],
                 elem_id="past",
             )
-            table = gr.Dataframe(headers=TABLE, interactive=False, buttons=["copy"])
+            table = gr.Dataframe(headers=display.TABLE, interactive=False, buttons=["copy"])
 
         shown = [images, figures, code, strength, difference, layer, step, heading, overlay, index, summary, details]
+        overview = display.past, history, [gallery, table]
         drawing = start.click(
-            runs.draw, [*inputs, history], history, validator=check, concurrency_limit=1, show_progress_on=images
+            runs.draw,
+            [*inputs, history],
+            history,
+            validator=display.check,
+            concurrency_limit=1,
+            show_progress_on=images,
         )
-        drawing.success(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
-        gallery.select(select, history, shown, show_progress="hidden")
+        drawing.success(display.show, history, shown, show_progress="hidden").then(*overview)
+        gallery.select(display.select, history, shown, show_progress="hidden")
         for chooser in (layer, step):
-            chooser.input(clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
+            chooser.input(display.clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
         stop.click(runs.cancel, cancels=drawing, queue=False)
         page.unload(runs.cancel)
-        page.load(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
+        page.load(display.show, history, shown, show_progress="hidden").then(*overview)
     return page
 
 
@@ -181,8 +175,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_sentence("app.py", extra="app"):
-        check_number("--steps", args.steps, *STEPS)
-        check_number("--size", args.size, *SIZE)
+        check_number("--steps", args.steps, *display.STEPS)
+        check_number("--size", args.size, *display.SIZE)
         check_number("--port", args.port, 1, 65535)
         check_finite("--guidance", args.guidance)
         serve(args)
@@ -190,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     studio = Studio(load(args.model), guidance_scale=args.guidance)
-    given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, *configure(FIRST, *PRESETS[FIRST][2]))
+    config, code = display.configure(display.FIRST, *display.PRESETS[display.FIRST][2])
+    given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, config, code)
     print("Drawing an example ...", flush=True)
     page = build(Runs(studio), args.prompts, studio.compare(given, lambda name, done: None))
     page.launch(

@@ -1,7 +1,7 @@
 """Which reductions of a vision transformer's tokens are compared, and the images that each classifies correctly."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -105,28 +104,22 @@ def evaluate(task: Task, method: Method, out: Path, batch_size: int, state: Part
     return Evaluation(method, np.array(record["correct"], bool), record["images_per_second"])
 
 
-def _classify(task: Task, method: Method, batch_size: int, state: PartialState) -> tuple[list[int], float]:
-    numbers = range(state.process_index, len(task.subjects), state.num_processes)
-    model = task.model.to(state.device)
-    with method.applied(model):
-        seconds, correct = zip(*_batches(model, task.images, numbers, batch_size, state), strict=True)
-    own = dict(zip(numbers, (entry for batch in correct for entry in batch), strict=True))
-    everyone = dict(gather_object(list(own.items())))
-    typical = float(np.median(np.array(seconds) / [len(batch) for batch in correct]))
-    return [everyone[number] for number in range(len(task.subjects))], 1 / typical
-
-
 @torch.no_grad()
-def _batches(
-    model: nn.Module, dataset: Dataset[Any], numbers: range, batch_size: int, state: PartialState
-) -> Iterator[tuple[float, list[int]]]:
-    """For each batch, its seconds and, for each image, 1 if it is classified correctly, else 0."""
-    loader = DataLoader(Subset(dataset, numbers), batch_size, num_workers=4 if state.device.type == "cuda" else 0)
-    for images, classes in tqdm(loader, desc="classifying", disable=not state.is_main_process, leave=False):
-        images = images.to(state.device)
-        start = time.perf_counter()
-        predicted = model(images).argmax(dim=1).cpu()  # waits for the device
-        yield time.perf_counter() - start, (predicted == classes).int().tolist()
+def _classify(task: Task, method: Method, batch_size: int, state: PartialState) -> tuple[list[int], float]:
+    """For each image 1 if it is classified correctly, else 0; and images per second on one device."""
+    numbers = range(state.process_index, len(task.subjects), state.num_processes)
+    workers = 4 if state.device.type == "cuda" else 0
+    loader = DataLoader(Subset(task.images, numbers), batch_size, num_workers=workers)
+    model, correct, seconds = task.model.to(state.device), [], []
+    with method.applied(model):
+        for images, classes in tqdm(loader, desc="classifying", disable=not state.is_main_process, leave=False):
+            images = images.to(state.device)
+            start = time.perf_counter()
+            predicted = model(images).argmax(dim=1).cpu()  # waits for the device
+            seconds.append((time.perf_counter() - start) / len(images))
+            correct += (predicted == classes).int().tolist()
+    everyone = dict(gather_object(list(zip(numbers, correct, strict=True))))
+    return [everyone[number] for number in range(len(task.subjects))], 1 / float(np.median(seconds))
 
 
 def mean_by_subject(values: NDArray[Any], subjects: NDArray[np.int64], draws: Draws) -> Estimate:

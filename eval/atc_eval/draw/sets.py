@@ -119,18 +119,16 @@ def complete_sets(out: Path, images: Sequence[PlannedImage], settings: dict[str,
 
 def _folders(out: Path, images: Sequence[PlannedImage]) -> dict[Method, Path]:
     """The folder of each method in `out`, whatever the version that named it."""
-    found = {path.parent: _method(path) for path in out.glob(f"sets/*/{images[0].file}")}
-    return {method: folder for folder, method in found.items() if method}
-
-
-def _method(path: Path) -> Method | None:
-    """The method that drew the image at `path`; None if it is damaged, or if this version has no such method."""
-    try:
-        stamp = read_stamp(path)
-    except ValueError as error:
-        warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
-        return None
-    return Method.from_json(stamp["way"]) if stamp and "way" in stamp else None
+    found = {}
+    for path in out.glob(f"sets/*/{images[0].file}"):
+        try:
+            stamp = read_stamp(path)
+        except ValueError as error:  # this version has no such method
+            warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
+            continue
+        if stamp and "way" in stamp:
+            found[Method.from_json(stamp["way"])] = path.parent
+    return found
 
 
 def _place(method: Method) -> tuple[object, ...]:

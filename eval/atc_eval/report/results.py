@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from atc_eval.draw.images import PlannedImage
-from atc_eval.draw.sets import ImageSet
+from atc_eval.draw.sampler import Times, read_records
+from atc_eval.draw.sets import ImageSet, Sets
 from atc_eval.method import Method
-from atc_eval.score.scorer import Fidelity, Scores
+from atc_eval.score.scorer import Fidelity, Scorer, Scores
 from atc_eval.score.statistics import Draws, Estimate
 
 
@@ -47,6 +49,14 @@ class Result:
             elif name not in ("fidelity", "psnr_of_each"):
                 row[name] = value
         return row | {"peak_memory_bytes": self.record["peak_memory_bytes"]}
+
+
+def score_sets(sets: Sets, scorer: Scorer, times: Times) -> list[Result]:
+    timing = times.medians(sets).to_dict("index")
+    return [
+        Result(each, images, scorer(images), read_records(images.folder), timing.get(images.folder.name, {}))
+        for each, images in tqdm(sets.items(), desc="scoring", unit="set")
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -23,14 +23,7 @@ from atc_eval.draw.images import PlannedImage
 from atc_eval.draw.sets import ImageSet
 from atc_eval.files import FEWEST_IMAGES, list_images
 from atc_eval.score.features import Features
-from atc_eval.score.statistics import (
-    Array,
-    Estimate,
-    FrechetDistance,
-    bootstrap_draws,
-    kernel_distance,
-    precision_recall,
-)
+from atc_eval.score.statistics import Estimate, FrechetDistance, bootstrap_draws, kernel_distance, precision_recall
 
 EQUAL = 10 * np.log10(12 * 255**2)  # 58.9 dB, the PSNR of rounding to 8 bits
 
@@ -69,7 +62,7 @@ class Fidelity:
     ssim: Estimate
     lpips: Estimate | None
     feature_distance: Estimate
-    psnr_of_each: Array
+    psnr_of_each: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -110,11 +103,11 @@ class Scorer:
         fidelity = None if images is self.unmerged else self._fidelity(images, features, fid)
         return Scores(len(features), Estimate.of(fid), kid, kid_deviation, precision, recall, fidelity)
 
-    def _fid(self, features: Tensor) -> Array:
+    def _fid(self, features: Tensor) -> NDArray[np.float64]:
         """FID and its replicates, `[1 + B]`."""
         return self.distance(features, np.vstack([np.arange(len(features)), self.draws]))
 
-    def _fidelity(self, images: ImageSet, features: Tensor, fid: Array) -> Fidelity:
+    def _fidelity(self, images: ImageSet, features: Tensor, fid: NDArray[np.float64]) -> Fidelity:
         with ThreadPoolExecutor() as threads:
             similarity = np.array(list(threads.map(partial(self._similarity, images), images.images)))
         distances = (features.double() - self.unmerged_features.double()).norm(dim=1).numpy()
