@@ -81,9 +81,7 @@ class Output:
     time: int = HfArg(default=0, help="batches to time with each method, in turn")
     part: str | None = HfArg(default=None, help="draw only one part of the images, such as 3/8, and score nothing")
     demo: bool = HfArg(default=False, help="a small experiment on the bundled emoji model: offline, no GPU")
-    dry_run: bool = HfArg(
-        default=False, aliases=["--list"], help="print seed, file and prompt of every image, and what is to be drawn"
-    )
+    dry_run: bool = HfArg(default=False, aliases=["--list"], help="print seed, file and prompt of all images, and stop")
 
     def __post_init__(self) -> None:
         check_folder("--out", self.out)
@@ -132,7 +130,7 @@ def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Samp
         times = Times(out / "times.json")
         times.measure(sampler, sets, images, output.time)
         scorer = prepared(sets[Method()])
-        report(score_sets(sets, scorer, times), scorer, (prompts, sampling, scoring, output))
+        report(score_sets(sets, scorer, times), scorer, prompts, sampling, output)
     elif state.is_main_process:
         print(f"part {output.part} is drawn; when all parts are, run the command without --part to score them")
 
@@ -155,12 +153,11 @@ def refuse_months(sampling: Sampling, state: PartialState, count: int) -> None:
         )
 
 
-def report(results: list[Result], scorer: Scorer, options: tuple[Prompts, Sampling, Scoring, Output]) -> None:
-    prompts, sampling, scoring, output = options
+def report(results: list[Result], scorer: Scorer, prompts: Prompts, sampling: Sampling, output: Output) -> None:
     study = Study(
         results,
         features=scorer.features.name,
-        conditions=conditions(results[0], prompts, sampling, scoring, len(scorer.reference)),
+        conditions=conditions(results[0], prompts, sampling, scorer),
         commands=note_command(output.out),
         draws=scorer.draws,
         shown=prompts.shown(),
@@ -171,9 +168,7 @@ def report(results: list[Result], scorer: Scorer, options: tuple[Prompts, Sampli
     print(f"wrote {folder / 'report.html'}")
 
 
-def conditions(
-    unmerged: Result, prompts: Prompts, sampling: Sampling, scoring: Scoring, references: int
-) -> dict[str, str]:
+def conditions(unmerged: Result, prompts: Prompts, sampling: Sampling, scorer: Scorer) -> dict[str, str]:
     """The conditions that the figures hold under, in words."""
     images, record = unmerged.images.images, unmerged.record
     width, height = unmerged.images.load(images[0]).size
@@ -181,13 +176,13 @@ def conditions(
     return {
         "model": sampling.name,
         "images": f"n = {len(images)}, {prompts.images_per_class} of each class, prompt `{prompts.prompt}`",
-        "reference": f"{references} images",
+        "reference": f"{len(scorer.reference)} images",
         "sampling": f"{counted(sampling.steps, 'step')}{scheduler}, guidance {sampling.guidance:g}, {width} x "
         f"{height}, base seed {prompts.seed}",
         "device": f"{', '.join(record['devices'])}; {sampling.dtype or 'default dtype'}, "
         f"batch size {sampling.batch_size}",
         "versions": in_words(record["versions"]),
-        "intervals": f"95 %, {scoring.bootstrap} bootstrap draws",
+        "intervals": f"95 %, {scorer.bootstrap} bootstrap draws",
     }
 
 

@@ -35,9 +35,7 @@ class Gathering:
 
     imagenet_val: Path = HfArg(help="folder of the validation images")
     out: Path = HfArg(help="new folder for the 5000 images")
-    ground_truth: Path | None = HfArg(
-        default=None, help="file with the class of each image, one per line, for images in one folder"
-    )
+    ground_truth: Path | None = HfArg(default=None, help="file with the class of each image, if all are in one folder")
 
     def __post_init__(self) -> None:
         check_exists("--imagenet-val", self.imagenet_val, "folder")

@@ -30,17 +30,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two images and the seconds that each took, what merging saved and what it merged.
-
-    `work_saved` is the fraction of the patched attentions' arithmetic.
-    """
+    """The two images and the seconds that each took, what merging saved and what it merged."""
 
     settings: Settings
     unmerged: Image.Image
     merged: Image.Image
     unmerged_seconds: float
     merged_seconds: float
-    work_saved: float
+    work_saved: float  # of the patched attentions' arithmetic, a fraction
     partitions: list[Partition]
 
     @property
@@ -74,12 +71,7 @@ class Comparison:
 
 
 class Studio:
-    """One pipeline that several threads draw with, each in its turn.
-
-    Args:
-        pipe: any text-to-image pipeline of diffusers that can be patched.
-        options: passed to every call of `pipe`, such as `guidance_scale`.
-    """
+    """One pipeline that several threads draw with, each in its turn; `options` go to all its calls."""
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         self.pipe = pipe

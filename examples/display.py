@@ -30,11 +30,7 @@ SIZE = (16, 4096, 8)  # pixels: least, most, and what they are a multiple of
 
 
 def configure(preset: str, r: float, r_keys: float) -> tuple[MergeConfig, str]:
-    """The configuration, and the code that merges like it.
-
-    Raises:
-        ValueError: where the preset cannot keep such fractions.
-    """
+    """The configuration, and the code that merges like it; ValueError where the preset cannot keep such fractions."""
     name, make, usual = PRESETS[preset]
     has_fractions = "fast" in name
     given = {"r": r} if r == r_keys and not has_fractions else {"r": r, "r_keys": r_keys}

@@ -47,10 +47,7 @@ def load(model: str) -> Any:
 def draw_images(
     pipe: Any, prompts: list[str], seed: int, size: int | None, steps: int, **options: Any
 ) -> tuple[list[Image.Image], float]:
-    """An image of each prompt, all from the noise of one seed, and the seconds that they took.
-
-    `size` is the side of an image in pixels, None for the model's own.
-    """
+    """An image of each prompt, all from the noise of one seed, and the seconds that they took."""
     start = time.perf_counter()
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     output = pipe(prompts, height=size, width=size, num_inference_steps=steps, generator=generators, **options)
@@ -59,19 +56,12 @@ def draw_images(
 
 @dataclass(frozen=True)
 class Partition:
-    """Which tokens of an image one attention merged; for a batch, of its last item.
+    """Which tokens of an image one attention merged; for a batch, of its last item."""
 
-    Attributes:
-        layer: the attention's path in the pipeline.
-        tokens: whether the clusters are those of the "queries", of the "keys and values", or of "all tokens".
-        step: the first step that used the clusters, counted from 0; they may serve the following steps too.
-        labels: cluster of every token, `[H, W]`.
-    """
-
-    layer: str
-    tokens: str
-    step: int
-    labels: NDArray[np.int64]
+    layer: str  # the attention's path in the pipeline
+    tokens: str  # which have these clusters: "queries", "keys and values" or "all tokens"
+    step: int  # the first that used the clusters, counted from 0; they may serve the following steps too
+    labels: NDArray[np.int64]  # cluster of every token, [H, W]
 
     @property
     def sizes(self) -> NDArray[np.int64]:

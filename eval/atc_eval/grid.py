@@ -62,7 +62,7 @@ class Comparison:
         "easycache:0.1 (threshold)",
     )
     together: list[str] = HfArg(
-        default_factory=list, aliases=["--with"], help="rivals to combine with every merging, such as deepcache:2"
+        default_factory=list, aliases=["--with"], help="rivals to add to every merging, such as deepcache:2"
     )
 
     def __post_init__(self) -> None:

@@ -131,16 +131,14 @@ class _Kind:
     needs_unet: bool = False
 
 
-def _fraction_of_keys(factor: float) -> str:
+def _keys_kept(factor: float) -> str:
     return f"keys {100 / factor**2:.3g} %"
 
 
 KINDS = {
     "steps": _Kind("fewer steps", "{:.4g} of the steps".format, fewer_steps, (0.01, 0.99), whole=False),
-    "todo": _Kind("ToDo", _fraction_of_keys, partial(downsampled_keys, downsample=interpolate), (2, 64)),
-    "pooled": _Kind(
-        "pooled keys", _fraction_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)
-    ),
+    "todo": _Kind("ToDo", _keys_kept, partial(downsampled_keys, downsample=interpolate), (2, 64)),
+    "pooled": _Kind("pooled keys", _keys_kept, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
     "spectrum": _Kind("Spectrum", "window + {:g}".format, Spectrum.applied, (0, 10), whole=False, needs_unet=True),
@@ -181,15 +179,6 @@ class Rival:
     @property
     def kind(self) -> _Kind:
         return KINDS[self.name]
-
-    @property
-    def label(self) -> str:
-        return self.kind.label
-
-    @property
-    def setting(self) -> str:
-        """The strength in words."""
-        return self.kind.setting(self.strength)
 
     def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
         """Apply the rival to `pipe` within a `with` block; yields the callable that draws."""

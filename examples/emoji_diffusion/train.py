@@ -165,13 +165,9 @@ def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManag
     return patched(pipe.unet, r=1, r_keys=0.1, window_size=16, recluster_threshold=0) if merged else nullcontext()
 
 
-def draw_sheet(
-    pipe: StableDiffusionPipeline, target: Path, cell: int = 128, columns: int = 8, **arguments: float
-) -> None:
-    """Draw 32 things, spread evenly over the list, once each and from one seed, over their prompts.
-
-    The arguments are those of the pipeline's call.
-    """
+def draw_sheet(pipe: StableDiffusionPipeline, target: Path, **arguments: float) -> None:
+    """Draw 32 things over their prompts, all from one seed; the arguments are those of the pipeline's call."""
+    cell, columns = 128, 8
     sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(SHOWN) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, thing in enumerate(SHOWN):

@@ -30,7 +30,7 @@ UNET: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-PIXART_SIGMA: dict[str, Any] = {
+PIXART: dict[str, Any] = {
     "sample_size": 128,
     "interpolation_scale": 2,
     "caption_channels": 4096,
@@ -110,9 +110,7 @@ MODELS = {
         "Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text, (512, 1024, 2048), levels=(1, 2)
     ),
     "sdxl": Model("SDXL's UNet", UNet2DConditionModel, UNET["sdxl"], _unet_text, levels=(2, 4)),
-    "pixart-sigma": Model(
-        "PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, (1024, 2048), blocks=28
-    ),
+    "pixart-sigma": Model("PixArt-Sigma", PixArtTransformer2DModel, PIXART, _pixart_text, (1024, 2048), blocks=28),
     "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, SD3_MEDIUM, _sd3_text, channels=16, blocks=24),
     "flux-dev": Model("FLUX.1-dev", FluxTransformer2DModel, FLUX, _flux_text, (1024, 2048), 16, 38, is_rotary=True),
 }

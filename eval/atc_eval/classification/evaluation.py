@@ -36,11 +36,9 @@ class Reductions:
     _argument_group_name = "reductions of the tokens"
     method: list[str] = several([*MERGING, *PRUNING], "methods to compare", [*MERGING, *PRUNING])
     linkage: list[str] = several(["average", "complete", "single"], "linkages of atc", LINKAGES)
-    keep: list[str] = several(
-        [], "percent of tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90; none with --remove)"
-    )
+    keep: list[str] = several([], "percent kept at blocks 4, 7 and 10 (default: 25 50 70 90; none with --remove)")
     remove: list[int] = several(
-        [], "tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)"
+        [], "tokens removed in every block; in the paper 16 for ViT-B, 8 for ViT-L, 7 for ViT-H"
     )
     schedule: list[str] = several(["constant", "linear"], "schedules of --remove", ["constant", "linear"])
 

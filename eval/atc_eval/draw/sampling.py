@@ -42,7 +42,7 @@ class Sampling:
     scheduler: str | None = HfArg(default=None, metadata={"choices": list(SCHEDULERS)}, help="default: the model's own")
     batch_size: int = HfArg(default=8, help="prompts in a batch; it changes how images are rounded")
     dtype: Literal["float16", "bfloat16", "float32"] | None = HfArg(
-        default=None, help="of the model (default: float16 on a CUDA GPU, else float32)"
+        default=None, help="default: float16 on CUDA, else float32"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="auto: the fastest there is")
 

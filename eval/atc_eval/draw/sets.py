@@ -61,9 +61,7 @@ class ImageSet:
     def _holds(self, image: PlannedImage) -> bool:
         stamp = read_stamp(path := self.path(image))
         if stamp is not None and (difference := differences(stamp, self._stamp(image))):
-            raise ValueError(
-                f"{path} was drawn with other settings ({difference}); give another --out, or move it away"
-            )
+            raise ValueError(f"{path} was drawn with other settings ({difference}); give another --out, or move it")
         return stamp is not None
 
 

@@ -12,10 +12,7 @@ LINE_HEIGHT, CHARACTER = 11.0, 5.4  # points, of a label
 
 
 def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
-    """PSNR against time, for rows with "method", "setting", "ratio", "psnr", "psnr_margin" and "frontier".
-
-    The labels name the methods on the frontier, and the best of every other method.
-    """
+    """PSNR against time; labels name the settings on the frontier, and the best of every other method."""
     best = frame.sort_values("psnr").drop_duplicates("method", keep="last").index
     names = (frame["method"] + ", " + frame["setting"]).str.removesuffix(", ")
     labels = names.where(frame["frontier"] | frame.index.isin(best), "")

@@ -94,10 +94,7 @@ def find_inception_weights(path: Path | None = None) -> str:
 
 
 class Features:
-    """Features of sets of images by one network and one way of resizing, computed once for each set.
-
-    `cache` is the folder of the features, which are named by the content of the images.
-    """
+    """Features of sets of images by one network and one way of resizing, in files named by the images' content."""
 
     def __init__(
         self, network: str, resize: str, cache: Path, device: torch.device, inception_weights: Path | None = None

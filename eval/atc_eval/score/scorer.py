@@ -150,9 +150,7 @@ class Scoring:
     def prepare(self, cache: Path, device: torch.device) -> Callable[[ImageSet], Scorer]:
         """A function that makes the scorer from the unmerged set; everything else is loaded now."""
         if self.reference is None:
-            raise ValueError(
-                "--reference DIR is needed; eval/reference.py makes it from ImageNet's validation images; or try --demo"
-            )
+            raise ValueError("--reference DIR is needed; eval/reference.py makes it from ImageNet; or try --demo")
         features = Features(self.features, self.resize, cache, device, self.inception_weights)
         lpips = Lpips() if self.lpips else None
         return partial(Scorer, features, features(list_images(self.reference)), bootstrap=self.bootstrap, lpips=lpips)
