@@ -26,6 +26,7 @@ An array of jobs that do not talk to each other, and then one that scores:
     python eval/fid.py --reference reference --out /shared/fid
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,23 +52,11 @@ with one_sentence("fid.py", extra="eval"):
     from atc_eval.score.scorer import Scorer, Scoring
 
 Plan = dict[Method, list[PlannedImage]]
-DEMO = {  # a small experiment, on the model of this repository
-    "model": str(EMOJI_DIFFUSION),
-    "class_names": EMOJI_DIFFUSION / "things.txt",
-    "prompt": "{}",
-    "reference": EMOJI_DIFFUSION / "pictures",
-    "steps": 20,
-    "guidance": 3.0,
-    "batch_size": 4,
-    "classes": "12",
-    "images_per_class": 1,
-    "keep": ["50", "100/12.5"],
-    "method": ["paper", "atc"],
-    "rival": ["steps:0.7"],
-    "time": 1,
-    "features": "efficientnet-lite0",
-    "out": Path("out/demo"),
-}
+DEMO = shlex.split(  # a small experiment, on the model of this repository
+    f"--model '{EMOJI_DIFFUSION}' --class-names '{EMOJI_DIFFUSION}/things.txt' --prompt {{}} --classes 12 "
+    f"--reference '{EMOJI_DIFFUSION}/pictures' --images-per-class 1 --steps 20 --guidance 3 --batch-size 4 "
+    "--method paper atc --keep 50 100/12.5 --rival steps:0.7 --time 1 --features efficientnet-lite0 --out out/demo"
+)
 MOST_ON_A_CPU = 100  # images of a full-size model, which takes minutes for one
 
 
@@ -95,7 +84,7 @@ KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    options = parse(KINDS, __doc__, given, **DEMO if "--demo" in given else {})
+    options = parse(KINDS, __doc__, [*DEMO, *given] if "--demo" in given else given)
     with one_sentence("fid.py", extra="eval", stopped="rerun the command to resume"):
         run(*options)
 

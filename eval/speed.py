@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 from atc_diffusion.commands import check_file, check_number, one_sentence
 
@@ -30,19 +30,9 @@ with one_sentence("speed.py", extra="eval"):
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
 PARTS = ("arithmetic", "small", "clustering", "step", "training", "compile")
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "parts": [part for part in PARTS if part not in ("training", "compile")],
-        "model": ["sd15"],
-        "keep": ["60", "40"],
-        "dtype": "float32",
-    },
-    "cuda": {
-        "parts": [part for part in PARTS if part not in ("small", "clustering", "training")],
-        "model": ["sd15", "sdxl"],
-        "keep": ["60", "40", "25"],
-        "dtype": "float16",
-    },
+DEFAULTS = {  # by device: parts, models, percentages of tokens kept, and dtype
+    "cpu": (["arithmetic", "small", "clustering", "step"], ["sd15"], ["60", "40"], "float32"),
+    "cuda": (["arithmetic", "step", "compile"], ["sd15", "sdxl"], ["60", "40", "25"], "float16"),
 }
 
 
@@ -65,7 +55,7 @@ class Benchmark:
     out: Path | None = HfArg(default=None, help="file for a copy of the output, .md or .txt")
 
     def __post_init__(self) -> None:
-        for name, default in DEFAULTS[self.device].items():
+        for name, default in zip(("parts", "model", "keep", "dtype"), DEFAULTS[self.device], strict=True):
             object.__setattr__(self, name, getattr(self, name) or default)
         for size in self.size:
             check_number("--size", size, least=64, multiple=64)

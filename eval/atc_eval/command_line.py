@@ -22,15 +22,9 @@ def several(default: Sequence[Any], help: str, choices: Sequence[str] | None = N
     return HfArg(default_factory=lambda: list(default), metadata={"choices": choices}, help=help)
 
 
-def parse(
-    kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None, **defaults: Any
-) -> tuple[Any, ...]:
-    """Fill the dataclasses `kinds` from the command line; `defaults` replaces the fields' own, by name.
-
-    Exits with status 2 and one sentence if a value does not fit.
-    """
+def parse(kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Fill the dataclasses `kinds` from the command line; exits with one sentence if a value does not fit."""
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
-    parser.set_defaults(**defaults)
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
         check_unknown(unknown, kinds)
