@@ -113,15 +113,11 @@ def grid(names: Iterable[str], keeps: Iterable[Fractions], options: Mapping[str,
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     configs = [
-        _with_options(make(r=r), r_keys, combination)
+        replace(base, r_keys=r_keys, **{name: value for name, value in combination.items() if hasattr(base, name)})
         for name, combination in product(names, combinations)
         for make, (r, r_keys) in product(CONFIGS[name], keeps)
         if make is not ToMeConfig or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
+        for base in [make(r=r)]
     ]
     merging = [each for each in configs if (each.r, each.r_keys) not in ((1, None), (1, 1)) or each.forecast_tolerance]
     return list(dict.fromkeys([Method(), *map(Method, merging)]))
-
-
-def _with_options(base: MergeConfig, r_keys: float | None, options: Mapping[str, Any]) -> MergeConfig:
-    own = {field.name for field in fields(base)}
-    return replace(base, r_keys=r_keys, **{name: value for name, value in options.items() if name in own})

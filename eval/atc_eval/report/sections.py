@@ -13,12 +13,7 @@ from atc_eval.report.plots import on_frontier, plot_fidelity, plot_lines
 from atc_eval.report.results import Result, Study
 from atc_eval.score.statistics import Estimate
 
-PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
-    "ToMe": {100: 33.80, 90: 33.77, 80: 33.61, 70: 33.59, 60: 33.57, 50: 33.63, 40: 33.67},
-    "ATC single": {100: 33.80, 90: 33.63, 80: 33.48, 70: 33.53, 60: 33.43, 50: 34.01, 40: 36.95},
-    "ATC average": {100: 33.80, 90: 33.51, 80: 33.45, 70: 33.33, 60: 33.40, 50: 33.36, 40: 33.22},
-    "ATC complete": {100: 33.80, 90: 33.67, 80: 33.71, 70: 33.70, 60: 33.74, 50: 33.56, 40: 33.65},
-}
+PAPER_TABLE_2 = Path(__file__).with_name("paper_table_2.csv")  # FID by percent kept (Haurum et al. 2024, Table 2)
 FID_TEXT = """\
 Lower is closer to the reference; the columns are fractions of tokens kept. FID is biased upwards at small n: compare it
 only within one n, one kind of features and one reference. ± is half the 95 % bootstrap interval over the images drawn.
@@ -140,8 +135,8 @@ def fid_section(study: Study) -> Iterator[Section]:
     points = rows[1:].rename(columns={"keep": "x", "fid": "y"})
     figure = plot_lines(points, "tokens kept (%)", "FID", study.unmerged.scores.fid.value)
     if study.is_papers_model:
-        paper = pd.DataFrame(PAPER_TABLE_2).map("{:.2f}".format).add_suffix(", in the paper", axis="columns")
-        cells = paper.rename_axis("keep").reset_index().melt("keep", var_name="method", value_name="cell")
+        paper = pd.read_csv(PAPER_TABLE_2, index_col="keep").map("{:.2f}".format)
+        cells = paper.add_suffix(", in the paper").reset_index().melt("keep", var_name="method", value_name="cell")
         rows = pd.concat([rows, cells])
     cells = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
     table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
