@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from atc_diffusion import MergeConfig, patched, psnr, ssim, summary
 from atc_diffusion.clustering import on_compilation
@@ -63,11 +63,12 @@ class Comparison:
     @property
     def difference(self) -> Image.Image:
         """Absolute difference of the two, `gain` times as strong, cut off at white."""
-        return Image.fromarray((self._error * self.gain).clip(max=255).astype(np.uint8))
+        gain = self.gain
+        return self._error.point(lambda value: gain * value)
 
     @property
-    def _error(self) -> Any:
-        return np.abs(np.asarray(self.unmerged, dtype=int) - np.asarray(self.merged, dtype=int))
+    def _error(self) -> Image.Image:
+        return ImageChops.difference(self.unmerged, self.merged)
 
 
 class Studio:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
@@ -113,7 +113,7 @@ def draw_on_white(file: Path) -> Tensor:
         drawing = image.convert("RGBA")
     white = Image.new("RGBA", drawing.size, "white")
     drawn = Image.alpha_composite(white, drawing).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
+    return pil_to_tensor(drawn)
 
 
 def normalize(images: Tensor) -> Tensor:
