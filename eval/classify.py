@@ -25,7 +25,6 @@ with one_sentence("classify.py", extra="eval,vision"):
     from atc_eval.command_line import check_exists, counted, parse
     from atc_eval.draw.sets import claim_folder, this_command
 
-DEIT = "deit_small_patch16_224"
 NUM_SHOWN = 3
 
 
@@ -35,7 +34,7 @@ class ImageNetTask:
 
     _argument_group_name = "ImageNet"
     imagenet_val: Path | None = HfArg(default=None, help="validation images, in one folder for each class")
-    model: str = HfArg(default=DEIT, help="a VisionTransformer of timm's")
+    model: str = HfArg(default="deit_small_patch16_224", help="a VisionTransformer of timm's")
     weights: Path | None = HfArg(default=None, help="weights of the model (default: downloaded)")
 
     def __post_init__(self) -> None:

@@ -44,11 +44,11 @@ class Benchmark:
     parts: list[str] = several(
         [], "tables to measure (default: all but training; CPU: no compile; GPU: neither small nor clustering)", PARTS
     )
-    model: list[str] = several([], "networks to time steps of (default: sd15; GPU: sd15 sdxl)", list(MODELS))
+    model: list[str] = several([], "networks whose steps are timed (default: sd15; GPU: sd15 sdxl)", list(MODELS))
     blocks: int | None = HfArg(default=None, help="time only so many of a transformer's blocks (default: all)")
     dtype: Literal["float32", "float16", "bfloat16"] | None = HfArg(default=None, help="default: float32; GPU: float16")
     size: list[int] = several([], "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024, 2048)")
-    keep: list[str] = several([], "percent of tokens kept; most parts take the first (default: 60 40; GPU: also 25)")
+    keep: list[str] = several([], "percent kept; all but step and training take one (default: 60 40; GPU: also 25)")
     method: list[str] = several(list(METHODS), "methods to time, besides the unmerged network", list(METHODS))
     tokens: list[int] = several([4096], "numbers of tokens to cluster beside other engines, on the CPU")
     repeats: int = HfArg(default=3, help="timings of every candidate")

@@ -108,18 +108,15 @@ class Features:
 
     def __call__(self, paths: Sequence[Path]) -> Tensor:
         """Features `[n, C]` of the images at `paths`, in this order."""
-        path = self.cache / f"{self._digest(paths)}.npy"
+        digest = hashlib.sha256(self.name.encode())
+        for image in paths:
+            digest.update(hashlib.sha256(image.read_bytes()).digest())
+        path = self.cache / f"{digest.hexdigest()[:32]}.npy"
         if not path.exists():
             file = BytesIO()
             np.save(file, self._compute(paths).numpy())
             write_atomically(path, file.getvalue())
         return torch.from_numpy(np.load(path))
-
-    def _digest(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(self.name.encode())
-        for path in paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:32]
 
     @torch.no_grad()
     def _compute(self, paths: Sequence[Path]) -> Tensor:
