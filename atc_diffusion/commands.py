@@ -32,7 +32,7 @@ def number_problem(
 
 
 def check_number(option: str, value: int | None, least: int = 1, most: int | None = None, multiple: int = 1) -> None:
-    """Raises ValueError for an option that was given and does not fit, as do the other checks."""
+    """Raises ValueError for a value that was given and does not fit, as do the other checks."""
     if value is not None and (problem := number_problem(option, value, least, most, multiple)):
         raise ValueError(f"{problem}, got {value}")
 
@@ -76,7 +76,7 @@ def one_sentence(command: str, extra: str = "", stopped: str = "") -> Iterator[N
     Args:
         command: its name, with which the sentence begins.
         extra: the extra of this package that installs what the command needs.
-        stopped: what to say to who interrupts it.
+        stopped: what to tell whoever interrupts it.
     """
     try:
         yield

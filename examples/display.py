@@ -16,7 +16,7 @@ from comparison import Comparison
 from pipeline import at_step
 
 Number = float | None
-# What a visitor reads, the code of it, what that makes, and the fractions of queries and of keys to begin with.
+# By their names on the page: the code, what it makes, and the fractions of queries and of keys to begin with.
 PRESETS: dict[str, tuple[str, Callable[..., MergeConfig], tuple[float, float]]] = {
     "ATC, fast: every query, few keys": ("ATCConfig.fast", ATCConfig.fast, (1, 0.125)),
     "ATC, faster: skips steps, too": ("ATCConfig.faster", ATCConfig.faster, (1, 0.125)),

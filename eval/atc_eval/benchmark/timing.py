@@ -1,4 +1,4 @@
-"""Timings in turns, so that drifts of the machine's speed affect all candidates, and the Markdown tables they fill."""
+"""Timings taken in turn, so that the machine's drifts affect all candidates, and the Markdown tables they fill."""
 
 import sys
 import time

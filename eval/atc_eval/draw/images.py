@@ -84,7 +84,7 @@ def plan(names: Sequence[str], classes: Sequence[int], per_class: int, template:
 
 
 def parse_part(text: str | None) -> slice:
-    """Which images a job of an array draws, in text such as "3/8"; all for None."""
+    """The images that one job of an array draws, from text such as "3/8"; all for None."""
     number, _, count = ("1/1" if text is None else text).partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ValueError(f"--part is one of the parts into which the images are divided, such as 3/8, got {text!r}")

@@ -28,7 +28,7 @@ from atc_eval.method import Method
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws this process's images of a part of all images.
+    """Draws this process's share of a part of the images.
 
     Every batch is full: the last one repeats an image. So an image depends only on its prompt, its seed and the
     settings, not on its neighbours, their order, interruptions or the number of processes.
