@@ -77,7 +77,7 @@ def find_inception_weights(path: Path | None = None) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise ValueError(
                 f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
                 f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
