@@ -58,7 +58,7 @@ class Comparison:
     @property
     def gain(self) -> int:
         """How many times `difference` is stronger than it is, so that its strongest thousandth is at full strength."""
-        return int(255 // max(1.0, np.percentile(self._error, 99.9)))
+        return int(255 // max(1.0, np.percentile(np.asarray(self._error), 99.9)))
 
     @property
     def difference(self) -> Image.Image:

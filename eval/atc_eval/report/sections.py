@@ -124,8 +124,8 @@ def changes_section(study: Study) -> Iterator[Section]:
 
 def fid_section(study: Study) -> Iterator[Section]:
     """FID by the fraction of tokens kept, as in the paper's Table 2."""
-    keep = [100.0, *(each.method.keep for each in study.others)]
-    if not any(keep[1:]):
+    keep = pd.Series([100.0, *(each.method.keep for each in study.others)], dtype=float)
+    if keep[1:].isna().all():
         return
     stars = ["", *(each.fidelity.fid_change.star for each in study.others)]
     cells = [f"{each.scores.fid:.2f}{star}" for each, star in zip(study.results, stars, strict=True)]
