@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from transformers.hf_argparser import HfArg
 from atc_diffusion.commands import check_number
 from atc_eval.classification.evaluation import RESULTS, Task
 from atc_eval.draw.sets import claim_folder
+from atc_eval.files import write_atomically
 
 SIZE = 48  # pixels
 SHIFT = 4  # pixels by which images are shifted in training
@@ -49,7 +51,7 @@ class DemoTask:
         """The test images, and the model in `out`, which is trained first if missing."""
         claim_folder(out, {"demo": "emoji", "epochs": self.epochs}, RESULTS)
         training, test = load_emoji(self.emoji_images)
-        model = trained_model(training, out / "model.pt", self.epochs)
+        model = trained_model(training, out / "model.safetensors", self.epochs)
         last_drawn = {number: index for index, number in enumerate(test.subjects.tolist())}
         return Task(
             name=f"ViT of 12 blocks, 64 channels and 8 x 8 patches, {len(training.images)} emoji to train and "
@@ -129,8 +131,8 @@ def trained_model(emoji: Emoji, weights: Path, epochs: int) -> VisionTransformer
     )
     if not weights.exists():
         train(model, emoji, epochs)
-        torch.save(model.state_dict(), weights)
-    model.load_state_dict(torch.load(weights))
+        write_atomically(weights, save(model.state_dict()))
+    model.load_state_dict(load_file(weights))
     return model
 
 
