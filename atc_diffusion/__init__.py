@@ -3,9 +3,9 @@
 from atc_diffusion.clustering import agglomerate, cluster_tree
 from atc_diffusion.clustering.baselines import bipartite_labels
 from atc_diffusion.clustering.tree import ClusterTree
-from atc_diffusion.commands import load_pipeline
 from atc_diffusion.config import MergeConfig
 from atc_diffusion.fidelity import psnr, ssim
+from atc_diffusion.loading import load_pipeline
 from atc_diffusion.merge_map import MergeMap
 from atc_diffusion.methods import ATCConfig, ATCOptions, DPCKNNConfig, KMedoidsConfig, ToMeConfig
 from atc_diffusion.patch import apply_patch, merge_maps, patched, remove_patch, summary

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 import torch
 
-from atc_diffusion.commands import load_lora, load_pipeline, make_scheduler, one_sentence, quiet
+from atc_diffusion.commands import check_file, check_finite, one_sentence
 from atc_diffusion.devices import devices_found
+from atc_diffusion.loading import load_lora, load_pipeline, make_scheduler, quiet
 from atc_diffusion.tuning import Tuning, tune
 
 NAME = "python -m atc_diffusion"
@@ -41,7 +41,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-psnr", type=float, default=40.0, help="lowest PSNR, in dB (default: %(default)g)")
     parser.add_argument("--max-seconds", type=float, default=inf, help="begin no image after that (default: no limit)")
     parser.add_argument("--steps", type=_count, help="denoising steps (default: the pipeline's own)")
-    parser.add_argument("--guidance", type=_finite, help="classifier-free guidance scale (default: the pipeline's own)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the pipeline's own)")
     parser.add_argument("--size", type=_count, help="height and width in pixels (default: the model's own)")
     parser.add_argument("--image", type=Path, help="image to start from, for image-to-image (default: noise)")
     parser.add_argument("--batch-size", type=_count, default=1, help="images per prompt (default: %(default)s)")
@@ -50,32 +50,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", help="name of a scheduler class of diffusers (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float16; float32 on the CPU)")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: the fastest)")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the measurements to a JSON file, too")
-    parser.add_argument("--html", type=_file, metavar="FILE", help="write a page with the images, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements to a JSON file, too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images, too")
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return int(text)
-
-
-def _finite(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = inf
-    if not isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return number
-
-
-def _file(text: str) -> Path:
-    """Checked before hours are spent on what is to be written."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written; give a file in a folder that exists")
-    return path
 
 
 def _check() -> int:
@@ -87,6 +69,9 @@ def _check() -> int:
 def _tune(options: argparse.Namespace) -> int:
     from atc_diffusion.checks import describe_machine
 
+    check_finite("--guidance", options.guidance)
+    check_file("--json", options.json)
+    check_file("--html", options.html)
     if options.html:  # a missing package is named before anything is drawn
         from atc_diffusion.tuning_page import make_page
     device = _device(options.device)
@@ -101,10 +86,15 @@ def _tune(options: argparse.Namespace) -> int:
     about = {"command": command, "machine": machine, "dtype": str(pipe.dtype).removeprefix("torch.")}
     if options.json:
         found = about | {"min_psnr": tuning.min_psnr, "note": tuning.note, "results": _results(tuning)}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        _write(options.json, json.dumps(found, indent=1) + "\n")
     if options.html:
-        options.html.write_text(make_page(tuning, about), encoding="utf-8")
+        _write(options.html, make_page(tuning, about))
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _device(name: str | None) -> torch.device:

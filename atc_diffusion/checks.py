@@ -19,8 +19,8 @@ from atc_diffusion.adapters.weights import attend
 from atc_diffusion.clustering import LINKAGES, agglomerate
 from atc_diffusion.clustering.placement import FEW, HAS_TRITON, disagreement, numba_problem
 from atc_diffusion.clustering.windows import cluster_windows
-from atc_diffusion.commands import quiet
 from atc_diffusion.devices import devices_found
+from atc_diffusion.loading import quiet
 from atc_diffusion.patch import patched, summary
 from atc_diffusion.testing import TINY_NETWORKS, TinyNetwork, draw
 

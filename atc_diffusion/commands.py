@@ -1,18 +1,72 @@
-"""What the commands of this project share: how they load pipelines, without the words of other libraries, and end."""
+"""What the commands of this project share: their help, checks of their options, and how they end."""
 
+import os
 import sys
-import warnings
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
+
+
+class Help(RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and adds defaults where there are any."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text, default = action.help or "", action.default
+        if "(default" in text or default in (None, False, [], "==SUPPRESS=="):
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
+
+
+def number_problem(
+    name: str, value: float | None, least: int = 1, most: int | None = None, multiple: int = 1
+) -> str | None:
+    """What `value` must be; None if it is a multiple of `multiple` in these limits."""
+    if value is not None and least <= value <= (value if most is None else most) and value % multiple == 0:
+        return None
+    kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
+    return f"{name} must be {kind} from {least} {'up' if most is None else f'to {most}'}"
+
+
+def check_number(option: str, value: int | None, least: int = 1, most: int | None = None, multiple: int = 1) -> None:
+    """Raises ValueError for a value that was given and does not fit, as do the other checks."""
+    if value is not None and (problem := number_problem(option, value, least, most, multiple)):
+        raise ValueError(f"{problem}, got {value}")
+
+
+def check_finite(option: str, value: float | None) -> None:
+    if value is not None and not isfinite(value):
+        raise ValueError(f"{option} must be a finite number, got {value}")
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Checks that a folder can be written, and made if it is not there."""
+    if path is not None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{option} {path} is a file; give a folder")
+        _check_writable(option, path)
+
+
+def check_file(option: str, path: Path | None, *suffixes: str) -> None:
+    """Checks that a file, with one of the `suffixes` if there are any, can be written, and its folder made."""
+    if path is not None:
+        if path.is_dir():
+            example = path / f"result{suffixes[0] if suffixes else ''}"
+            raise ValueError(f"{option} {path} is a folder; give a file, such as {example}")
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}")
+        _check_writable(option, path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not nearest.is_dir() and nearest != path.absolute():
+        raise ValueError(f"{option} {path} cannot be made, because {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: no permission for {nearest}")
 
 
 @contextmanager
@@ -22,7 +76,7 @@ def one_sentence(command: str, extra: str = "", stopped: str = "") -> Iterator[N
     Args:
         command: its name, with which the sentence begins.
         extra: the extra of this package that installs what the command needs.
-        stopped: what to say to who interrupts it.
+        stopped: what to tell whoever interrupts it.
     """
     try:
         yield
@@ -34,96 +88,3 @@ def one_sentence(command: str, extra: str = "", stopped: str = "") -> Iterator[N
         sys.exit(f"{command}: {error}")
     except KeyboardInterrupt:
         sys.exit("; ".join(filter(None, [f"{command}: stopped", stopped])))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log messages and progress bars of diffusers and transformers inside a `with` block."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    loggings = (diffusers_logging, transformers_logging)
-    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggings]
-    for each in loggings:
-        each.set_verbosity_error()
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each, (verbosity, shows_progress) in zip(loggings, before, strict=True):
-            each.set_verbosity(verbosity)
-            if shows_progress:
-                each.enable_progress_bar()
-
-
-def check_source(source: str | Path, kind: str) -> bool:
-    """Whether `source` is a folder with a `kind`, and not its hub id; raises ValueError if it can be neither."""
-    is_folder = bool(source) and Path(source).is_dir()
-    if not is_folder and (isinstance(source, Path) or source.count("/") != 1 or source[0] in "/.~"):
-        raise ValueError(f"there is no folder {source}; give a folder with a {kind}, or a hub id (owner/name)")
-    return is_folder
-
-
-def load_pipeline(model: str | Path, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
-    """Load a diffusers pipeline to the CPU; neither loading nor calling it shows a progress bar.
-
-    Args:
-        model: folder of a pipeline, or its hub id.
-        dtype: of its weights.
-        options: further arguments of `DiffusionPipeline.from_pretrained`.
-
-    Raises:
-        ValueError: if there is no such pipeline, the hub cannot be reached, or `dtype` is none.
-    """
-    from diffusers import DiffusionPipeline
-
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be one of torch's, such as torch.float16, got {dtype!r}")
-
-    is_local = check_source(model, "pipeline")
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        reason = first_line if is_local else f"the hub gave no such model; connect once and run: hf download {model}"
-        raise ValueError(f"cannot load {model!r}: {reason}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def load_lora(pipe: Any, lora: str) -> None:
-    """Load a LoRA into a pipeline.
-
-    Args:
-        pipe: the pipeline.
-        lora: folder of the LoRA's weights, or its hub id.
-
-    Raises:
-        ValueError: if there is no such LoRA, the hub cannot be reached, or the LoRA does not fit the pipeline.
-    """
-    is_local = check_source(lora, "LoRA")
-    try:
-        pipe.load_lora_weights(lora)
-    except Exception as error:  # of a class that depends on the hub's client and its version
-        reason = str(error).partition("\n")[0]
-        hint = "" if is_local else f"; if it was never downloaded, connect once and run: hf download {lora}"
-        raise ValueError(f"cannot load the LoRA {lora!r}: {reason}{hint}") from error
-
-
-def make_scheduler(name: str, own: Any, **options: Any) -> Any:
-    """A scheduler for a model that comes with another.
-
-    Args:
-        name: a scheduler class of diffusers.
-        own: the scheduler that the model comes with.
-        options: fields of the new scheduler's configuration; the others are those of `own`.
-
-    Raises:
-        ValueError: if it does not fit the model.
-    """
-    fitting = {each.__name__: each for each in (*own.compatibles, type(own))}
-    if name not in fitting:
-        raise ValueError(f"the scheduler {name} does not fit this model; these do: {', '.join(sorted(fitting))}")
-    return fitting[name].from_config(own.config, **options)

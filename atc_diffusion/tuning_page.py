@@ -76,13 +76,19 @@ def plot(tuning: Tuning) -> str:
     axes.axhline(tuning.min_psnr, color="lightgrey", label=f"{tuning.min_psnr:g} dB")
     axes.set(xlabel="time, relative to the unpatched pipeline", ylabel="PSNR to the unpatched images (dB)")
     figure.legend(loc="outside right upper", fontsize=7)
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """`figure` as an SVG element, with text as text and the same in every run."""
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "atc_diffusion"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def data_uri(image: Image) -> str:
+    """`image` as the address of a PNG that is part of the page."""
     file = io.BytesIO()
     image.save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

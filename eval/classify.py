@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_folder, check_number, one_sentence
 
 with one_sentence("classify.py", extra="eval,vision"):
     import timm
@@ -22,10 +22,9 @@ with one_sentence("classify.py", extra="eval,vision"):
     from atc_eval.classification.accuracy import write_report
     from atc_eval.classification.demo import DemoTask
     from atc_eval.classification.evaluation import RESULTS, Reductions, Task, evaluate
-    from atc_eval.command_line import check_exists, check_new, check_number, counted, parse
+    from atc_eval.command_line import check_exists, counted, parse
     from atc_eval.draw.sets import claim_folder, this_command
 
-DEIT = "deit_small_patch16_224"
 NUM_SHOWN = 3
 
 
@@ -35,7 +34,7 @@ class ImageNetTask:
 
     _argument_group_name = "ImageNet"
     imagenet_val: Path | None = HfArg(default=None, help="validation images, in one folder for each class")
-    model: str = HfArg(default=DEIT, help="a VisionTransformer of timm's")
+    model: str = HfArg(default="deit_small_patch16_224", help="a VisionTransformer of timm's")
     weights: Path | None = HfArg(default=None, help="weights of the model (default: downloaded)")
 
     def __post_init__(self) -> None:
@@ -96,8 +95,8 @@ class Classification:
 
     def __post_init__(self) -> None:
         check_number("--batch-size", self.batch_size)
-        check_new("--out", self.out)
-        check_new("--report", self.report)
+        check_folder("--out", self.out)
+        check_folder("--report", self.report)
 
 
 KINDS = (ImageNetTask, DemoTask, Reductions, Classification)

@@ -26,57 +26,37 @@ An array of jobs that do not talk to each other, and then one that scores:
     python eval/fid.py --reference reference --out /shared/fid
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_folder, check_number, one_sentence
 
 with one_sentence("fid.py", extra="eval"):
     from accelerate import PartialState
-    from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_new, check_number, counted, parse
-    from atc_eval.draw.images import PlannedImage, Prompts
-    from atc_eval.draw.sampler import Part, Sampler, Times, read_records
+    from atc_eval.command_line import counted, parse
+    from atc_eval.draw.images import PlannedImage, Prompts, parse_part
+    from atc_eval.draw.sampler import Sampler, Times
     from atc_eval.draw.sampling import EMOJI_DIFFUSION, STABLE_DIFFUSION, Sampling
-    from atc_eval.draw.sets import (
-        DRAWN,
-        Sets,
-        check_folder_settings,
-        claim_folder,
-        complete_sets,
-        make_sets,
-        note_command,
-    )
+    from atc_eval.draw.sets import DRAWN, check_folder_settings, claim_folder, complete_sets, make_sets, note_command
     from atc_eval.environment import in_words
     from atc_eval.grid import Comparison
     from atc_eval.method import Method
-    from atc_eval.report.results import Result, Study
+    from atc_eval.report.results import Result, Study, score_sets
     from atc_eval.report.sections import write_report
     from atc_eval.score.scorer import Scorer, Scoring
 
 Plan = dict[Method, list[PlannedImage]]
-DEMO = {  # a small experiment, on the model of this repository
-    "model": str(EMOJI_DIFFUSION),
-    "class_names": EMOJI_DIFFUSION / "things.txt",
-    "prompt": "{}",
-    "reference": EMOJI_DIFFUSION / "pictures",
-    "steps": 20,
-    "guidance": 3.0,
-    "batch_size": 4,
-    "classes": "12",
-    "images_per_class": 1,
-    "keep": ["50", "100/12.5"],
-    "method": ["paper", "atc"],
-    "rival": ["steps:0.7"],
-    "time": 1,
-    "features": "efficientnet-lite0",
-    "out": Path("out/demo"),
-}
+DEMO = shlex.split(  # a small experiment, on the model of this repository
+    f"--model '{EMOJI_DIFFUSION}' --class-names '{EMOJI_DIFFUSION}/things.txt' --prompt {{}} --classes 12 "
+    f"--reference '{EMOJI_DIFFUSION}/pictures' --images-per-class 1 --steps 20 --guidance 3 --batch-size 4 "
+    "--method paper atc --keep 50 100/12.5 --rival steps:0.7 --time 1 --features efficientnet-lite0 --out out/demo"
+)
 MOST_ON_A_CPU = 100  # images of a full-size model, which takes minutes for one
 
 
@@ -90,15 +70,13 @@ class Output:
     time: int = HfArg(default=0, help="batches to time with each method, in turn")
     part: str | None = HfArg(default=None, help="draw only one part of the images, such as 3/8, and score nothing")
     demo: bool = HfArg(default=False, help="a small experiment on the bundled emoji model: offline, no GPU")
-    dry_run: bool = HfArg(
-        default=False, aliases=["--list"], help="print seed, file and prompt of every image, and what is to be drawn"
-    )
+    dry_run: bool = HfArg(default=False, aliases=["--list"], help="print seed, file and prompt of all images, and stop")
 
     def __post_init__(self) -> None:
-        check_new("--out", self.out)
-        check_new("--report", self.report)
+        check_folder("--out", self.out)
+        check_folder("--report", self.report)
         check_number("--time", self.time, least=0)
-        Part.parse(self.part)
+        parse_part(self.part)
 
 
 KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
@@ -106,7 +84,7 @@ KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    options = parse(KINDS, __doc__, given, **DEMO if "--demo" in given else {})
+    options = parse(KINDS, __doc__, [*DEMO, *given] if "--demo" in given else given)
     with one_sentence("fid.py", extra="eval", stopped="rerun the command to resume"):
         run(*options)
 
@@ -114,11 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Sampling, scoring: Scoring) -> None:
     """Draw the missing images, time, score and report; everything is checked before the first image is drawn."""
     state = PartialState(cpu=sampling.device == "cpu", timeout=timedelta(days=7))  # processes wait for the slowest
-    images, settings, out, part = prompts.plan(), sampling.json(state.device), output.out, Part.parse(output.part)
+    images, settings, out, part = prompts.plan(), sampling.json(state.device), output.out, parse_part(output.part)
     check_folder_settings(out, settings, DRAWN)
     sets = make_sets(out, comparison.methods(), images, settings)
     missing = {method: each.missing() for method, each in sets.items()}
-    own = {method: part.of(images, missing[method]) for method in sets}
+    wanted = set(images[part])  # whatever is missing
+    own = {method: [image for image in each if image in wanted] for method, each in missing.items()}
     if state.is_main_process:
         if output.dry_run:
             prompts.print_list()
@@ -139,7 +118,8 @@ def run(comparison: Comparison, output: Output, prompts: Prompts, sampling: Samp
         sets = complete_sets(out, images, settings)
         times = Times(out / "times.json")
         times.measure(sampler, sets, images, output.time)
-        report(sets, prepared(sets[Method()]), times, (prompts, sampling, scoring, output))
+        scorer = prepared(sets[Method()])
+        report(score_sets(sets, scorer, times), scorer, prompts, sampling, output)
     elif state.is_main_process:
         print(f"part {output.part} is drawn; when all parts are, run the command without --part to score them")
 
@@ -162,17 +142,11 @@ def refuse_months(sampling: Sampling, state: PartialState, count: int) -> None:
         )
 
 
-def report(sets: Sets, scorer: Scorer, times: Times, options: tuple[Prompts, Sampling, Scoring, Output]) -> None:
-    prompts, sampling, scoring, output = options
-    timing = times.medians(sets).to_dict("index")
-    results = [
-        Result(each, images, scorer(images), read_records(images.folder), timing.get(images.folder.name, {}))
-        for each, images in tqdm(sets.items(), desc="scoring", unit="set")
-    ]
+def report(results: list[Result], scorer: Scorer, prompts: Prompts, sampling: Sampling, output: Output) -> None:
     study = Study(
         results,
         features=scorer.features.name,
-        conditions=conditions(results[0], prompts, sampling, scoring, len(scorer.reference)),
+        conditions=conditions(results[0], prompts, sampling, scorer),
         commands=note_command(output.out),
         draws=scorer.draws,
         shown=prompts.shown(),
@@ -183,9 +157,7 @@ def report(sets: Sets, scorer: Scorer, times: Times, options: tuple[Prompts, Sam
     print(f"wrote {folder / 'report.html'}")
 
 
-def conditions(
-    unmerged: Result, prompts: Prompts, sampling: Sampling, scoring: Scoring, references: int
-) -> dict[str, str]:
+def conditions(unmerged: Result, prompts: Prompts, sampling: Sampling, scorer: Scorer) -> dict[str, str]:
     """The conditions that the figures hold under, in words."""
     images, record = unmerged.images.images, unmerged.record
     width, height = unmerged.images.load(images[0]).size
@@ -193,13 +165,13 @@ def conditions(
     return {
         "model": sampling.name,
         "images": f"n = {len(images)}, {prompts.images_per_class} of each class, prompt `{prompts.prompt}`",
-        "reference": f"{references} images",
+        "reference": f"{len(scorer.reference)} images",
         "sampling": f"{counted(sampling.steps, 'step')}{scheduler}, guidance {sampling.guidance:g}, {width} x "
         f"{height}, base seed {prompts.seed}",
         "device": f"{', '.join(record['devices'])}; {sampling.dtype or 'default dtype'}, "
         f"batch size {sampling.batch_size}",
         "versions": in_words(record["versions"]),
-        "intervals": f"95 %, {scoring.bootstrap} bootstrap draws",
+        "intervals": f"95 %, {scorer.bootstrap} bootstrap draws",
     }
 
 

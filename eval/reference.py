@@ -8,22 +8,24 @@ one folder for each class, leave out --ground-truth. The 5000 images are copied 
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_folder, one_sentence
 
 with one_sentence("reference.py", extra="eval"):
     from tqdm import tqdm
     from transformers.hf_argparser import HfArg
 
-    from atc_eval.command_line import check_exists, check_new, counted, parse
+    from atc_eval.command_line import check_exists, counted, parse
     from atc_eval.files import image_mode, list_images
 
 NUM_CLASSES = 1000
 PER_CLASS = 5
+Classes = Mapping[Any, Sequence[Path]]  # images by class, sorted by name
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -33,13 +35,11 @@ class Gathering:
 
     imagenet_val: Path = HfArg(help="folder of the validation images")
     out: Path = HfArg(help="new folder for the 5000 images")
-    ground_truth: Path | None = HfArg(
-        default=None, help="file with the class of each image, one per line, for images in one folder"
-    )
+    ground_truth: Path | None = HfArg(default=None, help="file with the class of each image, if all are in one folder")
 
     def __post_init__(self) -> None:
         check_exists("--imagenet-val", self.imagenet_val, "folder")
-        check_new("--out", self.out)
+        check_folder("--out", self.out)
         check_exists("--ground-truth", self.ground_truth, "file")
 
 
@@ -52,18 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
-    """Copy the reference images from `source` to a new folder `out`.
+    """Copy the reference images to a new folder `out`, all or none; returns names and modes of those that are not RGB.
 
-    Args:
-        source: folder with a folder of images for each class, or with all images.
-        ground_truth: for the latter, a file whose line `i` is the class of the `i`-th image by name.
-        out: the new folder, written completely or not at all.
-
-    Returns:
-        Names and modes of the images that are not RGB.
-
-    Raises:
-        ValueError: naming the images that are missing or unreadable.
+    Without `ground_truth`, `source` has a folder of images for each class.
     """
     if out.exists():
         raise ValueError(f"--out {out} already exists; give a new folder")
@@ -75,11 +66,16 @@ def gather(source: Path, ground_truth: Path | None, out: Path) -> list[str]:
     unreadable = [path.name for path, mode in modes.items() if mode is None]
     if unreadable:
         raise ValueError(f"unreadable images: {shortened(unreadable)}")
-    copy_all(chosen, out)
+    partial = out.with_name(f".{out.name}.partial")  # the folder appears when it is complete
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, path in enumerate(chosen):
+        shutil.copy(path, partial / f"{number:04d}_{path.name}")
+    partial.rename(out)
     return [f"{path.name} ({mode})" for path, mode in modes.items() if mode != "RGB"]
 
 
-def by_folder(source: Path) -> Mapping[str, Sequence[Path]]:
+def by_folder(source: Path) -> Classes:
     """Images of every class folder in `source`, sorted by name."""
     folders = [folder for folder in sorted(source.iterdir()) if folder.is_dir()]
     if not folders and (count := len(list_images(source))):
@@ -90,28 +86,25 @@ def by_folder(source: Path) -> Mapping[str, Sequence[Path]]:
     return {folder.name: list_images(folder) for folder in folders}
 
 
-def by_ground_truth(source: Path, ground_truth: Path) -> Mapping[str, Sequence[Path]]:
+def by_ground_truth(source: Path, ground_truth: Path) -> Classes:
     """Images in `source` by class: line `i` of `ground_truth` is the class of the i-th image by name."""
-    paths, labels = list_images(source), read_labels(ground_truth)
-    if len(paths) != len(labels):
-        there, wanted = counted(len(paths), "image"), counted(len(labels), "line")
-        raise ValueError(f"{source} has {there}, but {ground_truth} has {wanted}")
-    classes: dict[str, list[Path]] = {str(label): [] for label in sorted(labels)}
-    for path, label in zip(paths, labels, strict=True):
-        classes[str(label)].append(path)
-    return classes
-
-
-def read_labels(ground_truth: Path) -> list[int]:
+    paths = list_images(source)
     try:
-        return [int(line) for line in ground_truth.read_text(encoding="utf-8-sig").split()]
+        labels = [int(line) for line in ground_truth.read_text(encoding="utf-8-sig").split()]
     except ValueError as error:  # of a number or, in a binary file, of a character
         raise ValueError(
             f"--ground-truth {ground_truth} must hold one class on each line, a number, like {GROUND_TRUTH}"
         ) from error
+    if len(paths) != len(labels):
+        there, wanted = counted(len(paths), "image"), counted(len(labels), "line")
+        raise ValueError(f"{source} has {there}, but {ground_truth} has {wanted}")
+    classes: dict[int, list[Path]] = {label: [] for label in sorted(labels)}
+    for path, label in zip(paths, labels, strict=True):
+        classes[label].append(path)
+    return classes
 
 
-def first_of_each(classes: Mapping[str, Sequence[Path]]) -> list[Path]:
+def first_of_each(classes: Classes) -> list[Path]:
     """The first five images of each of the 1000 classes."""
     if len(classes) != NUM_CLASSES:
         raise ValueError(
@@ -122,16 +115,6 @@ def first_of_each(classes: Mapping[str, Sequence[Path]]) -> list[Path]:
     if short:
         raise ValueError(f"every class needs at least {PER_CLASS} images, but {shortened(short)}")
     return [path for paths in classes.values() for path in paths[:PER_CLASS]]
-
-
-def copy_all(paths: Iterable[Path], out: Path) -> None:
-    """Copy `paths`, numbered, to the new folder `out`, which appears when it is complete."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, path in enumerate(paths):
-        shutil.copy(path, partial / f"{number:04d}_{path.name}")
-    partial.rename(out)
 
 
 def shortened(names: Sequence[str], count: int = 20) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
-from atc_diffusion.commands import one_sentence
+from atc_diffusion.commands import check_file, check_number, one_sentence
 
 with one_sentence("speed.py", extra="eval"):
     import torch
@@ -25,24 +25,14 @@ with one_sentence("speed.py", extra="eval"):
     from atc_eval.benchmark.lora_training import training_table
     from atc_eval.benchmark.step import METHODS, Setting, arithmetic_table, compiled_table, step_table
     from atc_eval.benchmark.timing import write
-    from atc_eval.command_line import check_new, check_number, parse, parse_fraction
+    from atc_eval.command_line import parse, parse_fraction, several
     from atc_eval.environment import device_name, in_words, versions
 
 PACKAGES = ("torch", "diffusers", "scipy", "fastcluster", "scikit-learn", "tomesd")
 PARTS = ("arithmetic", "small", "clustering", "step", "training", "compile")
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "parts": [part for part in PARTS if part not in ("training", "compile")],
-        "model": ["sd15"],
-        "keep": ["60", "40"],
-        "dtype": "float32",
-    },
-    "cuda": {
-        "parts": [part for part in PARTS if part not in ("small", "clustering", "training")],
-        "model": ["sd15", "sdxl"],
-        "keep": ["60", "40", "25"],
-        "dtype": "float16",
-    },
+DEFAULTS = {  # by device: parts, models, percentages of tokens kept, and dtype
+    "cpu": (["arithmetic", "small", "clustering", "step"], ["sd15"], ["60", "40"], "float32"),
+    "cuda": (["arithmetic", "step", "compile"], ["sd15", "sdxl"], ["60", "40", "25"], "float16"),
 }
 
 
@@ -51,43 +41,21 @@ class Benchmark:
     """The options of the command line."""
 
     device: Literal["cpu", "cuda"] = HfArg(default="cpu", help="device to time")
-    parts: list[str] = HfArg(
-        default_factory=list,
-        metadata={"choices": PARTS},
-        help="tables to measure (default: all but training; CPU: no compile; GPU: neither small nor clustering)",
+    parts: list[str] = several(
+        [], "tables to measure (default: all but training; CPU: no compile; GPU: neither small nor clustering)", PARTS
     )
-    model: list[str] = HfArg(
-        default_factory=list,
-        metadata={"choices": list(MODELS)},
-        help="networks whose steps are timed (default: sd15; GPU: sd15 sdxl)",
-    )
+    model: list[str] = several([], "networks whose steps are timed (default: sd15; GPU: sd15 sdxl)", list(MODELS))
     blocks: int | None = HfArg(default=None, help="time only so many of a transformer's blocks (default: all)")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = HfArg(
-        default=None, help="of the steps (default: float32; GPU: float16)"
-    )
-    size: list[int] = HfArg(
-        default_factory=list,
-        help="pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024 and 2048)",
-    )
-    keep: list[str] = HfArg(
-        default_factory=list,
-        help="percentages of the tokens kept; all parts but step and training take the first (default: 60 40; GPU: 25 "
-        "too)",
-    )
-    method: list[str] = HfArg(
-        default_factory=lambda: list(METHODS),
-        metadata={"choices": list(METHODS)},
-        help="methods whose steps are timed, besides the unmerged network (default: all)",
-    )
-    tokens: list[int] = HfArg(
-        default_factory=lambda: [4096],
-        help="numbers of tokens to cluster beside other engines, on the CPU (default: 4096)",
-    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = HfArg(default=None, help="default: float32; GPU: float16")
+    size: list[int] = several([], "pixels a side (default: 512, others than sd15 1024; GPU: sd15 at 512, 1024, 2048)")
+    keep: list[str] = several([], "percent kept; all but step and training take one (default: 60 40; GPU: also 25)")
+    method: list[str] = several(list(METHODS), "methods to time, besides the unmerged network", list(METHODS))
+    tokens: list[int] = several([4096], "numbers of tokens to cluster beside other engines, on the CPU")
     repeats: int = HfArg(default=3, help="timings of every candidate")
     out: Path | None = HfArg(default=None, help="file for a copy of the output, .md or .txt")
 
     def __post_init__(self) -> None:
-        for name, default in DEFAULTS[self.device].items():
+        for name, default in zip(("parts", "model", "keep", "dtype"), DEFAULTS[self.device], strict=True):
             object.__setattr__(self, name, getattr(self, name) or default)
         for size in self.size:
             check_number("--size", size, least=64, multiple=64)
@@ -95,7 +63,7 @@ class Benchmark:
             check_number("--tokens", number, least=16)
         check_number("--blocks", self.blocks)
         check_number("--repeats", self.repeats)
-        check_new("--out", self.out, ".md", ".txt")
+        check_file("--out", self.out, ".md", ".txt")
         _ = self.fractions  # raises ValueError for percentages that do not fit
 
     @property

@@ -13,30 +13,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, check_drawing, load
+from atc_diffusion.commands import check_finite, check_number, one_sentence
+from pipeline import load, make_parser
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 with one_sentence("app.py", extra="app"):
     import gradio as gr
 
+    import display
     from comparison import Comparison, Settings, Studio
-    from display import (
-        FIRST,
-        PRESETS,
-        SIDE,
-        SIZE,
-        STEPS,
-        TABLE,
-        check,
-        clusters,
-        configure,
-        fields,
-        number_problem,
-        past,
-        select,
-        show,
-    )
 
 MOST_RUNS = 24  # that a visitor's gallery holds
 
@@ -87,7 +72,7 @@ class Runs:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio reads it from the signature
     ) -> list[Comparison]:
         """The visitor's runs with the new one first; unchanged if it was cancelled."""
-        settings = Settings(prompt.strip(), seed, steps, size, *configure(preset, r, r_keys))
+        settings = Settings(prompt.strip(), seed, steps, size, *display.configure(preset, r, r_keys))
         cancelled = self._cancelled[request.session_hash] = threading.Event()
         try:
             comparison = self.studio.compare(settings, partial(_report, progress, cancelled, steps))
@@ -116,13 +101,15 @@ def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                inputs = fields(prompts[0], steps, example.settings.size)
+                inputs = display.fields(prompts[0], steps, example.settings.size)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
                     stop = gr.Button("Cancel", min_width=100, elem_id="cancel")
                 gr.Examples(prompts, inputs[0], label="Prompts to try")
             with gr.Column(scale=3, min_width=300):
-                images = gr.ImageSlider(label="Unmerged | merged", format="png", max_height=SIDE, elem_id="images")
+                images = gr.ImageSlider(
+                    label="Unmerged | merged", format="png", max_height=display.SIDE, elem_id="images"
+                )
                 with gr.Column(visible=False) as summary:
                     figures = gr.HTML(padding=False)
                     code = gr.Code(
@@ -150,19 +137,25 @@ def build(runs: Runs, prompts: list[str], example: Comparison) -> gr.Blocks:
                 buttons=["download_all"],
                 elem_id="past",
             )
-            table = gr.Dataframe(headers=TABLE, interactive=False, buttons=["copy"])
+            table = gr.Dataframe(headers=display.TABLE, interactive=False, buttons=["copy"])
 
         shown = [images, figures, code, strength, difference, layer, step, heading, overlay, index, summary, details]
+        overview = display.past, history, [gallery, table]
         drawing = start.click(
-            runs.draw, [*inputs, history], history, validator=check, concurrency_limit=1, show_progress_on=images
+            runs.draw,
+            [*inputs, history],
+            history,
+            validator=display.check,
+            concurrency_limit=1,
+            show_progress_on=images,
         )
-        drawing.success(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
-        gallery.select(select, history, shown, show_progress="hidden")
+        drawing.success(display.show, history, shown, show_progress="hidden").then(*overview)
+        gallery.select(display.select, history, shown, show_progress="hidden")
         for chooser in (layer, step):
-            chooser.input(clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
+            chooser.input(display.clusters, [history, index, layer, step], [heading, overlay], show_progress="hidden")
         stop.click(runs.cancel, cancels=drawing, queue=False)
         page.unload(runs.cancel)
-        page.load(show, history, shown, show_progress="hidden").then(past, history, [gallery, table])
+        page.load(display.show, history, shown, show_progress="hidden").then(*overview)
     return page
 
 
@@ -171,46 +164,28 @@ def image(name: str) -> gr.Image:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=EMOJI, help="hub id or folder of a diffusers pipeline (default: the bundled one)"
-    )
-    parser.add_argument(
-        "--prompts",
-        nargs="+",
-        default=PROMPTS,
-        metavar="PROMPT",
-        help="prompts to offer; an example of the first is drawn at the start",
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps to begin with (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="side in pixels to begin with (default: the model's)")
-    parser.add_argument(
-        "--guidance", type=float, default=3.0, help="classifier-free guidance scale (default: %(default)s)"
-    )
+    parser = make_parser(__doc__)
+    prompts = "prompts to offer; an example of the first is drawn at the start"
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help=prompts)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     return parser.parse_args(arguments)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse before anything is drawn what would fail later, or what the page's form refuses."""
-    check_drawing(args.steps, args.size, args.guidance)
-    limits = {"steps": (args.steps, *STEPS), "size": (args.size, *SIZE), "port": (args.port, 1, 65535)}
-    for name, (value, least, most) in limits.items():
-        if value is not None and (problem := number_problem(value, least, most, f"--{name}")):
-            raise ValueError(f"{problem.rstrip('.')}, got {value}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_sentence("app.py", extra="app"):
-        check_arguments(args)
+        check_number("--steps", args.steps, *display.STEPS)
+        check_number("--size", args.size, *display.SIZE)
+        check_number("--port", args.port, 1, 65535)
+        check_finite("--guidance", args.guidance)
         serve(args)
 
 
 def serve(args: argparse.Namespace) -> None:
     studio = Studio(load(args.model), guidance_scale=args.guidance)
-    given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, *configure(FIRST, *PRESETS[FIRST][2]))
+    config, code = display.configure(display.FIRST, *display.PRESETS[display.FIRST][2])
+    given = Settings(args.prompts[0], 0, args.steps, args.size or studio.size, config, code)
     print("Drawing an example ...", flush=True)
     page = build(Runs(studio), args.prompts, studio.compare(given, lambda name, done: None))
     page.launch(

@@ -8,7 +8,6 @@ all compare keys over the whole image, and all weigh a cluster by its size.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,8 +19,8 @@ from PIL import Image
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
-from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, check_drawing, draw_images, load
+from atc_diffusion.commands import check_folder, one_sentence
+from pipeline import check_drawing, draw_images, load, make_parser
 
 with one_sentence("clusters.py", extra="app"):
     from matplotlib.axes import Axes
@@ -40,17 +39,12 @@ Run = tuple[Image.Image, list[Partition]]  # an image, and the clusters it was d
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    shown_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=shown_defaults)
-    parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt", default="penguin", help="what to draw")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["atc-average"], help="how tokens cluster")
     parser.add_argument("--r", type=float, default=0.02, help="fraction of the tokens kept, as in ATCConfig")
-    parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names; None: the last")
-    parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0; None: that after a third of them")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
-    parser.add_argument("--size", type=int, help="side in pixels; None: the model's own")
+    parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names (default: the last)")
+    parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0 (default: that after a third of them)")
     parser.add_argument("--seed", type=int, default=0, help="of the image")
     parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the images")
     args = parser.parse_args(arguments)
@@ -60,12 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse before anything is drawn what would fail later."""
-    nearest = next(each for each in (args.out.absolute(), *args.out.absolute().parents) if each.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"cannot write to --out {args.out}: {nearest} is a file; give a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"cannot write to --out {args.out}: no permission for {nearest}")
-    check_drawing(args.steps, args.size, args.guidance, args.seed)
+    check_folder("--out", args.out)
+    check_drawing(args)
     if args.r == 1:
         raise ValueError("--r 1 keeps every token, so there are no clusters to show; give a smaller fraction")
     for step in args.at:
@@ -85,7 +75,7 @@ def choose_layers(pipe: Any, parts: list[str] | None) -> list[str]:
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig) -> Run:
     with patched(pipe, config):
-        [image] = draw_images(pipe, [args.prompt], args.seed, args.size, args.steps, guidance_scale=args.guidance)
+        [image], _ = draw_images(pipe, [args.prompt], args.seed, args.size, args.steps, guidance_scale=args.guidance)
         found = partitions(pipe)
     if not found:
         raise ValueError(f"--r {args.r} merges no token of an image of this size; give a smaller fraction")

@@ -1,14 +1,13 @@
 """Draws one image twice, unmerged and merged, and compares the two."""
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from atc_diffusion import MergeConfig, patched, psnr, ssim, summary
 from atc_diffusion.clustering import on_compilation
@@ -31,17 +30,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two images and the seconds that each took, what merging saved and what it merged.
-
-    `work_saved` is the fraction of the patched attentions' arithmetic.
-    """
+    """The two images and the seconds that each took, what merging saved and what it merged."""
 
     settings: Settings
     unmerged: Image.Image
     merged: Image.Image
     unmerged_seconds: float
     merged_seconds: float
-    work_saved: float
+    work_saved: float  # of the patched attentions' arithmetic, a fraction
     partitions: list[Partition]
 
     @property
@@ -52,35 +48,31 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB of the merged image to the unmerged one; infinite if they are equal."""
-        return psnr(np.asarray(self.unmerged), np.asarray(self.merged))
+        return psnr(self.unmerged, self.merged)
 
     @property
     def ssim(self) -> float:
         """Structural similarity of the two, 1 if they are equal."""
-        return ssim(np.asarray(self.unmerged), np.asarray(self.merged))
+        return ssim(self.unmerged, self.merged)
 
     @property
     def gain(self) -> int:
         """How many times `difference` is stronger than it is, so that its strongest thousandth is at full strength."""
-        return int(255 // max(1.0, np.percentile(self._error, 99.9)))
+        return int(255 // max(1.0, np.percentile(np.asarray(self._error), 99.9)))
 
     @property
     def difference(self) -> Image.Image:
         """Absolute difference of the two, `gain` times as strong, cut off at white."""
-        return Image.fromarray((self._error * self.gain).clip(max=255).astype(np.uint8))
+        gain = self.gain
+        return self._error.point(lambda value: gain * value)
 
     @property
-    def _error(self) -> Any:
-        return np.abs(np.asarray(self.unmerged, dtype=int) - np.asarray(self.merged, dtype=int))
+    def _error(self) -> Image.Image:
+        return ImageChops.difference(self.unmerged, self.merged)
 
 
 class Studio:
-    """One pipeline that several threads draw with, each in its turn.
-
-    Args:
-        pipe: any text-to-image pipeline of diffusers that can be patched.
-        options: passed to every call of `pipe`, such as `guidance_scale`.
-    """
+    """One pipeline that several threads draw with, each in its turn; `options` go to all its calls."""
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         self.pipe = pipe
@@ -115,10 +107,10 @@ class Studio:
         self._draw(replace(settings, steps=1), lambda done: None)
 
     def _draw(self, settings: Settings, on_step: Callable[[int], None]) -> tuple[Image.Image, float]:
-        start = time.perf_counter()
-        options = self.options | {"callback_on_step_end": partial(_after_step, on_step)}
-        [image] = draw_images(self.pipe, [settings.prompt], settings.seed, settings.size, settings.steps, **options)
-        return image, time.perf_counter() - start
+        given = [settings.prompt], settings.seed, settings.size, settings.steps
+        on_end = partial(_after_step, on_step)
+        [image], seconds = draw_images(self.pipe, *given, callback_on_step_end=on_end, **self.options)
+        return image, seconds
 
 
 def _after_step(on_step: Callable[[int], None], pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:

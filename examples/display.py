@@ -10,13 +10,13 @@ import gradio as gr
 from PIL import Image
 
 from atc_diffusion import ATCConfig, MergeConfig, ToMeConfig
+from atc_diffusion.commands import number_problem
 from atc_diffusion.painting import paint_clusters
 from comparison import Comparison
 from pipeline import at_step
 
 Number = float | None
-Problem = str | None
-# What a visitor reads, the code of it, what that makes, and the fractions of queries and of keys to begin with.
+# By their names on the page: the code, what it makes, and the fractions of queries and of keys to begin with.
 PRESETS: dict[str, tuple[str, Callable[..., MergeConfig], tuple[float, float]]] = {
     "ATC, fast: every query, few keys": ("ATCConfig.fast", ATCConfig.fast, (1, 0.125)),
     "ATC, faster: skips steps, too": ("ATCConfig.faster", ATCConfig.faster, (1, 0.125)),
@@ -26,15 +26,11 @@ PRESETS: dict[str, tuple[str, Callable[..., MergeConfig], tuple[float, float]]] 
 }
 FIRST = next(iter(PRESETS))
 STEPS = (1, 1000)
-SIZE = (16, 4096)  # pixels
+SIZE = (16, 4096, 8)  # pixels: least, most, and what they are a multiple of
 
 
 def configure(preset: str, r: float, r_keys: float) -> tuple[MergeConfig, str]:
-    """The configuration, and the code that merges like it.
-
-    Raises:
-        ValueError: where the preset cannot keep such fractions.
-    """
+    """The configuration, and the code that merges like it; ValueError where the preset cannot keep such fractions."""
     name, make, usual = PRESETS[preset]
     has_fractions = "fast" in name
     given = {"r": r} if r == r_keys and not has_fractions else {"r": r, "r_keys": r_keys}
@@ -47,25 +43,19 @@ def configure(preset: str, r: float, r_keys: float) -> tuple[MergeConfig, str]:
 def check(prompt: str, seed: Number, steps: Number, size: Number, preset: str, r: float, r_keys: float, *_: Any) -> Any:
     """For each field, whether it will do, and the sentence to show beside it if not."""
     problems = [
-        None if prompt.strip() else "Say what to draw, for example: red apple.",
-        number_problem(seed, 0, 2**32 - 1, "Seed"),
-        number_problem(steps, *STEPS, "Steps"),
-        number_problem(size, *SIZE, "Size", multiple=8),
+        None if prompt.strip() else "Say what to draw, for example: red apple",
+        number_problem("Seed", seed, 0, 2**32 - 1),
+        number_problem("Steps", steps, *STEPS),
+        number_problem("Size", size, *SIZE),
         None,
         fraction_problem(preset, r, r),
         fraction_problem(preset, 1, r_keys),
         None,
     ]
-    return [gr.validate(problem is None, problem or "") for problem in problems]
+    return [gr.validate(problem is None, f"{problem}.") for problem in problems]
 
 
-def number_problem(value: Number, least: int, most: int, name: str, multiple: int = 1) -> Problem:
-    kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
-    fits = value is not None and least <= value <= most and value % multiple == 0
-    return None if fits else f"{name} must be {kind} from {least} to {most}."
-
-
-def fraction_problem(preset: str, r: float, r_keys: float) -> Problem:
+def fraction_problem(preset: str, r: float, r_keys: float) -> str | None:
     try:
         configure(preset, r, r_keys)
     except ValueError as error:
@@ -130,13 +120,12 @@ def clusters(history: list[Comparison], index: int, name: str | None, step: int)
 def past(history: list[Comparison]) -> tuple[list[tuple[Image.Image, str]], list[list[Any]]]:
     """The gallery of all runs, and the table of their settings and figures."""
     images = [(enlarge(run.merged), f"{run.settings.prompt}, {fidelity(run)}") for run in history]
-    return images, [_row(run) for run in history]
-
-
-def _row(run: Comparison) -> list[Any]:
-    given = run.settings
-    figures = f"{run.unmerged_seconds:.2f}", f"{run.merged_seconds:.2f}", f"{run.psnr:.1f}", f"{run.ssim:.4f}"
-    return [given.prompt, given.seed, given.steps, given.size, *figures, given.code]
+    rows = []
+    for run in history:
+        given = run.settings
+        figures = f"{run.unmerged_seconds:.2f}", f"{run.merged_seconds:.2f}", f"{run.psnr:.1f}", f"{run.ssim:.4f}"
+        rows.append([given.prompt, given.seed, given.steps, given.size, *figures, given.code])
+    return images, rows
 
 
 def numbers(run: Comparison) -> str:

@@ -8,9 +8,8 @@ the presets `ATCConfig.fast()` and `ATCConfig.faster()`, or the setting that you
 """
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atc_diffusion import ATCConfig, MergeConfig, patched, psnr
 from atc_diffusion.clustering import LINKAGES, on_compilation
-from atc_diffusion.commands import one_sentence
-from pipeline import EMOJI, check_drawing, draw_images, load
+from atc_diffusion.commands import check_file, one_sentence
+from pipeline import check_drawing, draw_images, load, make_parser
 
 SIDE, HEAD, FOOT = 256, 44, 84  # pixels: of an image, and of the text above and below a column
 GAIN = 20  # of differences
@@ -30,28 +29,14 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    shown_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=shown_defaults)
-    parser.add_argument("--model", default=EMOJI, help="hub id or folder of a diffusers pipeline")
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt", nargs="+", default=["rainbow", "butterfly", "wrapped gift"], help="what to draw")
     parser.add_argument("--r", type=float, help="fraction of queries kept, as in ATCConfig, instead of the presets")
     parser.add_argument("--r-keys", type=float, help="fraction of keys and values kept, if it differs from --r")
     parser.add_argument("--linkage", choices=LINKAGES, default="average", help="for --r and --r-keys")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
-    parser.add_argument("--size", type=int, help="side in pixels; None: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of every image")
     parser.add_argument("--out", type=Path, default=Path("generate.png"), help="the labelled image")
     return parser.parse_args(arguments)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the images were drawn."""
-    check_drawing(args.steps, args.size, args.guidance, args.seed)
-    if args.out.is_dir() or args.out.suffix.lower() not in FORMATS:
-        raise ValueError(f"--out {args.out} must be a file that ends in {', '.join(FORMATS)}")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"cannot write {str(args.out)!r}: there is no folder {str(args.out.parent)!r}")
 
 
 def configurations(args: argparse.Namespace) -> dict[str, MergeConfig | None]:
@@ -69,30 +54,28 @@ class Run:
     images: list[Image.Image]
     seconds: float
 
+    @property
+    def pixels(self) -> Any:
+        return np.stack([np.asarray(each.convert("RGB")) for each in self.images])
+
     def figures(self, unmerged: "Run") -> tuple[str, str]:
         """Seconds, and, if it is another run, its ratio and PSNR to the unmerged one."""
         if self is unmerged:
             return f"{self.seconds:.2f} s per image", ""
-        fidelity = psnr(stacked(self.images), stacked(unmerged.images))
+        fidelity = psnr(self.pixels, unmerged.pixels)
         return f"{self.seconds:.2f} s per image", f"{self.seconds / unmerged.seconds:.2f} x, {fidelity:.1f} dB"
 
     def differences(self, unmerged: "Run") -> Image.Image:
         """Absolute differences of all images, `GAIN` times as strong, in a row."""
-        error = np.abs(stacked(self.images).astype(int) - stacked(unmerged.images))
+        error = np.abs(self.pixels.astype(int) - unmerged.pixels)
         return Image.fromarray(np.hstack((GAIN * error).clip(max=255)).astype(np.uint8))
-
-
-def stacked(images: list[Image.Image]) -> Any:
-    return np.stack([np.asarray(each.convert("RGB")) for each in images])
 
 
 def draw(pipe: Any, args: argparse.Namespace, config: MergeConfig | None, steps: int) -> Run:
     """Draw all prompts, each from the same seed."""
-    merging: AbstractContextManager[object] = nullcontext() if config is None else patched(pipe, config)
-    with merging:
-        start = time.perf_counter()
-        images = draw_images(pipe, args.prompt, args.seed, args.size, steps, guidance_scale=args.guidance)
-        return Run(images, (time.perf_counter() - start) / len(images))
+    with patched(pipe, config) if config else nullcontext():
+        images, seconds = draw_images(pipe, args.prompt, args.seed, args.size, steps, guidance_scale=args.guidance)
+    return Run(images, seconds / len(images))
 
 
 def warm_up(pipe: Any, args: argparse.Namespace, configs: Mapping[str, MergeConfig | None]) -> None:
@@ -132,7 +115,8 @@ def write(canvas: Image.Image, text: str, place: tuple[float, float], size: floa
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with one_sentence("generate.py"):
-        check(args)
+        check_drawing(args)
+        check_file("--out", args.out, *FORMATS)
         configs = configurations(args)
         pipe = load(args.model)
         warm_up(pipe, args, configs)
@@ -140,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, config in configs.items():
             runs[name] = draw(pipe, args, config, args.steps)
             print(f"{name:24} {', '.join(filter(None, runs[name].figures(runs['unmerged'])))}", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         sheet(runs).save(args.out)
         print(f"wrote {args.out}")
 

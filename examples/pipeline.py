@@ -1,6 +1,7 @@
-"""The pipeline of an example, by default the small Stable Diffusion that ships here, and what merging did in it."""
+"""What the examples share: their options, the pipeline that draws, and what merging did in it."""
 
-import math
+import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +10,32 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from atc_diffusion import MergeMap, RecordedMerge, load_pipeline, merge_maps
-from atc_diffusion.commands import SEEDS
+from atc_diffusion import RecordedMerge, load_pipeline, merge_maps
+from atc_diffusion.commands import SEEDS, Help, check_finite, check_number
 
 EMOJI = str(Path(__file__).parent / "emoji_diffusion")
 
 
-def check_drawing(steps: int, size: int | None, guidance: float, seed: int = 0) -> None:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every example."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    model = "hub id or folder of a diffusers pipeline (default: the bundled one)"
+    parser.add_argument("--model", default=EMOJI, help=model)
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the model's own)")
+    return parser
+
+
+def check_drawing(args: argparse.Namespace) -> None:
     """Refuse what would fail only once the pipeline draws."""
-    if steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {steps}")
-    if size is not None and (size < 8 or size % 8):
-        raise ValueError(f"--size must be a multiple of 8 pixels, at least 8, got {size}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"--guidance must be a finite number, got {guidance}")
-    if seed not in SEEDS:
-        raise ValueError(f"--seed must fit into 64 bits, got {seed}; give one closer to 0")
+    check_number("--steps", args.steps)
+    check_number("--size", args.size, least=8, multiple=8)
+    check_finite("--guidance", args.guidance)
+    if args.seed not in SEEDS:
+        raise ValueError(f"--seed must fit into 64 bits, got {args.seed}; give one closer to 0")
 
 
 def load(model: str) -> Any:
@@ -34,27 +44,24 @@ def load(model: str) -> Any:
     return load_pipeline(model, dtype).to(device)
 
 
-def draw_images(pipe: Any, prompts: list[str], seed: int, size: int | None, steps: int, **options: Any) -> Any:
-    """An image of each prompt, all from the noise of one seed; `size` is its side in pixels, None for the model's."""
+def draw_images(
+    pipe: Any, prompts: list[str], seed: int, size: int | None, steps: int, **options: Any
+) -> tuple[list[Image.Image], float]:
+    """An image of each prompt, all from the noise of one seed, and the seconds that they took."""
+    start = time.perf_counter()
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    return pipe(prompts, height=size, width=size, num_inference_steps=steps, generator=generators, **options).images
+    output = pipe(prompts, height=size, width=size, num_inference_steps=steps, generator=generators, **options)
+    return output.images, time.perf_counter() - start
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which tokens of an image one attention merged; for a batch, of its last item.
+    """Which tokens of an image one attention merged; for a batch, of its last item."""
 
-    Attributes:
-        layer: the attention's path in the pipeline.
-        tokens: whether the clusters are those of the "queries", of the "keys and values", or of "all tokens".
-        step: the first step that used the clusters, counted from 0; they may serve the following steps too.
-        labels: cluster of every token, `[H, W]`.
-    """
-
-    layer: str
-    tokens: str
-    step: int
-    labels: NDArray[np.int64]
+    layer: str  # the attention's path in the pipeline
+    tokens: str  # which have these clusters: "queries", "keys and values" or "all tokens"
+    step: int  # the first that used the clusters, counted from 0; they may serve the following steps too
+    labels: NDArray[np.int64]  # cluster of every token, [H, W]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -74,13 +81,17 @@ def partitions(pipe: Any) -> list[Partition]:
     Clusters that serve several steps are there once.
     """
     first: dict[tuple[str, str, int], RecordedMerge] = {}
-    return [
-        Partition(layer, tokens, record.step, merge_map.labels[-1].reshape(record.grid).cpu().numpy())
-        for record in merge_maps(pipe)
-        for layer in [path(record.network, record.layer)]
-        for tokens, merge_map in _merged(record).items()
-        if first.setdefault((layer, tokens, id(merge_map)), record) is record
-    ]
+    found = []
+    for record in merge_maps(pipe):
+        layer = path(record.network, record.layer)
+        named = {"queries": record.queries, "keys and values": record.keys}
+        if record.queries is record.keys:
+            named = {"all tokens": record.queries}
+        for tokens, merge_map in named.items():
+            if merge_map is not None and first.setdefault((layer, tokens, id(merge_map)), record) is record:
+                labels = merge_map.labels[-1].reshape(record.grid).cpu().numpy()
+                found.append(Partition(layer, tokens, record.step, labels))
+    return found
 
 
 def path(network: str, layer: str) -> str:
@@ -91,11 +102,3 @@ def path(network: str, layer: str) -> str:
 def at_step(found: Sequence[Partition], step: int) -> Partition:
     """The one of a layer's partitions that was in use at `step`: the newest that is not from a later step."""
     return max((each for each in found if each.step <= step), key=lambda each: each.step, default=found[0])
-
-
-def _merged(record: RecordedMerge) -> dict[str, MergeMap]:
-    """What was merged of one attention, once where queries and keys were merged alike."""
-    if record.queries is not None and record.queries is record.keys:
-        return {"all tokens": record.queries}
-    named = {"queries": record.queries, "keys and values": record.keys}
-    return {tokens: merge_map for tokens, merge_map in named.items() if merge_map is not None}

@@ -53,16 +53,15 @@ def call(name: str, function: object) -> str:
     """How a function is called: its parameters with their defaults, without types."""
     assert callable(function)
     signature = inspect.signature(function)
-    bare = [without_type(each) for each in signature.parameters.values() if each.name != "self"]
+    bare = [
+        each.replace(annotation=each.empty, default=... if inspect.isfunction(each.default) else each.default)
+        for each in signature.parameters.values()
+        if each.name != "self"
+    ]
     shown = str(signature.replace(parameters=bare, return_annotation=signature.empty)).replace("Ellipsis", "...")
     if len(name + shown) <= 110:
         return name + shown
     return f"{name}(\n" + "".join(f"    {part},\n" for part in BETWEEN_PARAMETERS.split(shown[1:-1])) + ")"
-
-
-def without_type(parameter: inspect.Parameter) -> inspect.Parameter:
-    is_function = inspect.isfunction(parameter.default)
-    return parameter.replace(annotation=parameter.empty, default=... if is_function else parameter.default)
 
 
 def paragraphs(docstring: str) -> Iterator[str]:

@@ -1,12 +1,15 @@
 """Patching a real UNet: identity, restoration, and what merging does to attention."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 import atc_diffusion
@@ -368,3 +371,31 @@ def test_summary_of_an_unpatched_model_says_so(unet):
 
 def test_the_public_names_are_all_there():
     assert all(hasattr(atc_diffusion, name) for name in atc_diffusion.__all__)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("config", [ATCConfig(r=0.5), ATCConfig.faster()])
+def test_a_call_keeps_its_activations_no_longer_than_without_a_patch(unet, config, gradients):
+    """Not even until Python collects garbage, which may be many calls later."""
+    apply_patch(unet, config)
+    text = torch.randn(1, 5, 12)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(gradients):
+            latents = torch.randn(1, 4, 8, 8, requires_grad=gradients)
+            passed = [weakref.ref(latents)]
+            handles = [
+                module.register_forward_pre_hook(lambda _, args: passed.append(weakref.ref(args[0])))
+                for module in unet.modules()
+                if isinstance(module, Attention)
+            ]
+            output = unet(latents, 10, text).sample
+            for handle in handles:
+                handle.remove()
+        if gradients:
+            output.sum().backward()
+        del output, latents
+        assert not any(tensor() is not None for tensor in passed)
+    finally:
+        gc.enable()

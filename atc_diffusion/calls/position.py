@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ class Entry:
     """An entry of a scheduler's timesteps, which fall from noise to image, or rise in inversion: a view of one tensor.
 
     Attributes:
-        timesteps: the memory of all entries; another one is another run.
+        timesteps: refers to the memory of all entries; another one is another run, and a run ends with it.
         index: which entry it is.
         values: of all entries; NaN where they cannot be read.
     """
 
-    timesteps: torch.UntypedStorage
+    timesteps: ReferenceType[torch.UntypedStorage]
     index: int
     values: tuple[float, ...]
 
@@ -44,7 +44,7 @@ class Entry:
         if storage not in _values:
             _values[storage] = _read(timestep, count)
         values = _values[storage]
-        return cls(storage, int(timestep.storage_offset()), values) if values else None
+        return cls(ref(storage), int(timestep.storage_offset()), values) if values else None
 
     def progress(self, later: int = 0) -> float:
         """The fraction of the denoising that lies before the entry `later` places on, from 0 (noise) to 1."""

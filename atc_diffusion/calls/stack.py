@@ -1,37 +1,42 @@
-"""Which modules are being called, found on the stacks of threads, which interruptions such as Ctrl-C cannot falsify.
+"""Which modules are being called, found on the stacks of threads: interruptions such as Ctrl-C cannot falsify these.
 
-And whether the call is a tracer's: a patched network cannot be traced, as its values decide which tokens are merged.
+Also whether a call is a tracer's: a patched network cannot be traced, as its values decide which tokens are merged.
+
+A frame keeps its local variables alive, and so all activations above it. No frame may be kept, least of all in itself.
 """
 
 import sys
 import threading
-from collections.abc import Iterator
 from types import FrameType
 
 import torch
 from torch import nn
 
 
-def frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
-    """The frames of a stack, from the innermost one; of this thread if none is given."""
+def called(innermost: FrameType | None = None) -> list[nn.Module]:
+    """The modules whose calls are on a stack, networks before their parts; of this thread if none is given."""
+    modules = []
     frame: FrameType | None = innermost or sys._getframe()
     while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def called(innermost: FrameType | None = None) -> Iterator[nn.Module]:
-    """The modules whose calls are on a stack, networks before their parts; of this thread if none is given."""
-    for frame in reversed(list(frames(innermost))):
         if frame.f_code is nn.Module._call_impl.__code__:
-            yield frame.f_locals["self"]
+            modules.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return modules[::-1]
 
 
-def called_elsewhere() -> Iterator[nn.Module]:
+def called_elsewhere() -> list[nn.Module]:
     """The modules that other threads are calling."""
-    for thread, innermost in sys._current_frames().items():
-        if thread != threading.get_ident():
-            yield from called(innermost)
+    stacks = sys._current_frames()
+    del stacks[threading.get_ident()]
+    return [module for innermost in stacks.values() for module in called(innermost)]
+
+
+def runs_file(path: str) -> bool:
+    """Whether a function of a file is on the stack of this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != path:
+        frame = frame.f_back
+    return frame is not None
 
 
 def refuse_tracing() -> None:

@@ -6,11 +6,13 @@ would cause is expected from that error, from how far the forecast reaches, and 
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, a
 LONGER = 2.0  # times as long may a step be as the one before: solvers weigh their memory with that ratio
 MAX_IMAGES = 64  # that take turns; a loop that never leaves its timestep forgets its oldest images here,
 MAX_BYTES = 2**28  # or where what is kept of them fills 256 MiB
+
+_calls: "WeakKeyDictionary[Forecaster, _LastCall]" = WeakKeyDictionary()  # of all networks in all threads
+_lock = threading.Lock()
+_numbers = count()
 
 
 @dataclass
@@ -86,6 +92,22 @@ class Forecaster:
         if reason:
             return Decision(reason=reason, end=partial(self._learn, trajectory, series, latents, position))
         return Decision(self._forecast(series, latents, position))
+
+    def meet(self, inputs: Inputs, position: Position) -> None:
+        """Refuse this step in every run whose network is called with these latents at it, too.
+
+        Parts of guidance can belong to several runs: of two networks or threads, or if only one records gradients.
+        """
+        if not inputs.readable:
+            return
+        image = inputs.latents[:1].detach().clone()
+        with _lock:
+            since = _calls[self].number if self in _calls else -1
+            for other, last in _calls.items():
+                if last.number > since and torch.equal(last.image, image.to(last.image)):
+                    self.refuse(position)
+                    other.refuse(last.position)
+            _calls[self] = _LastCall(next(_numbers), position, image)
 
     def refuse(self, position: Position) -> None:
         """Know that a call at this position is made, and so all others of its step: guidance multiplies differences."""
@@ -222,6 +244,15 @@ class Forecaster:
         while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:
             del self._trajectories[0]
         return trajectory
+
+
+@dataclass(frozen=True)
+class _LastCall:
+    """The last call of a run: which of all calls it was, where it stood, and the latents of its first image."""
+
+    number: int
+    position: Position
+    image: Tensor
 
 
 def _same(x: Tensor | None, y: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from atc_diffusion.adapters import ImageInput
 from atc_diffusion.calls.position import is_transformed
-from atc_diffusion.calls.stack import frames
+from atc_diffusion.calls.stack import runs_file
 from atc_diffusion.calls.state import version
 from atc_diffusion.merging.call import Call, Part, present, present_call
 
@@ -123,7 +123,7 @@ def is_in_backward() -> bool:
 
 def is_recomputed_by_torch() -> bool:
     """Whether a gradient checkpoint of PyTorch is on the stack of this thread."""
-    return any(frame.f_code.co_filename == torch.utils.checkpoint.__file__ for frame in frames())
+    return runs_file(torch.utils.checkpoint.__file__)
 
 
 def unseen_by_checkpoints() -> AbstractContextManager[Any]:

@@ -94,8 +94,9 @@ class Runs(threading.local):
     """
 
     def __init__(self) -> None:
-        self._placed: weakref.WeakKeyDictionary[torch.UntypedStorage, Run] = weakref.WeakKeyDictionary()
+        self._placed: weakref.WeakKeyDictionary[torch.UntypedStorage | None, Run] = weakref.WeakKeyDictionary()
         self._unplaced = Run()
+        self._newest: Run | None = None  # of those in `_placed`
         self.call: object = None  # the present one, which is kept alive here
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,13 +109,20 @@ class Runs(threading.local):
         if entry is None:
             self._unplaced = run
         else:
-            self._placed[entry.timesteps] = run
+            self._newest = self._placed[entry.timesteps()] = run
         return run
 
     def present(self, entry: Entry | None, time: float) -> Run | None:
         """The run that a call would continue."""
-        run = self._unplaced if entry is None else self._placed.get(entry.timesteps)
+        run = self._unplaced if entry is None else self._placed.get(entry.timesteps()) or self._of_copied(entry)
         return run if run is not None and run.continues_at(entry, time) else None
+
+    def _of_copied(self, entry: Entry) -> Run | None:
+        """The newest run if a loop copies all timesteps at every step, as by converting them."""
+        before = None if self._newest is None or self._newest.position is None else self._newest.position.entry
+        if before is None or before.timesteps() is not None or before.values != entry.values:
+            return None
+        return self._newest if entry.index > before.index else None
 
 
 def locate(timestep: object) -> tuple[Entry | None, float]:

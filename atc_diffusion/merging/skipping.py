@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Skipping:
 
     def __post_init__(self) -> None:
         self.forward = WatchedForward(self.network, self.owner)
+        self._is_controlnet = "controlnet_cond" in signature(type(self.network).forward).parameters
 
     def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
         """Whether a `call` of the network is made."""
@@ -53,6 +55,8 @@ class Skipping:
         if run.forecasts is None:
             noise = self.family.noise(getattr(self.pipeline(), "scheduler", None))
             run.forecasts = Forecaster(self.family, noise, self.tolerance)
+        if not self._is_controlnet:
+            run.forecasts.meet(inputs, position)
         if reason := self.never():
             run.forecasts.refuse(position)
             return Decision(reason=reason)

@@ -5,34 +5,26 @@ how that names an option.
 """
 
 import os
-from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from atc_diffusion.commands import Help
 
 
-class Help(RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and adds defaults where there are any."""
-
-    def _get_help_string(self, action: Action) -> str:
-        text = action.help or ""
-        says_enough = "(default" in text or action.default in (None, False, [], "==SUPPRESS==")
-        return text if says_enough else f"{text} (default: %(default)s)"
+def several(default: Sequence[Any], help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field whose option takes several values."""
+    return HfArg(default_factory=lambda: list(default), metadata={"choices": choices}, help=help)
 
 
-def parse(
-    kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None, **defaults: Any
-) -> tuple[Any, ...]:
-    """Fill the dataclasses `kinds` from the command line; `defaults` replaces the fields' own, by name.
-
-    Exits with status 2 and one sentence if a value does not fit.
-    """
+def parse(kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Fill the dataclasses `kinds` from the command line; exits with one sentence if a value does not fit."""
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
-    parser.set_defaults(**defaults)
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
         check_unknown(unknown, kinds)
@@ -44,26 +36,17 @@ def parse(
 def check_unknown(arguments: Sequence[str], kinds: Sequence[type]) -> None:
     """Refuses arguments that no field of `kinds` takes, and names the option that was probably meant."""
     if arguments:
-        known = [name for kind in kinds for field in fields(kind) for name in option_names(field)]
+        options = [field for kind in kinds for field in fields(kind)]
+        names = [name for field in options for name in (field.name, *field.metadata.get("aliases", []))]
+        known = [name.strip("-").replace("_", "-") for name in names]
         meant = get_close_matches(arguments[0].partition("=")[0].strip("-"), known, n=1)
         hint = f"; did you mean --{meant[0]}?" if meant else ""
         raise ValueError(f"unrecognized arguments: {' '.join(arguments)}{hint}")
 
 
-def option_names(field: Field[Any]) -> list[str]:
-    """How the option of a field is called, without dashes in front."""
-    return [name.strip("-").replace("_", "-") for name in (field.name, *field.metadata.get("aliases", []))]
-
-
 def counted(number: int, noun: str) -> str:
     """A number with its noun, such as "1 image" or "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def check_number(option: str, value: int | None, least: int = 1, multiple: int = 1) -> None:
-    if value is not None and (value < least or value % multiple):
-        kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
-        raise ValueError(f"{option} must be {kind} from {least} up, got {value}")
 
 
 def parse_fraction(text: str, option: str = "--keep", example: str = "50") -> float:
@@ -86,22 +69,6 @@ def check_exists(option: str, path: Path | None, kind: Literal["file", "folder"]
         if path.is_dir() != (kind == "folder"):
             raise ValueError(f"{option} {path} is a {'file' if path.is_file() else 'folder'}; give a {kind}")
         os.listdir(path) if kind == "folder" else path.open("rb").close()
-
-
-def check_new(option: str, path: Path | None, *suffixes: str) -> None:
-    """Checks that a folder, or a file with one of the `suffixes`, can be written."""
-    if path is not None:
-        if not suffixes and path.exists() and not path.is_dir():
-            raise ValueError(f"{option} {path} is a file; give a folder")
-        if suffixes and path.is_dir():
-            raise ValueError(f"{option} {path} is a folder; give a file, such as {path / f'result{suffixes[0]}'}")
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}")
-        nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-        if not nearest.is_dir() and nearest != path.absolute():
-            raise ValueError(f"{option} {path} cannot be made, because {nearest} is a file")
-        if not os.access(nearest, os.W_OK):
-            raise ValueError(f"{option} {path} cannot be written: no permission for {nearest}")
 
 
 def read_names(option: str, path: Path) -> list[str]:

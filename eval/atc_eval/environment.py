@@ -18,8 +18,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torch-fidelity"
 @cache
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of this package, with its commit, of Python, and of those `packages` that are installed."""
-    ours = " ".join(filter(None, [atc_diffusion.__version__, commit()]))
-    found = {"atc_diffusion": ours, "python": platform.python_version()}
+    found = {"atc_diffusion": f"{atc_diffusion.__version__} {commit()}".strip(), "python": platform.python_version()}
     for name in packages:
         with suppress(PackageNotFoundError):
             found[name] = version(name)

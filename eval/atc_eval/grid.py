@@ -10,27 +10,26 @@ import yaml
 from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
-from atc_eval.command_line import parse_fraction
+from atc_eval.command_line import parse_fraction, several
 from atc_eval.method import Method
 from atc_eval.rivals import Rival
 
 Fractions = tuple[float, float | None]  # kept of queries and of keys; None: the same
 
 
-def tome(r: float) -> MergeConfig:
-    return ToMeConfig(r=r)
-
-
-CONFIGS: dict[str, list[Callable[[float], MergeConfig]]] = {
-    "table2": [tome, *(partial(ATCConfig.paper, linkage=linkage) for linkage in ("single", "average", "complete"))],
+CONFIGS: dict[str, list[Callable[..., MergeConfig]]] = {
+    "table2": [
+        ToMeConfig,
+        *(partial(ATCConfig.paper, linkage=linkage) for linkage in ("single", "average", "complete")),
+    ],
     "paper": [ATCConfig.paper],
-    "atc": [lambda r: ATCConfig(r=r)],
-    "fast": [lambda r: ATCConfig.fast(r=r)],
-    "faster": [lambda r: ATCConfig.faster(r=r)],
-    "forecast": [lambda r: ATCConfig.forecast(r=r)],
-    "tome": [tome],
-    "kmedoids": [lambda r: KMedoidsConfig(r=r)],
-    "dpc-knn": [lambda r: DPCKNNConfig(r=r)],
+    "atc": [ATCConfig],
+    "fast": [ATCConfig.fast],
+    "faster": [ATCConfig.faster],
+    "forecast": [ATCConfig.forecast],
+    "tome": [ToMeConfig],
+    "kmedoids": [KMedoidsConfig],
+    "dpc-knn": [DPCKNNConfig],
     "none": [],
 }
 
@@ -40,32 +39,30 @@ class Comparison:
     """Which methods are compared with the unmerged model, which is always drawn."""
 
     _argument_group_name = "methods to compare"
-    keep: list[str] = HfArg(
-        default_factory="40 50 60 70 80 90".split,
-        help="percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both (default: 40 50 60 70 80 90)",
+    keep: list[str] = several(
+        ["40", "50", "60", "70", "80", "90"], "percent of tokens kept, of queries and of keys: 100/12.5, or 50 for both"
     )
-    method: list[str] = HfArg(
-        default_factory=lambda: ["table2"],
-        metadata={"choices": list(CONFIGS)},
-        help="table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
-        "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for "
-        "--keep 100/12.5 and, the last, 100; tome: ToMe as "
-        "in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: only the unmerged model "
-        "(default: table2)",
+    method: list[str] = several(
+        ["table2"],
+        "table2: ToMe, and ATC in the paper's setting by single, average and complete linkage; paper: ATC in the "
+        "paper's setting; atc: ATCConfig's defaults; fast, faster and forecast: its presets, for --keep 100/12.5 and, "
+        "the last, 100; tome: ToMe as in its authors' code; kmedoids and dpc-knn: the paper's other baselines; none: "
+        "only the unmerged model",
+        list(CONFIGS),
     )
-    set: list[str] = HfArg(
-        default_factory=list,
-        help="fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; "
-        "other methods take the fields that they have",
+    set: list[str] = several(
+        [],
+        "fields of ATCConfig with the values to try, such as linkage=average,ward; all combinations are drawn; other "
+        "methods take the fields that they have",
     )
-    rival: list[str] = HfArg(
-        default_factory=list,
-        help="other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by "
-        "that factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
+    rival: list[str] = several(
+        [],
+        "other ways to draw faster: steps:0.7 (a fraction of the steps), todo:2 and pooled:2 (keys downsampled by that "
+        "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
         "easycache:0.1 (threshold)",
     )
     together: list[str] = HfArg(
-        default_factory=list, aliases=["--with"], help="rivals to combine with every merging, such as deepcache:2"
+        default_factory=list, aliases=["--with"], help="rivals to add to every merging, such as deepcache:2"
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +70,10 @@ class Comparison:
 
     def methods(self) -> list[Method]:
         """The unmerged model, every merging, each rival alone, and merging together with rivals."""
-        merged = grid(self.method, [parse_fractions(text) for text in self.keep], parse_options(self.set))
+        options: dict[str, tuple[Any, ...]] = {}
+        for field, values in map(parse_option, self.set):  # a field may be given twice
+            options[field] = options.get(field, ()) + values
+        merged = grid(self.method, [parse_fractions(text) for text in self.keep], options)
         if self.together and not any(each.config for each in merged):
             raise ValueError(
                 f"--with {' '.join(self.together)} combines rivals with merging, but nothing merges; give another "
@@ -89,14 +89,6 @@ def parse_fractions(text: str) -> Fractions:
     queries, slash, keys = text.partition("/")
     parse = partial(parse_fraction, option=f"--keep {text}", example="50 or 100/12.5")
     return parse(queries), parse(keys) if slash else None
-
-
-def parse_options(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """Fields of `ATCConfig` with all values to try, which may be given apart."""
-    options: dict[str, tuple[Any, ...]] = {}
-    for field, values in map(parse_option, texts):
-        options[field] = options.get(field, ()) + values
-    return options
 
 
 def parse_option(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -121,15 +113,11 @@ def grid(names: Iterable[str], keeps: Iterable[Fractions], options: Mapping[str,
     """
     combinations = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
     configs = [
-        _with_options(make(r), r_keys, combination)
+        replace(base, r_keys=r_keys, **{name: value for name, value in combination.items() if hasattr(base, name)})
         for name, combination in product(names, combinations)
         for make, (r, r_keys) in product(CONFIGS[name], keeps)
-        if make is not tome or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
+        if make is not ToMeConfig or min(r, r_keys or r) * ToMeConfig.stride**2 >= 1
+        for base in [make(r=r)]
     ]
     merging = [each for each in configs if (each.r, each.r_keys) not in ((1, None), (1, 1)) or each.forecast_tolerance]
     return list(dict.fromkeys([Method(), *map(Method, merging)]))
-
-
-def _with_options(base: MergeConfig, r_keys: float | None, options: Mapping[str, Any]) -> MergeConfig:
-    own = {field.name for field in fields(base)}
-    return replace(base, r_keys=r_keys, **{name: value for name, value in options.items() if name in own})

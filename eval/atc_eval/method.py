@@ -36,6 +36,9 @@ class Method:
     config: Config | None = None
     rival: Rival | None = None
 
+    def __str__(self) -> str:
+        return ", ".join(filter(None, [self.label, self.setting]))
+
     @property
     def is_unmerged(self) -> bool:
         return self == Method()
@@ -43,14 +46,14 @@ class Method:
     @property
     def label(self) -> str:
         """The code of its configuration without the strength, and the rival."""
-        names = [call(self.config) if self.config else "", self.rival.label if self.rival else ""]
+        names = [call(self.config) if self.config else "", self.rival.kind.label if self.rival else ""]
         return " + ".join(filter(None, names)) or "unmerged"
 
     @property
     def setting(self) -> str:
         """The strength in words: fractions kept, tokens removed, and the rival's own strength."""
-        strengths = [_strength(self.config) if self.config else "", self.rival.setting if self.rival else ""]
-        return ", ".join(filter(None, strengths))
+        rival = self.rival.kind.setting(self.rival.strength) if self.rival else ""
+        return ", ".join(filter(None, [_strength(self.config) if self.config else "", rival]))
 
     @property
     def keep(self) -> float | None:

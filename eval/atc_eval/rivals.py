@@ -36,13 +36,9 @@ def _draw_fewer_steps(pipe: Any, fraction: float, *args: Any, num_inference_step
 def downsampled_keys(pipe: Any, factor: float, downsample: Downsample) -> Iterator[Draw]:
     """Downsample the keys and values of self-attention on their square grid, in the layers that ATC merges by default.
 
-    With nearest neighbours this is ToDo (Smith et al. 2024, arXiv 2402.13573, section 3.2), which hooks the inputs of
-    `to_k` and `to_v` in the same way (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
-
-    Args:
-        pipe: a pipeline or a network.
-        factor: side of the cells of tokens that become one.
-        downsample: makes a grid `[B, C, H, W]` of the size given.
+    A cell of `factor` by `factor` tokens becomes one. With nearest neighbours this is ToDo (Smith et al. 2024, arXiv
+    2402.13573, section 3.2), which hooks the inputs of `to_k` and `to_v` in the same way
+    (github.com/ethansmith2000/ImprovedTokenMerge, merge.py).
     """
     hook = partial(_downsample_input, int(factor), downsample)
     with ExitStack() as hooks:
@@ -127,24 +123,22 @@ def _draw_with_pab(pipe: Any, registry: HookRegistry, *args: Any, **kwargs: Any)
 @dataclass(frozen=True)
 class _Kind:
     label: str
-    setting: Callable[[float], str]
+    setting: Callable[[float], str]  # a strength in words
     apply: Callable[[Any, float], AbstractContextManager[Draw]]
-    strengths: tuple[float, float]
+    strengths: tuple[float, float]  # the least and the most
     package: str = "diffusers"
     whole: bool = True  # whether the strength is a whole number
     needs_unet: bool = False
 
 
-def _fraction_of_keys(factor: float) -> str:
+def _keys_kept(factor: float) -> str:
     return f"keys {100 / factor**2:.3g} %"
 
 
 KINDS = {
     "steps": _Kind("fewer steps", "{:.4g} of the steps".format, fewer_steps, (0.01, 0.99), whole=False),
-    "todo": _Kind("ToDo", _fraction_of_keys, partial(downsampled_keys, downsample=interpolate), (2, 64)),
-    "pooled": _Kind(
-        "pooled keys", _fraction_of_keys, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)
-    ),
+    "todo": _Kind("ToDo", _keys_kept, partial(downsampled_keys, downsample=interpolate), (2, 64)),
+    "pooled": _Kind("pooled keys", _keys_kept, partial(downsampled_keys, downsample=adaptive_avg_pool2d), (2, 64)),
     "tomesd": _Kind("tomesd", "{:g} %".format, tomesd, (25, 99), "tomesd", whole=False, needs_unet=True),
     "deepcache": _Kind("DeepCache", "every {:g} steps".format, deepcache, (2, 1000), "DeepCache", needs_unet=True),
     "spectrum": _Kind("Spectrum", "window + {:g}".format, Spectrum.applied, (0, 10), whole=False, needs_unet=True),
@@ -157,17 +151,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Rival:
-    """One rival at one strength.
+    """One rival at one strength."""
 
-    Attributes:
-        name: a key of `KINDS`.
-        strength: fraction of the denoising steps ("steps"); side of the cells of keys that become one ("todo",
-            "pooled"); percent of the tokens kept ("tomesd"); steps that one run of the deep layers ("deepcache") or of
-            an attention ("pab") serves; growth of the window ("spectrum"); change of the output ("easycache").
-    """
-
-    name: str
-    strength: float
+    name: str  # a key of `KINDS`
+    strength: float  # in the unit that `--rival` explains
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -192,15 +179,6 @@ class Rival:
     @property
     def kind(self) -> _Kind:
         return KINDS[self.name]
-
-    @property
-    def label(self) -> str:
-        return self.kind.label
-
-    @property
-    def setting(self) -> str:
-        """The strength in words."""
-        return self.kind.setting(self.strength)
 
     def applied(self, pipe: Any) -> AbstractContextManager[Draw]:
         """Apply the rival to `pipe` within a `with` block; yields the callable that draws."""

@@ -13,12 +13,7 @@ from torch import Tensor
 
 
 class SkippedSteps(ABC):
-    """A UNet's `forward` that runs only at some of the steps, one call a step, until `remove`.
-
-    Args:
-        unet: the network.
-        strength: how much is skipped.
-    """
+    """A UNet's `forward` that runs only at some of the steps, one call a step, until `remove`."""
 
     def __init__(self, unet: Any, strength: float) -> None:
         self._unet = unet

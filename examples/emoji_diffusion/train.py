@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from training import Phase, Training
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -53,15 +53,6 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
 
 
-def make_autoencoder() -> AutoencoderKL:
-    """Build an autoencoder whose second half of outputs, the logarithm of the variance, is constant."""
-    vae = untrained(AutoencoderKL, "vae")
-    mean, log_variance = vae.encoder.conv_out.weight.data.chunk(2)
-    log_variance.zero_()
-    vae.encoder.conv_out.bias.data[len(mean) :] = 2 * math.log(DEVIATION)
-    return vae
-
-
 def untrained(kind: Any, part: str) -> Any:
     return kind.from_config(kind.load_config(HERE / part)).to(memory_format=torch.channels_last)
 
@@ -77,18 +68,20 @@ def picture_paths(folder: Path) -> dict[str, Path]:
 
 def load_pictures(paths: list[Path], pixels: int = 256) -> Tensor:
     """Read pictures on white as bytes [N, 3, H, W]."""
-    return torch.stack([torch.from_numpy(np.array(load_picture(path, pixels))).permute(2, 0, 1) for path in paths])
-
-
-def load_picture(path: Path, pixels: int) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB").resize((pixels, pixels), Image.Resampling.LANCZOS)
+    pictures = []
+    for path in paths:
+        picture = Image.open(path).convert("RGBA")
+        on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        pictures.append(pil_to_tensor(on_white.resize((pixels, pixels), Image.Resampling.LANCZOS)))
+    return torch.stack(pictures)
 
 
 def train_autoencoder(pictures: Tensor, work: Path) -> AutoencoderKL:
-    """Train on pictures [N, 3, H, W] and scale the latents to unit deviation."""
-    vae = make_autoencoder()
+    """Train on pictures [N, 3, H, W] and scale the latents to unit deviation; that of each posterior is constant."""
+    vae = untrained(AutoencoderKL, "vae")
+    mean, log_variance = vae.encoder.conv_out.weight.data.chunk(2)
+    log_variance.zero_()
+    vae.encoder.conv_out.bias.data[len(mean) :] = 2 * math.log(DEVIATION)
     for phase in AUTOENCODER:
         Training({"vae": vae}, phase, work).run(partial(rebuilding_loss, vae, pictures, phase))
     with torch.no_grad():
@@ -133,12 +126,6 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return torch.cat(latents) * vae.config.scaling_factor
 
 
-def train_unet(pipe: StableDiffusionPipeline, latents: Tensor, phase: Phase, modules: list[str], work: Path) -> None:
-    """Train the named modules of the pipeline on the latents [N, 4, H, W] of the things."""
-    loss = partial(denoising_loss, pipe, latents, tokenize(pipe, [*THINGS, ""]), phase)
-    Training({name: getattr(pipe, name) for name in modules}, phase, work).run(loss)
-
-
 def tokenize(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     """Padded token ids [N, L]."""
     return pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -178,13 +165,9 @@ def merging(pipe: StableDiffusionPipeline, merged: bool) -> AbstractContextManag
     return patched(pipe.unet, r=1, r_keys=0.1, window_size=16, recluster_threshold=0) if merged else nullcontext()
 
 
-def draw_sheet(
-    pipe: StableDiffusionPipeline, target: Path, cell: int = 128, columns: int = 8, **arguments: float
-) -> None:
-    """Draw 32 things, spread evenly over the list, once each and from one seed, over their prompts.
-
-    The arguments are those of the pipeline's call.
-    """
+def draw_sheet(pipe: StableDiffusionPipeline, target: Path, **arguments: float) -> None:
+    """Draw 32 things over their prompts, all from one seed; the arguments are those of the pipeline's call."""
+    cell, columns = 128, 8
     sheet = Image.new("RGB", (cell * columns, (cell + 16) * math.ceil(len(SHOWN) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, thing in enumerate(SHOWN):
@@ -206,7 +189,9 @@ def train(pictures: Path, work: Path, output: Path) -> None:
     pipe = make_pipeline(vae)
     chosen = [paths[thing] for thing in THINGS]
     for phase, modules in ((COARSE, ["unet", "text_encoder"]), (FINE, ["unet"])):
-        train_unet(pipe, encode(vae, load_pictures(chosen, phase.pixels)), phase, modules, work)
+        latents = encode(vae, load_pictures(chosen, phase.pixels))
+        loss = partial(denoising_loss, pipe, latents, tokenize(pipe, [*THINGS, ""]), phase)
+        Training({name: getattr(pipe, name) for name in modules}, phase, work).run(loss)
     pipe.vae.half(), pipe.unet.half()
     pipe.save_pretrained(output)
 

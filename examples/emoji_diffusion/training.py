@@ -36,7 +36,10 @@ class Training:
         self.ema = EMAModel(self.parameters, decay=0.99, foreach=True)
         self.parts: dict[str, Any] = {**modules, "optimizer": self.optimizer, "ema": self.ema}
         if self.checkpoint.exists():
-            self.load()
+            state = torch.load(self.checkpoint)
+            self.step = state.pop("step")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
 
     def run(self, loss: Callable[[int], Tensor]) -> None:
         """Minimise `loss`, a function of the step that seeds it, and leave the averaged weights in the modules."""
@@ -50,27 +53,18 @@ class Training:
         self.ema.copy_to(self.parameters)
 
     def update(self, loss: Tensor) -> None:
+        """One step, with 30 steps of warm-up under a cosine to zero."""
         loss.backward()
+        cosine = (1 + math.cos(math.pi * self.step / self.phase.steps)) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = self.phase.rate * cosine * min(1, (self.step + 1) / 30)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.parameters)
         self.step += 1
 
-    def rate(self) -> float:
-        """The learning rate: 30 steps of warm-up under a cosine to zero."""
-        cosine = (1 + math.cos(math.pi * self.step / self.phase.steps)) / 2
-        return self.phase.rate * cosine * min(1, (self.step + 1) / 30)
-
     def save(self) -> None:
         new = self.checkpoint.with_suffix(".new")
         torch.save({name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}, new)
         new.replace(self.checkpoint)
-
-    def load(self) -> None:
-        state = torch.load(self.checkpoint)
-        self.step = state.pop("step")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])

@@ -1,6 +1,8 @@
 """Where in a run a call stands."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -62,3 +64,29 @@ def test_a_timestep_that_goes_back_begins_a_run():
     assert runs.at(None, 700) is first
     first.advance(None, 700)
     assert runs.at(None, 701) is not first
+
+
+@torch.no_grad()
+def test_a_run_is_forgotten_with_its_timesteps():
+    runs, forgotten = Runs(), []
+    for start in (900, 901):
+        timesteps = torch.linspace(start, 0, 10)
+        run = runs.at(*locate(timesteps[0]))
+        run.advance(*locate(timesteps[0]))
+        forgotten.append(weakref.ref(run))
+        del run, timesteps
+    gc.collect()
+    assert forgotten[0]() is None
+
+
+@torch.no_grad()
+def test_timesteps_that_are_copied_at_every_step_make_one_run():
+    runs, timesteps = Runs(), torch.arange(900, 0, -100)
+    made = []
+    for step in [*range(9), *range(9)]:
+        timestep = timesteps.float()[step]
+        entry, time = locate(timestep)
+        run = runs.at(entry, time)
+        made.append((run, run.advance(entry, time).passed))
+    assert [passed for _, passed in made] == [*range(9), *range(9)]
+    assert len({id(run) for run, _ in made}) == 2

@@ -87,7 +87,7 @@ def emoji() -> Iterator[tuple[Any, Tensor]]:
 @torch.no_grad()
 def forecast_error(emoji: tuple[Any, Tensor], model: Any, loop: Loop, steps: int) -> float:
     pipe, text = emoji
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     expected = loop(remove_patch(pipe), latents, text, steps)
     apply_patch(model, ATCConfig.forecast())
     return error(loop(pipe, latents, text, steps), expected)

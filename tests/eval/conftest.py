@@ -10,11 +10,12 @@ from PIL import Image
 from tests.helpers import tiny_pipelines
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pipeline of Stable Diffusion 1.x's kind."""
-    tiny_pipelines.sd15().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    folder: Path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipelines.sd15().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

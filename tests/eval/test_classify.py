@@ -70,7 +70,7 @@ def test_demo_trains_evaluates_and_reports(emoji, tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| ViTConfig() over the best merging |" in report
     files = [file.name for file in (tmp_path / "out").iterdir()]
-    assert {"clusters-1.svg", "results.csv", "report.html", "model.pt"} <= set(files)
+    assert {"clusters-1.svg", "results.csv", "report.html", "model.safetensors"} <= set(files)
 
 
 def test_a_rerun_reads_what_is_there(imagenet):

@@ -70,6 +70,14 @@ def test_offline_it_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monke
         find_inception_weights()
 
 
+def test_a_download_of_something_else_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.html").write_text("Please log in.")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", (tmp_path / "page.html").as_uri())
+    with pytest.raises(ValueError, match=r"cannot download the Inception weights \(invalid hash value .*elsewhere"):
+        find_inception_weights()
+
+
 def test_tensorflow_resizing_takes_every_other_pixel_of_twice_the_size() -> None:
     image = torch.randint(256, (3, 20, 20), dtype=torch.uint8)
     torch.testing.assert_close(resize_tensorflow(image, 10), image[:, ::2, ::2].float(), rtol=0, atol=1e-3)

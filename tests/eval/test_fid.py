@@ -28,19 +28,11 @@ from atc_eval.draw.sampling import Sampling
 from atc_eval.draw.sets import make_sets
 from atc_eval.method import Method
 from tests.eval.conftest import random_images
-from tests.helpers import tiny_pipelines
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = "--method paper --rival todo:2 tomesd:50"
 Rows = list[dict[str, str]]
 Run = Callable[..., Rows]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipelines.sd15().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import atc_diffusion
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("clustering", "commands", "painting")
+MODULES = ("clustering", "commands", "loading", "painting", "tuning_page")
 PUBLIC = {"atc_diffusion", *(f"atc_diffusion.{name}" for name in MODULES)}
 FILES = [*ROOT.glob("eval/**/*.py"), *ROOT.glob("examples/**/*.py")]
 

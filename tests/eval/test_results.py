@@ -4,7 +4,6 @@ import csv
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,8 +35,8 @@ PAGES = {str(file.relative_to(RESULTS)): file for file in sorted(RESULTS.rglob("
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
-        defaults: dict[str, Any] = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else {}
-        parse(OPTIONS[command], None, arguments, **defaults)
+        demo = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else []
+        parse(OPTIONS[command], None, [*demo, *arguments])
 
 
 FOLDERS = {

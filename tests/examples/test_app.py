@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
-SECONDS = 60_000  # milliseconds for whatever draws; a image of three steps takes about one second
+SECONDS = 60_000  # milliseconds for whatever draws; an image of three steps takes about one second
 
 expect.set_options(timeout=SECONDS)
 pytestmark = pytest.mark.slow

@@ -129,7 +129,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: Any) -> Tensor:
     options = {"num_inference_steps": 20, "guidance_scale": 3.0} | options
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, height=64, width=64, output_type="latent", generator=generator, **options).images
+    return pipe(prompt, height=48, width=48, output_type="latent", generator=generator, **options).images
 
 
 def fidelity(latents: Tensor, expected: Tensor) -> float:
@@ -149,7 +149,7 @@ def replace_half(pipe: Any, step: int, t: Tensor, tensors: Any) -> Any:
     latents = tensors["latents"].clone()
     if step in (5, 11, 15):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        latents[..., :8] = (0.7 * latents + 0.7 * latents.std() * noise)[..., 8:].flip(3)
+        latents[..., :6] = (0.7 * latents + 0.7 * latents.std() * noise)[..., 6:].flip(3)
     return {"latents": latents}
 
 
@@ -294,6 +294,48 @@ def test_parts_of_guidance_in_turn_are_each_forecast(unet):
     assert forecast_steps(unet) == SKIPPED
     assert len(calls) == 2 * (STEPS - len(SKIPPED))
     torch.testing.assert_close(in_turn, guided(batched=True), rtol=0, atol=1e-3)
+
+
+def with_gradients(unet: Any, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return unet(latents.requires_grad_(True), t, text).sample.detach()
+
+
+def with_a_number(unet: Any, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return unet(latents, int(t), text).sample
+
+
+def in_another_thread(unet: Any, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.no_grad()(unet), latents, t, text).result().sample
+
+
+def by_another_network(unet: Any, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return unet.other(latents, t, text).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [with_gradients, with_a_number, in_another_thread, by_another_network])
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_parts_of_guidance_in_different_runs_are_computed(unet, other, comes_first):
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    texts = torch.randn(2, 1, 5, 12)
+    unet.__dict__["other"] = copy.deepcopy(unet)  # which is no submodule
+
+    def guided() -> Tensor:
+        latents = sample()
+        for t in scheduler.timesteps.clone():
+            calls = [other, lambda unet, *call: unet(*call).sample][:: 1 if comes_first else -1]
+            parts = [call(unet, latents.clone(), t, text) for call, text in zip(calls, texts, strict=True)]
+            latents = scheduler.step(parts[0] + 3 * (parts[1] - parts[0]), t, latents).prev_sample
+        return latents
+
+    expected = guided()
+    apply_patch(unet, FORECAST)
+    apply_patch(unet.other, FORECAST)
+    assert torch.equal(guided(), expected)
+    assert "none of" in str(summary(unet).forecasts)
 
 
 @torch.no_grad()

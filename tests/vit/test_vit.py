@@ -270,7 +270,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_model_compiles_and_threads_share_it(method):
     model = make()
-    apply_patch(model, ViTConfig(method=method, **TWICE))
+    model.blocks = model.blocks[:2]  # what takes time here is tracing
+    apply_patch(model, ViTConfig(method=method, r=0.6, blocks=(1, 2)))
     batches = [torch.randn(2, 3, 20, 20) for _ in range(4)]
     expected = [model(batch) for batch in batches]
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -40,10 +40,10 @@ def engines_table(title: str, shapes: Iterable[tuple[int, int, int]], keep: floa
 
 def _beside_quickest(shapes: Iterable[tuple[int, int, int]], keep: float, repeats: int) -> Iterator[Row]:
     for (batch, num_tokens, channels), linkage in product(shapes, LINKAGES):
-        candidates = engines(gaussian(batch, num_tokens, channels), num_kept(num_tokens, keep), linkage)
+        _, num_clusters = ATCConfig(r=keep).num_kept(num_tokens, level=1, progress=None)
+        candidates = engines(gaussian(batch, num_tokens, channels), num_clusters, linkage)
         labels = candidates[OURS]()
-        others = (zip(labels, candidates[name](), strict=True) for name in OTHERS)
-        same = all(same_partition(*pair) for pairs in others for pair in pairs)
+        same = all(same_partition(*pair) for name in OTHERS for pair in zip(labels, candidates[name](), strict=True))
         calls = max(1, DISTANCES // (batch * num_tokens**2))
         timings = take_turns(candidates, repeats, "cpu", calls, warm_ups=0)
         ms = {name: 1000 * timing.seconds for name, timing in timings.items()}
@@ -56,15 +56,14 @@ def engines(tokens: Tensor, num_clusters: int, linkage: str) -> dict[str, Call]:
     """Clustering of `tokens` `[B, N, C]` to labels `[B, N]` by each engine."""
     metric = "euclidean" if linkage == "ward" else "cosine"
     sklearn = AgglomerativeClustering(num_clusters, metric=metric, linkage=linkage)
-    others: tuple[Callable[[Tensor], np.ndarray], ...] = (
-        lambda x: cut(
-            fastcluster.linkage(condensed_distances(x, linkage), linkage, preserve_input=False), num_clusters
-        ),
-        lambda x: cut(hierarchy.linkage(condensed_distances(x, linkage), linkage), num_clusters),
-        lambda x: sklearn.fit_predict(x.numpy()),
-    )
+    fast = partial(fastcluster.linkage, method=linkage, preserve_input=False)
+    others: dict[str, Callable[[Tensor], np.ndarray]] = {
+        "fastcluster": lambda x: cut(fast(condensed_distances(x, linkage)), num_clusters),
+        "scipy": lambda x: cut(hierarchy.linkage(condensed_distances(x, linkage), linkage), num_clusters),
+        "scikit-learn": lambda x: sklearn.fit_predict(x.numpy()),
+    }
     ours: dict[str, Call] = {OURS: lambda: agglomerate(tokens, num_clusters, linkage).numpy()}
-    return ours | {name: partial(_one_by_one, each, tokens) for name, each in zip(OTHERS, others, strict=True)}
+    return ours | {name: partial(_one_by_one, cluster, tokens) for name, cluster in others.items()}
 
 
 def _one_by_one(cluster: Callable[[Tensor], np.ndarray], tokens: Tensor) -> np.ndarray:
@@ -98,8 +97,3 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
 
 def gaussian(batch: int, num_tokens: int, channels: int = CHANNELS) -> Tensor:
     return torch.randn(batch, num_tokens, channels, generator=torch.Generator().manual_seed(0))
-
-
-def num_kept(num_tokens: int, keep: float) -> int:
-    """How many of `num_tokens` keys ATC keeps at a fraction `keep`."""
-    return ATCConfig(r=keep).num_kept(num_tokens, 1, None)[1]

@@ -4,72 +4,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from atc_eval.files import read_json
+
 BATCH = 2  # one image with guidance
 Draw = Callable[..., Tensor]
 Inputs = dict[str, Any]
 
-UNET: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-PIXART_SIGMA: dict[str, Any] = {
-    "sample_size": 128,
-    "interpolation_scale": 2,
-    "caption_channels": 4096,
-    "use_additional_conditions": False,
-}
-SD3_MEDIUM: dict[str, Any] = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 192,
-}
-FLUX: dict[str, Any] = {"guidance_embeds": True}
+CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("full_size.json"))  # as diffusers writes them
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network to be timed.
-
-    Attributes:
-        title: its name in tables.
-        kind: its class.
-        config: arguments of the class.
-        text: makes its inputs besides latents and timestep, `text(network, draw, pixels)`.
-        sizes: pixels a side that are timed on a GPU by default; on a CPU, only the first.
-        channels: of the latents.
-        blocks: number of blocks of its most frequent kind; None for a UNet.
-        levels: its two finest levels with self-attention.
-        is_rotary: whether it has rotary embeddings, so that only keys and values merge.
-    """
+    """A network to be timed."""
 
     title: str
     kind: type[nn.Module]
-    config: dict[str, Any]
-    text: Callable[[Any, Draw, int], Inputs]
-    sizes: tuple[int, ...] = (1024,)
-    channels: int = 4
-    blocks: int | None = None
-    levels: tuple[int, ...] = (2,)
-    is_rotary: bool = False
+    config: dict[str, Any]  # arguments of `kind`
+    text: Callable[[Any, Draw, int], Inputs]  # makes its inputs besides latents and timestep: (network, draw, pixels)
+    sizes: tuple[int, ...] = (1024,)  # pixels a side that are timed on a GPU by default; on a CPU, only the first
+    channels: int = 4  # of the latents
+    blocks: int | None = None  # of its most frequent kind; None for a UNet
+    levels: tuple[int, ...] = (2,)  # its two finest with self-attention
+    is_rotary: bool = False  # whether it has rotary embeddings, so that only keys and values merge
 
     def build(self, blocks: int | None = None) -> Any:
         """The network, cut to `blocks` blocks of each kind if given."""
@@ -93,14 +56,13 @@ def _unet_text(unet: Any, draw: Draw, pixels: int) -> Inputs:
 
 
 def _pixart_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
-    sizes = {"resolution": None, "aspect_ratio": None}
     text = draw(BATCH, 300, transformer.config.caption_channels)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": sizes}
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
 
-def _sd3_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
+def _sd3_text(transformer: Any, draw: Draw, pixels: int, num_tokens: int = 333) -> Inputs:
     """77 tokens of CLIP and 256 of T5."""
-    text = draw(BATCH, 333, transformer.config.joint_attention_dim)
+    text = draw(BATCH, num_tokens, transformer.config.joint_attention_dim)
     return {"encoder_hidden_states": text, "pooled_projections": draw(BATCH, transformer.config.pooled_projection_dim)}
 
 
@@ -108,26 +70,27 @@ def _flux_text(transformer: Any, draw: Draw, pixels: int) -> Inputs:
     """512 tokens of T5, and the positions of the image's tokens."""
     side = torch.arange(pixels // 16, device=transformer.device)
     places = torch.cartesian_prod(torch.zeros(1, device=transformer.device), side.float(), side.float())
-    text = draw(BATCH, 512, transformer.config.joint_attention_dim)
-    return {
-        "encoder_hidden_states": text,
-        "pooled_projections": draw(BATCH, transformer.config.pooled_projection_dim),
-        "img_ids": places,
-        "txt_ids": places.new_zeros(512, 3),
-        "guidance": places.new_full((BATCH,), 3.5),
-    }
+    more = {"img_ids": places, "txt_ids": places.new_zeros(512, 3), "guidance": places.new_full((BATCH,), 3.5)}
+    return _sd3_text(transformer, draw, pixels, num_tokens=512) | more
 
 
 MODELS = {
     "sd15": Model(
-        "Stable Diffusion v1.5's UNet", UNet2DConditionModel, UNET["sd15"], _unet_text, (512, 1024, 2048), levels=(1, 2)
+        "Stable Diffusion v1.5's UNet",
+        UNet2DConditionModel,
+        CONFIGS["sd15"],
+        _unet_text,
+        (512, 1024, 2048),
+        levels=(1, 2),
     ),
-    "sdxl": Model("SDXL's UNet", UNet2DConditionModel, UNET["sdxl"], _unet_text, levels=(2, 4)),
+    "sdxl": Model("SDXL's UNet", UNet2DConditionModel, CONFIGS["sdxl"], _unet_text, levels=(2, 4)),
     "pixart-sigma": Model(
-        "PixArt-Sigma", PixArtTransformer2DModel, PIXART_SIGMA, _pixart_text, (1024, 2048), blocks=28
+        "PixArt-Sigma", PixArtTransformer2DModel, CONFIGS["pixart-sigma"], _pixart_text, (1024, 2048), blocks=28
     ),
-    "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, SD3_MEDIUM, _sd3_text, channels=16, blocks=24),
-    "flux-dev": Model("FLUX.1-dev", FluxTransformer2DModel, FLUX, _flux_text, (1024, 2048), 16, 38, is_rotary=True),
+    "sd3-medium": Model("SD3-medium", SD3Transformer2DModel, CONFIGS["sd3-medium"], _sd3_text, channels=16, blocks=24),
+    "flux-dev": Model(
+        "FLUX.1-dev", FluxTransformer2DModel, CONFIGS["flux-dev"], _flux_text, (1024, 2048), 16, 38, is_rotary=True
+    ),
 }
 
 

@@ -33,16 +33,16 @@ def training_table(setting: Setting, keeps: Sequence[float], repeats: int) -> It
 def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator[Row]:
     network = setting.load()
     for checkpointing in (False, True):
-        runs = {each: Training(setting, share_weights(network), each, checkpointing) for each in methods}
-        timings = take_turns({each.folder: run.step for each, run in runs.items()}, repeats, setting.device)
+        runs = {method: Training(setting, share_weights(network), method, checkpointing) for method in methods}
+        timings = take_turns({method: run.step for method, run in runs.items()}, repeats, setting.device)
         for method, run in runs.items():
-            seconds, unmerged = timings[method.folder].seconds, timings[methods[0].folder].seconds
+            seconds, unmerged = timings[method].seconds, timings[Method()].seconds
             named = "on" if checkpointing else "off", method.label, method.setting
             yield *named, f"{seconds:.3g}", f"{seconds / unmerged:.2f}", mebibytes(run.saved_bytes())
 
 
 class Training:
-    """A LoRA of a network with `method` applied, trained on noise."""
+    """A LoRA of a network, trained on noise with `method` applied."""
 
     def __init__(self, setting: Setting, network: Any, method: Method, checkpointing: bool) -> None:
         self.network = network.train()

@@ -23,7 +23,6 @@ from atc_eval.method import Method
 from atc_eval.rivals import Rival, merged_layers
 
 STEPS_A_CLUSTERING = 3  # about as many as one serves in a run of 20 steps
-UNMERGED = Method()
 METHODS: dict[str, Callable[[float, Model], Method]] = {  # by fraction kept
     "tomesd": lambda r, model: Method(rival=Rival("tomesd", 100 * r)),
     "todo": lambda r, model: Method(rival=Rival("todo", 2)),
@@ -73,14 +72,14 @@ def step_table(setting: Setting, keeps: Sequence[float], names: Sequence[str], r
     is_rotary = MODELS[setting.model].is_rotary
     legend = "Only keys are merged." if is_rotary else "With recluster_threshold=inf, clustering time is excluded."
     rows = _in_turns(setting, select(keeps, names, setting.model), repeats)
-    return table(setting.title, f"{_note(repeats)} {legend}", _columns(setting.device), rows)
+    return _table(setting.title, legend, setting, repeats, rows)
 
 
 def compiled_table(setting: Setting, keep: float, repeats: int) -> Iterator[str]:
     """One method after another, each compiled separately, because patching resets the compiler."""
     rows = _compiled(setting, select([keep], COMPILED, setting.model), repeats)
-    note = f"{_note(repeats)} Compiled one after another, not in turns."
-    return table(f"{setting.title}, torch.compile", note, _columns(setting.device), rows)
+    legend = "Compiled one after another, not in turns."
+    return _table(f"{setting.title}, torch.compile", legend, setting, repeats, rows)
 
 
 def select(keeps: Sequence[float], names: Sequence[str], model: str) -> list[Method]:
@@ -89,27 +88,25 @@ def select(keeps: Sequence[float], names: Sequence[str], model: str) -> list[Met
     unfit = set(METHODS) - set(OF_ROTARY) if network.is_rotary else OF_UNETS if network.blocks else OF_TRANSFORMERS
     fitting = [name for name in names if name not in unfit]
     chosen = [METHODS[name](keep, network) for keep in keeps for name in fitting if keep >= KEEP_AT_LEAST.get(name, 0)]
-    return list(dict.fromkeys([UNMERGED, *chosen]))
+    return list(dict.fromkeys([Method(), *chosen]))
 
 
-def _note(repeats: int) -> str:
-    return (
+def _table(title: str, legend: str, setting: Setting, repeats: int, rows: Iterator[Row]) -> Iterator[str]:
+    note = (
         f"Mean over the {STEPS_A_CLUSTERING} steps that one clustering serves (1 where every step clusters), median of "
-        f"{repeats}; all layers' clusterings are counted."
+        f"{repeats}; all layers' clusterings are counted. {legend}"
     )
-
-
-def _columns(device: str) -> list[str]:
-    memory = ["peak MiB beside the weights"] if device == "cuda" else []
-    return ["method", "setting", "seconds a step", "ratio to unmerged", "clusterings a step", *memory]
+    memory = ["peak MiB beside the weights"] if setting.device == "cuda" else []
+    columns = ["method", "setting", "seconds a step", "ratio to unmerged", "clusterings a step", *memory]
+    return table(title, note, columns, rows)
 
 
 @torch.no_grad()
 def _in_turns(setting: Setting, methods: list[Method], repeats: int) -> Iterator[Row]:
     network = setting.load()
-    runs = {each.folder: Denoising(setting, share_weights(network), each) for each in methods}
-    timings = take_turns({name: run.turn for name, run in runs.items()}, repeats, setting.device)
-    yield from (_cells(run, timings[name], timings[UNMERGED.folder]) for name, run in runs.items())
+    runs = {method: Denoising(setting, share_weights(network), method) for method in methods}
+    timings = take_turns({method: run.turn for method, run in runs.items()}, repeats, setting.device)
+    yield from (_cells(run, timings[method], timings[Method()]) for method, run in runs.items())
 
 
 @torch.no_grad()
@@ -120,7 +117,7 @@ def _compiled(setting: Setting, methods: list[Method], repeats: int) -> Iterator
         run = Denoising(setting, share_weights(network), method)
         run.network.compile()
         # Three periods meet all that is compiled: clustering and reuse, before and after guidance is recognised.
-        [timing] = take_turns({method.folder: run.turn}, repeats, setting.device, warm_ups=3).values()
+        [timing] = take_turns({method: run.turn}, repeats, setting.device, warm_ups=3).values()
         unmerged = unmerged or timing
         yield _cells(run, timing, unmerged)
 
@@ -140,26 +137,21 @@ def share_weights(network: Any) -> Any:
 
 
 class Denoising:
-    """A long denoising run of `network` by `method`.
-
-    Attributes:
-        period: steps per turn; one clustering serves them all.
-        clusterings: of all layers in the last turn.
-    """
+    """A long denoising run of `network` by `method`."""
 
     def __init__(self, setting: Setting, network: Any, method: Method) -> None:
         self.setting, self.network, self.method = setting, network, method
         self.config = method.config if isinstance(method.config, MergeConfig) else None
         self.is_free = self.config is not None and self.config.recluster_threshold == math.inf
         reuses = self.config and self.config.recluster_threshold and not self.is_free
-        self.period = STEPS_A_CLUSTERING if reuses else 1
+        self.period = STEPS_A_CLUSTERING if reuses else 1  # steps per turn; one clustering serves them all
         self.applied = ExitStack()  # never closed: the network is this run's own
         self.applied.enter_context(method.applied(network))
         self.latents, self.inputs = make_inputs(setting.model, network, setting.size)
         # Views of one tensor, like a scheduler's timesteps: their order is known without waiting for a GPU.
         self.timesteps = cycle(torch.arange(999, -1, -1, device=network.device))
         self.noise = torch.Generator().manual_seed(0)  # the same for every method
-        self.clusterings = 0
+        self.clusterings = 0  # of all layers in the last turn
 
     def turn(self) -> None:
         before = self._clusterings_so_far()
@@ -178,8 +170,7 @@ class Denoising:
 
     def check_output(self) -> None:
         if not self.output.isfinite().all():
-            name = " ".join(filter(None, [self.method.label, self.method.setting]))
-            raise ValueError(f"the output of {name} is not finite, so its time is meaningless")
+            raise ValueError(f"the output of {self.method} is not finite, so its time is meaningless")
 
 
 def arithmetic_table(settings: Sequence[Setting]) -> Iterator[str]:

@@ -1,14 +1,15 @@
-"""Timings in turns, so that drifts of the machine's speed affect all candidates, and the Markdown tables they fill."""
+"""Timings taken in turn, so that the machine's drifts affect all candidates, and the Markdown tables they fill."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 Call = Callable[[], Any]
 Row = Sequence[str]
 
@@ -22,13 +23,13 @@ class Timing:
 
 
 def take_turns(
-    candidates: Mapping[str, Call], repeats: int, device: str, calls: int = 1, warm_ups: int = 1
-) -> dict[str, Timing]:
+    candidates: Mapping[Name, Call], repeats: int, device: str, calls: int = 1, warm_ups: int = 1
+) -> dict[Name, Timing]:
     """The median of `repeats` timings of each candidate, taken in turn; each timing spans `calls` calls."""
     for candidate in candidates.values():
         for _ in range(warm_ups):
             candidate()
-    timings: dict[str, list[Timing]] = {name: [] for name in candidates}
+    timings: dict[Name, list[Timing]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
             timings[name].append(_time(candidate, device, calls))

@@ -24,18 +24,9 @@ from atc_eval.report.plots import plot_lines
 from atc_eval.score.statistics import Estimate, bootstrap_draws
 
 DRAWS = 1000
-UNMERGED = Method().label
 BASELINES = {"merging": MERGING[1:], "pruning": PRUNING}
 # Top-1 with MAE backbones, off the shelf (Haurum et al. 2024, Table 1); t is 16 in ViT-B, 8 in ViT-L, 7 in ViT-H.
-PAPER_ROWS = ["no reduction", "ToMe", "ATC single", "ATC average", "ATC complete"]
-PAPER_TABLE_1 = {
-    "constant, t = 16": [83.6, 78.5, 79.7, 80.1, 80.2],
-    "linear, t = 16": [83.6, 56.6, 65.8, 67.1, 67.1],
-    "constant, t = 8": [85.9, 84.2, 84.8, 84.8, 84.9],
-    "linear, t = 8": [85.9, 80.1, 82.5, 82.6, 82.6],
-    "constant, t = 7": [86.9, 86.0, 86.4, 86.4, 86.4],
-    "linear, t = 7": [86.9, 85.0, 85.6, 85.6, 85.8],
-}
+PAPER_TABLE_1 = Path(__file__).with_name("paper_table_1.csv")
 ACCURACY_TEXT = """\
 Top-1 in percent, ± half the 95 % interval by bootstrap over the subjects of the images. Columns are fractions of
 tokens kept at the 4th, 7th and 10th block, or tokens removed in every block."""
@@ -52,15 +43,17 @@ def write_report(evaluations: Sequence[Evaluation], task: Task, command: str, de
     """Write `results.csv`, and the report as HTML and Markdown to `folder`."""
     table = frame(evaluations, task)
     write_atomically(folder / "results.csv", table.to_csv(index=False, float_format="%.2f").encode())
+    unmerged, rows = table.iloc[0], table[1:]
+    accuracy = _pivot(rows, [_written(row) for _, row in rows.iterrows()])
+    speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
+    clusters = enumerate(plot_clusters(evaluations, task), start=1)
     sections = [
-        *accuracy_sections(evaluations, table, task),
+        Section("Off the shelf", f"{ACCURACY_TEXT} Unmerged: {_written(unmerged)}.", table=accuracy),
+        Section("ATC's lead, off the shelf", LEAD_TEXT, table=leads(evaluations, task)),
         *paper_section(table),
-        speed_section(table),
+        Section("Images per second", SPEED_TEXT.format(unmerged.images_per_second), table=speeds),
         accuracy_plot(table),
-        *(
-            Section(f"Clusters {number}", figure=figure)
-            for number, figure in enumerate(plot_clusters(evaluations, task), start=1)
-        ),
+        *(Section(f"Clusters {number}", figure=figure) for number, figure in clusters),
     ]
     conditions = {"task": task.name, "device": device, "versions": in_words(versions(("torch", "timm")))}
     Page("Classification with fewer tokens", conditions, [command], sections).write(folder)
@@ -83,24 +76,11 @@ def frame(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def accuracy_sections(evaluations: Sequence[Evaluation], table: pd.DataFrame, task: Task) -> Iterator[Section]:
-    """Top-1 of each method, and ATC's lead."""
-    text, rows = f"{ACCURACY_TEXT} Unmerged: {_written(table.iloc[0])}.", table[1:]
-    yield Section("Off the shelf", text, table=_pivot(rows, [_written(row) for _, row in rows.iterrows()]))
-    yield Section("ATC's lead, off the shelf", LEAD_TEXT, table=leads(evaluations, task))
-
-
 def paper_section(table: pd.DataFrame) -> Iterator[Section]:
-    columns = [column for column in PAPER_TABLE_1 if column in set(table.column)]
+    published = pd.read_csv(PAPER_TABLE_1, index_col=0)
+    columns = [column for column in published if column in set(table.column)]
     if columns:
-        published = pd.DataFrame(PAPER_TABLE_1, index=PAPER_ROWS)[columns].map("{:.1f}".format)
-        yield Section("The paper's Table 1, off the shelf", table=_named(published))
-
-
-def speed_section(table: pd.DataFrame) -> Section:
-    rows = table[(table.label != UNMERGED)]
-    speeds = _pivot(rows, [f"{speed:.0f}" for speed in rows.images_per_second])
-    return Section("Images per second", SPEED_TEXT.format(table.images_per_second.iloc[0]), table=speeds)
+        yield Section("The paper's Table 1, off the shelf", table=_named(published[columns].map("{:.1f}".format)))
 
 
 def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
@@ -108,10 +88,9 @@ def leads(evaluations: Sequence[Evaluation], task: Task) -> pd.DataFrame:
     draws = bootstrap_draws(len(set(task.subjects)), DRAWS)
     cells: dict[str, dict[str, str]] = {}
     for own in evaluations:
+        setting = own.method.setting
         for kind, names in BASELINES.items() if _name(own) == "atc" else ():
-            setting = own.method.setting
-            others = [each for each in evaluations if _name(each) in names and each.method.setting == setting]
-            if others:
+            if others := [each for each in evaluations if _name(each) in names and each.method.setting == setting]:
                 best = max(others, key=lambda each: each.accuracy)
                 gain = mean_by_subject(100.0 * own.correct - 100.0 * best.correct, task.subjects, draws)
                 row = cells.setdefault(f"{own.method.label} over the best {kind}", {})

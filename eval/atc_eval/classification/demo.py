@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from atc_diffusion.commands import check_number
 from atc_eval.classification.evaluation import RESULTS, Task
-from atc_eval.command_line import check_number
 from atc_eval.draw.sets import claim_folder
+from atc_eval.files import write_atomically
 
 SIZE = 48  # pixels
 SHIFT = 4  # pixels by which images are shifted in training
@@ -49,7 +51,7 @@ class DemoTask:
         """The test images, and the model in `out`, which is trained first if missing."""
         claim_folder(out, {"demo": "emoji", "epochs": self.epochs}, RESULTS)
         training, test = load_emoji(self.emoji_images)
-        model = trained_model(training, out / "model.pt", self.epochs)
+        model = trained_model(training, out / "model.safetensors", self.epochs)
         last_drawn = {number: index for index, number in enumerate(test.subjects.tolist())}
         return Task(
             name=f"ViT of 12 blocks, 64 channels and 8 x 8 patches, {len(training.images)} emoji to train and "
@@ -63,17 +65,11 @@ class DemoTask:
 
 
 class Emoji(NamedTuple):
-    """Images with their classes.
+    """Images with their classes."""
 
-    Attributes:
-        images: `[n, 3, H, W]` uint8.
-        classes: `[n]` int64.
-        subjects: `[n]` int64, the emoji that each shows, the same for all vendors.
-    """
-
-    images: Tensor
-    classes: Tensor
-    subjects: Tensor
+    images: Tensor  # [n, 3, H, W] uint8
+    classes: Tensor  # [n] int64
+    subjects: Tensor  # [n] int64, the emoji that each shows, the same for all vendors
 
 
 def load_emoji(folder: Path) -> tuple[Emoji, Emoji]:
@@ -119,7 +115,7 @@ def draw_on_white(file: Path) -> Tensor:
         drawing = image.convert("RGBA")
     white = Image.new("RGBA", drawing.size, "white")
     drawn = Image.alpha_composite(white, drawing).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
+    return pil_to_tensor(drawn)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -135,8 +131,8 @@ def trained_model(emoji: Emoji, weights: Path, epochs: int) -> VisionTransformer
     )
     if not weights.exists():
         train(model, emoji, epochs)
-        torch.save(model.state_dict(), weights)
-    model.load_state_dict(torch.load(weights))
+        write_atomically(weights, save(model.state_dict()))
+    model.load_state_dict(load_file(weights))
     return model
 
 

@@ -1,8 +1,9 @@
 """Which reductions of a vision transformer's tokens are compared, and the images that each classifies correctly."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ViTConfig
 from atc_diffusion.clustering import LINKAGES
-from atc_eval.command_line import check_number, parse_fraction
+from atc_diffusion.commands import check_number
+from atc_eval.command_line import parse_fraction, several
 from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
 from atc_eval.score.statistics import Draws, Estimate
 
 RESULTS = "methods/*.json"
 MERGING, PRUNING = ("atc", "tome", "kmedoids", "dpc_knn"), ("topk", "evit")
-SCHEDULES = ("constant", "linear")
 TOME_KEEPS = 0.5  # at least
 
 
@@ -35,29 +34,13 @@ class Reductions:
     """Which methods are compared with the unreduced model."""
 
     _argument_group_name = "reductions of the tokens"
-    method: list[str] = HfArg(
-        default_factory=lambda: [*MERGING, *PRUNING],
-        metadata={"choices": [*MERGING, *PRUNING]},
-        help="methods to compare (default: all)",
+    method: list[str] = several([*MERGING, *PRUNING], "methods to compare", [*MERGING, *PRUNING])
+    linkage: list[str] = several(["average", "complete", "single"], "linkages of atc", LINKAGES)
+    keep: list[str] = several([], "percent kept at blocks 4, 7 and 10 (default: 25 50 70 90; none with --remove)")
+    remove: list[int] = several(
+        [], "tokens removed in every block; in the paper 16 for ViT-B, 8 for ViT-L, 7 for ViT-H"
     )
-    linkage: list[str] = HfArg(
-        default_factory="average complete single".split,
-        metadata={"choices": list(LINKAGES)},
-        help="linkages of atc (default: average complete single)",
-    )
-    keep: list[str] = HfArg(
-        default_factory=list,
-        help="percentages of the tokens kept at the 4th, 7th and 10th block (default: 25 50 70 90; none with --remove)",
-    )
-    remove: list[int] = HfArg(
-        default_factory=list,
-        help="tokens removed in every block, as in the paper's Table 1 (16 for ViT-B, 8 for ViT-L, 7 for ViT-H)",
-    )
-    schedule: list[str] = HfArg(
-        default_factory=lambda: list(SCHEDULES),
-        metadata={"choices": SCHEDULES},
-        help="schedules of --remove (default: both)",
-    )
+    schedule: list[str] = several(["constant", "linear"], "schedules of --remove", ["constant", "linear"])
 
     def __post_init__(self) -> None:
         for number in self.remove:
@@ -66,38 +49,31 @@ class Reductions:
 
     def methods(self) -> list[Method]:
         """The unreduced model, and every method at every strength that it supports."""
-        return [Method(), *map(Method, self._configs())]
-
-    def _configs(self) -> Iterator[ViTConfig]:
         keeps = self.keep or ([] if self.remove else ["25", "50", "70", "90"])
         strengths: list[dict[str, Any]] = [{"r": parse_fraction(text)} for text in keeps]
         strengths += [{"t": number, "schedule": schedule} for number in self.remove for schedule in self.schedule]
+        kinds: list[dict[str, Any]] = []
         for method in self.method:
-            for linkage in self.linkage if method == "atc" else ["average"]:
-                for strength in strengths:
-                    if method != "tome" or strength.get("r", 1) >= TOME_KEEPS:
-                        options: dict[str, Any] = {"method": method, "linkage": linkage, **strength}
-                        yield ViTConfig(**options)
+            linkages = self.linkage if method == "atc" else ["average"]
+            kinds += [{"method": method, "linkage": linkage} for linkage in linkages]
+        configs = [
+            ViTConfig(**kind, **strength)
+            for kind, strength in product(kinds, strengths)
+            if kind["method"] != "tome" or strength.get("r", 1) >= TOME_KEEPS
+        ]
+        return [Method(), *map(Method, configs)]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model and the images that it is tested on.
-
-    Attributes:
-        name: in words.
-        images: pairs of an image `[3, H, W]`, as the model takes it, and its class.
-        subjects: `[n]`, what each image shows; the bootstrap draws images of one subject together.
-        shown: indices of the images whose clusters are shown.
-        visible: makes an image visible, `[H, W, 3]` from 0 to 1.
-    """
+    """A model and the images that it is tested on."""
 
     name: str
     model: VisionTransformer
-    images: Dataset[Any]
-    subjects: NDArray[np.int64]
-    shown: list[int]
-    visible: Callable[[torch.Tensor], NDArray[np.floating[Any]]]
+    images: Dataset[Any]  # pairs of an image [3, H, W], as the model takes it, and its class
+    subjects: NDArray[np.int64]  # [n], what each image shows; the bootstrap draws images of one subject together
+    shown: list[int]  # indices of the images whose clusters are shown
+    visible: Callable[[torch.Tensor], NDArray[np.floating[Any]]]  # makes an image visible, [H, W, 3] from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,32 +102,26 @@ def evaluate(task: Task, method: Method, out: Path, batch_size: int, state: Part
     return Evaluation(method, np.array(record["correct"], bool), record["images_per_second"])
 
 
-def _classify(task: Task, method: Method, batch_size: int, state: PartialState) -> tuple[list[int], float]:
-    numbers = range(state.process_index, len(task.subjects), state.num_processes)
-    model = task.model.to(state.device)
-    with method.applied(model):
-        seconds, correct = zip(*_batches(model, task.images, numbers, batch_size, state), strict=True)
-    own = dict(zip(numbers, (entry for batch in correct for entry in batch), strict=True))
-    everyone = dict(gather_object(list(own.items())))
-    typical = float(np.median(np.array(seconds) / [len(batch) for batch in correct]))
-    return [everyone[number] for number in range(len(task.subjects))], 1 / typical
-
-
 @torch.no_grad()
-def _batches(
-    model: nn.Module, dataset: Dataset[Any], numbers: range, batch_size: int, state: PartialState
-) -> Iterator[tuple[float, list[int]]]:
-    """For each batch, its seconds and, for each image, 1 if it is classified correctly, else 0."""
-    loader = DataLoader(Subset(dataset, numbers), batch_size, num_workers=4 if state.device.type == "cuda" else 0)
-    for images, classes in tqdm(loader, desc="classifying", disable=not state.is_main_process, leave=False):
-        images = images.to(state.device)
-        start = time.perf_counter()
-        predicted = model(images).argmax(dim=1).cpu()  # waits for the device
-        yield time.perf_counter() - start, (predicted == classes).int().tolist()
+def _classify(task: Task, method: Method, batch_size: int, state: PartialState) -> tuple[list[int], float]:
+    """For each image 1 if it is classified correctly, else 0; and images per second on one device."""
+    numbers = range(state.process_index, len(task.subjects), state.num_processes)
+    workers = 4 if state.device.type == "cuda" else 0
+    loader = DataLoader(Subset(task.images, numbers), batch_size, num_workers=workers)
+    model, correct, seconds = task.model.to(state.device), [], []
+    with method.applied(model):
+        for images, classes in tqdm(loader, desc="classifying", disable=not state.is_main_process, leave=False):
+            images = images.to(state.device)
+            start = time.perf_counter()
+            predicted = model(images).argmax(dim=1).cpu()  # waits for the device
+            seconds.append((time.perf_counter() - start) / len(images))
+            correct += (predicted == classes).int().tolist()
+    everyone = dict(gather_object(list(zip(numbers, correct, strict=True))))
+    return [everyone[number] for number in range(len(task.subjects))], 1 / float(np.median(seconds))
 
 
 def mean_by_subject(values: NDArray[Any], subjects: NDArray[np.int64], draws: Draws) -> Estimate:
     """The mean of `values` `[n]`, one per image, with a bootstrap over the subjects by `draws` `[B, S]`."""
     _, subject = np.unique(subjects, return_inverse=True)
     totals, counts = np.bincount(subject, values), np.bincount(subject)
-    return Estimate.of(values.mean(), totals[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    return Estimate.of(np.append(values.mean(), totals[draws].sum(axis=1) / counts[draws].sum(axis=1)))

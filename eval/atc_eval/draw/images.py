@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from atc_diffusion.commands import SEEDS
-from atc_eval.command_line import check_number, counted, read_names
+from atc_diffusion.commands import SEEDS, check_number
+from atc_eval.command_line import counted, read_names, several
 from atc_eval.files import FEWEST_IMAGES
 
 # WordNet's lemma lists, line i for class i, as in the ATC authors' public code (github.com/JoakimHaurum/ATC).
@@ -35,12 +35,10 @@ class Prompts:
     _argument_group_name = "images"
     classes: str = HfArg(default="all", help="'all', a count (100: the first hundred) or a list of indices (3,7,12)")
     images_per_class: int = HfArg(default=2, help="images of each class")
-    class_names: Path = HfArg(
-        default=IMAGENET_NAMES, help="file with the names of the classes (default: the 1000 of ImageNet)"
-    )
+    class_names: Path = HfArg(default=IMAGENET_NAMES, help="file of class names (default: ImageNet's 1000)")
     prompt: str = HfArg(default="A high quality photograph of a {}.", help="prompt, with {} for the class name")
     seed: int = HfArg(default=0, help="added to every image's own seed")
-    show: list[int] = HfArg(default_factory=list, help="classes whose images the report shows (default: the first)")
+    show: list[int] = several([], "classes whose images the report shows (default: the first)")
 
     def __post_init__(self) -> None:
         check_number("--images-per-class", self.images_per_class)
@@ -83,6 +81,14 @@ def plan(names: Sequence[str], classes: Sequence[int], per_class: int, template:
         for index in classes
         for image in range(per_class)
     ]
+
+
+def parse_part(text: str | None) -> slice:
+    """The images that one job of an array draws, from text such as "3/8"; all for None."""
+    number, _, count = ("1/1" if text is None else text).partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--part is one of the parts into which the images are divided, such as 3/8, got {text!r}")
+    return slice(int(number) - 1, None, int(count))
 
 
 def select_classes(text: str, count: int) -> list[int]:

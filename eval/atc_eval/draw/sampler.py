@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,41 +26,17 @@ from atc_eval.files import read_json, write_json
 from atc_eval.method import Method
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of the parts into which a job array divides the images."""
-
-    number: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str | None) -> "Part":
-        """The part that `text` names, such as "3/8"; all for None."""
-        number, _, count = ("1/1" if text is None else text).partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ValueError(f"--part is one of the parts into which the images are divided, such as 3/8, got {text!r}")
-        return cls(int(number), int(count))
-
-    def of(self, images: Sequence[PlannedImage], missing: Sequence[PlannedImage]) -> list[PlannedImage]:
-        """The missing images of this part; which images a part has does not depend on what is missing."""
-        own = set(images[self.number - 1 :: self.count])
-        return [image for image in missing if image in own]
-
-
-ALL = Part()
-
-
+@dataclass(eq=False)
 class Sampler:
-    """Draws this process's part of the missing images.
+    """Draws this process's share of a part of the images.
 
     Every batch is full: the last one repeats an image. So an image depends only on its prompt, its seed and the
     settings, not on its neighbours, their order, interruptions or the number of processes.
     """
 
-    def __init__(self, sampling: Sampling, state: PartialState, part: Part = ALL) -> None:
-        self.sampling = sampling
-        self.state = state
-        self.part = part
+    sampling: Sampling
+    state: PartialState
+    part: slice = field(default_factory=lambda: slice(0, None, 1))
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:
@@ -77,29 +53,29 @@ class Sampler:
 
     def draw_missing(self, sets: dict[Method, ImageSet], missing: dict[Method, list[PlannedImage]]) -> None:
         """Draw the missing images of all sets, and write a record of the run beside them."""
-        own = {method: self._own(images) for method, images in missing.items()}
+        count = self.state.num_processes
+        own = {method: images[self.state.process_index :: count] for method, images in missing.items()}
         self.state.wait_for_everyone()  # no process writes before all have listed the missing images
-        total, count = sum(map(len, own.values())), self.state.num_processes
+        total = sum(map(len, own.values()))
         title = "drawing" if count == 1 else f"drawing, process 1 of {count}"
         with tqdm(total=total, unit="image", desc=title, disable=not self.state.is_main_process) as bar:
             for method, images in own.items():
                 self._draw_set(method, sets[method], images, bar)
         self.state.wait_for_everyone()
 
-    def _own(self, images: list[PlannedImage]) -> list[PlannedImage]:
-        with self.state.split_between_processes(images) as own:
-            return list(own)
-
     def _draw_set(self, method: Method, images: ImageSet, own: list[PlannedImage], bar: tqdm) -> None:
-        size = self.sampling.batch_size
-        if self.state.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.state.device)
+        size, device = self.sampling.batch_size, self.state.device
+        is_gpu = device.type == "cuda"
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         for start in range(0, len(own), size):
             batch, begun = own[start : start + size], time.perf_counter()
             for image, drawn in zip(batch, self.draw(method, batch), strict=True):
                 images.save(image, drawn)
-            name = f"record-{self.part.number - 1 + self.part.count * self.state.process_index}.json"
-            write_json(images.folder / name, self._record())
+            memory = torch.cuda.max_memory_allocated(device) if is_gpu else None
+            record = {"peak_memory_bytes": memory, "device": device_name(device), "versions": versions()}
+            number = self.part.start + self.part.step * self.state.process_index
+            write_json(images.folder / f"record-{number}.json", record)
             if self.state.is_main_process and bar.n == 0:
                 self._estimate(time.perf_counter() - begun, int(bar.total or 0) - len(batch), bar)
             bar.update(len(batch))
@@ -114,11 +90,6 @@ class Sampler:
             )
             sys.stdout.flush()  # a log is written in blocks
 
-    def _record(self) -> dict[str, Any]:
-        device = self.state.device
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        return {"peak_memory_bytes": memory, "device": device_name(device), "versions": versions()}
-
     def draw(self, method: Method, batch: Sequence[PlannedImage], steps: int | None = None) -> list[Image.Image]:
         """Draw each image from noise of its own seed, made on the CPU."""
         full = [*batch, *[batch[-1]] * (self.sampling.batch_size - len(batch))]
@@ -127,7 +98,9 @@ class Sampler:
                 [image.prompt for image in full],
                 num_inference_steps=steps or self.sampling.steps,
                 generator=[torch.Generator().manual_seed(image.seed) for image in full],
-                **self.sampling.arguments,
+                guidance_scale=self.sampling.guidance,
+                height=self.sampling.size,
+                width=self.sampling.size,
             )
         return list(output.images[: len(batch)])
 
@@ -169,15 +142,14 @@ class Times:
                 batch = [images[(number * size + index) % len(images)] for index in range(size)]
                 if number == 0:
                     warm_up(sampler, list(sets), batch, bar)
-                times = {drawn.folder.name: self._time(sampler, each, batch, bar) for each, drawn in sets.items()}
+                times = {}
+                for method, drawn in sets.items():
+                    start = time.perf_counter()
+                    sampler.draw(method, batch)
+                    times[drawn.folder.name] = (time.perf_counter() - start) / size
+                    bar.update()
                 self.rounds.append(times)
                 write_json(self.path, self.rounds)
-
-    def _time(self, sampler: Sampler, method: Method, batch: Sequence[PlannedImage], bar: tqdm) -> float:
-        start = time.perf_counter()
-        sampler.draw(method, batch)
-        bar.update()
-        return (time.perf_counter() - start) / sampler.sampling.batch_size
 
 
 def warm_up(sampler: Sampler, methods: Sequence[Method], batch: Sequence[PlannedImage], bar: tqdm) -> None:

@@ -1,7 +1,6 @@
 """How images are sampled: the model, its scheduler, and everything else that changes the bits of an image."""
 
 import hashlib
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
-from atc_diffusion.commands import check_source, load_lora, make_scheduler
-from atc_eval.command_line import check_number
+from atc_diffusion.commands import check_finite, check_number
+from atc_diffusion.loading import check_source, load_lora, make_scheduler
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI_DIFFUSION = Path(__file__).resolve().parents[3] / "examples" / "emoji_diffusion"
@@ -40,12 +39,10 @@ class Sampling:
     steps: int = HfArg(default=50, help="denoising steps")
     guidance: float = HfArg(default=7.5, help="classifier-free guidance scale")
     size: int | None = HfArg(default=None, help="height and width in pixels (default: the model's own)")
-    scheduler: str | None = HfArg(
-        default=None, metadata={"choices": list(SCHEDULERS)}, help="scheduler (default: the model's own)"
-    )
+    scheduler: str | None = HfArg(default=None, metadata={"choices": list(SCHEDULERS)}, help="default: the model's own")
     batch_size: int = HfArg(default=8, help="prompts in a batch; it changes how images are rounded")
     dtype: Literal["float16", "bfloat16", "float32"] | None = HfArg(
-        default=None, help="of the model (default: float16 on a CUDA GPU, else float32)"
+        default=None, help="default: float16 on CUDA, else float32"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="auto: the fastest there is")
 
@@ -56,20 +53,13 @@ class Sampling:
         check_number("--steps", self.steps)
         check_number("--size", self.size, least=8, multiple=8)
         check_number("--batch-size", self.batch_size)
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"--guidance must be a finite number, got {self.guidance}")
+        check_finite("--guidance", self.guidance)
 
     @property
     def name(self) -> str:
         """The model and its LoRA in a report."""
         names = [Path(each).name if Path(each).is_dir() else each for each in (self.model, self.lora) if each]
         return " with the LoRA ".join(names)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
-        size = {} if self.size is None else {"height": self.size, "width": self.size}
-        return size | {"guidance_scale": self.guidance}
 
     @property
     def is_full_size(self) -> bool:

@@ -5,6 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,16 @@ STAMP = "atc_diffusion"  # the PNG text field of the stamp
 ADDED: Mapping[str, Any] = {"lora": None, "scheduler": None}  # settings that older stamps lack, and what they were
 
 
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """The images of one method, in a folder.
 
     An image is written whole or not at all. Only a whole file with the right stamp counts; other files are ignored.
-
-    Args:
-        folder: the folder, made at the first `save`.
-        images: the images of the set.
-        origin: what made the set (model, steps, method, ...); part of every stamp.
     """
 
-    def __init__(self, folder: Path, images: Sequence[PlannedImage], origin: dict[str, Any]) -> None:
-        self.folder = folder
-        self.images = list(images)
-        self.origin = origin
+    folder: Path  # made at the first `save`
+    images: Sequence[PlannedImage]
+    origin: dict[str, Any]  # what made the set (model, steps, method, ...); part of every stamp
 
     def path(self, image: PlannedImage) -> Path:
         return self.folder / image.file
@@ -63,20 +59,14 @@ class ImageSet:
         return self.origin | {"prompt": image.prompt, "seed": image.seed}
 
     def _holds(self, image: PlannedImage) -> bool:
-        stamp = read_stamp(self.path(image))
+        stamp = read_stamp(path := self.path(image))
         if stamp is not None and (difference := differences(stamp, self._stamp(image))):
-            path = self.path(image)
-            raise ValueError(
-                f"{path} was drawn with other settings ({difference}); give another --out, or move it away"
-            )
+            raise ValueError(f"{path} was drawn with other settings ({difference}); give another --out, or move it")
         return stamp is not None
 
 
 def read_stamp(path: Path) -> dict[str, Any] | None:
-    """The stamp of the PNG at `path`, as this version writes it (empty if it has none).
-
-    None if there is no file, or it is damaged.
-    """
+    """The stamp of a PNG, as this version writes it; empty if it has none, None if the file is missing or damaged."""
     try:
         with Image.open(path) as image:
             image.verify()  # the checksums of all chunks, without decoding
@@ -127,18 +117,16 @@ def complete_sets(out: Path, images: Sequence[PlannedImage], settings: dict[str,
 
 def _folders(out: Path, images: Sequence[PlannedImage]) -> dict[Method, Path]:
     """The folder of each method in `out`, whatever the version that named it."""
-    found = {path.parent: _method(path) for path in out.glob(f"sets/*/{images[0].file}")}
-    return {method: folder for folder, method in found.items() if method}
-
-
-def _method(path: Path) -> Method | None:
-    """The method that drew the image at `path`; None if it is damaged, or if this version has no such method."""
-    try:
-        stamp = read_stamp(path)
-    except ValueError as error:
-        warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
-        return None
-    return Method.from_json(stamp["way"]) if stamp and "way" in stamp else None
+    found = {}
+    for path in out.glob(f"sets/*/{images[0].file}"):
+        try:
+            stamp = read_stamp(path)
+        except ValueError as error:  # this version has no such method
+            warnings.warn(f"{path.parent} is left out: {error}", stacklevel=2)
+            continue
+        if stamp and "way" in stamp:
+            found[Method.from_json(stamp["way"])] = path.parent
+    return found
 
 
 def _place(method: Method) -> tuple[object, ...]:

@@ -1,18 +1,17 @@
 """Reports: one self-contained HTML page, and Markdown with its figures in files."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
+from atc_diffusion.tuning_page import data_uri, svg
 from atc_eval.files import write_atomically
 
 CAPTION = 28  # characters on a line
@@ -45,18 +44,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes:
-        title: the headline.
-        conditions: name and value of the conditions that the figures hold under.
-        commands: the command lines that made them.
-        sections: the parts, in order.
-    """
+    """A report."""
 
     title: str
-    conditions: Mapping[str, str]
-    commands: Sequence[str]
+    conditions: Mapping[str, str]  # that the figures hold under, by name
+    commands: Sequence[str]  # that made them
     sections: Sequence[Section]
 
     @property
@@ -76,21 +68,6 @@ class Page:
         write_atomically(folder / "report.html", self.html.encode())
 
 
-def svg(figure: Figure) -> str:
-    """`figure` as an SVG element, with text as text."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "atc_diffusion"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
-
-
-def data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def contact_sheet(images: Sequence[Shown], most: int = 4) -> bytes:
     """The first image, and `most` of the best others above their difference from it, as a PNG."""
     first, best = images[0], [each for each in images[1:] if each.is_best][:most]
@@ -99,18 +76,14 @@ def contact_sheet(images: Sequence[Shown], most: int = 4) -> bytes:
         above.imshow(shown.image, interpolation="nearest")
         above.set_title(fill(shown.caption, CAPTION), fontsize=8)
         if shown is not first:
-            below.imshow(difference(first.image, shown.image), interpolation="nearest")
+            difference = ImageChops.difference(first.image, shown.image).point(lambda value: GAIN * value)
+            below.imshow(difference, interpolation="nearest")
             below.set_title(f"difference x {GAIN}", fontsize=8)
         above.set_axis_off()
         below.set_axis_off()
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
-
-
-def difference(image: Image.Image, other: Image.Image) -> Image.Image:
-    """The absolute difference of two images, `GAIN` times as strong."""
-    return ImageChops.difference(image, other).point(lambda value: GAIN * value)
 
 
 def _environment(escape: bool) -> Environment:

@@ -12,10 +12,7 @@ LINE_HEIGHT, CHARACTER = 11.0, 5.4  # points, of a label
 
 
 def plot_fidelity(frame: pd.DataFrame) -> Figure | None:
-    """PSNR against time, for rows with "method", "setting", "ratio", "psnr", "psnr_margin" and "frontier".
-
-    The labels name the methods on the frontier, and the best of every other method.
-    """
+    """PSNR against time; labels name the settings on the frontier, and the best of every other method."""
     best = frame.sort_values("psnr").drop_duplicates("method", keep="last").index
     names = (frame["method"] + ", " + frame["setting"]).str.removesuffix(", ")
     labels = names.where(frame["frontier"] | frame.index.isin(best), "")
@@ -34,11 +31,8 @@ def plot_lines(points: pd.DataFrame, x: str, y: str, unmerged: float) -> Figure 
 def plot(points: pd.DataFrame, x: str, y: str, unmerged: float | None = None) -> Figure | None:
     """A line with intervals for each method; None if there are not two points to compare.
 
-    Args:
-        points: rows with "method", "x", "y", "margin" and "label"; methods that begin with "ATC" are ours.
-        x: title of the horizontal axis.
-        y: title of the vertical axis.
-        unmerged: the unmerged model's y, which becomes a line.
+    `points` has "method", "x", "y", "margin" and "label"; `x` and `y` are the titles of the axes, and `unmerged` is the
+    unmerged model's y, which becomes a line.
     """
     if len(points) < 2:
         return None

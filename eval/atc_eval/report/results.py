@@ -7,26 +7,25 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from atc_eval.draw.images import PlannedImage
-from atc_eval.draw.sets import ImageSet
+from atc_eval.draw.sampler import Times, read_records
+from atc_eval.draw.sets import ImageSet, Sets
 from atc_eval.method import Method
-from atc_eval.score.scorer import Fidelity, Scores
+from atc_eval.score.scorer import Fidelity, Scorer, Scores
 from atc_eval.score.statistics import Draws, Estimate
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method with its images, their scores, a record of the run, and its time.
-
-    `timing` has the median "seconds" per image and their "ratio" to the unmerged model's, or is empty.
-    """
+    """What was measured of one method."""
 
     method: Method
     images: ImageSet
     scores: Scores
-    record: dict[str, Any]
-    timing: dict[Hashable, float]
+    record: dict[str, Any]  # of the run that drew the images
+    timing: dict[Hashable, float]  # median "seconds" per image, and "ratio" to the unmerged model's; or empty
 
     @property
     def seconds(self) -> float | None:
@@ -50,6 +49,14 @@ class Result:
             elif name not in ("fidelity", "psnr_of_each"):
                 row[name] = value
         return row | {"peak_memory_bytes": self.record["peak_memory_bytes"]}
+
+
+def score_sets(sets: Sets, scorer: Scorer, times: Times) -> list[Result]:
+    timing = times.medians(sets).to_dict("index")
+    return [
+        Result(each, images, scorer(images), read_records(images.folder), timing.get(images.folder.name, {}))
+        for each, images in tqdm(sets.items(), desc="scoring", unit="set")
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,5 @@ class Study:
         rows = json.loads(self.frame.to_json(orient="records", double_precision=6))
         details = [{"config": each.method.json, "record": each.record} for each in self.results]
         results = [row | more for row, more in zip(rows, details, strict=True)]
-        return json.dumps(
-            {"conditions": self.conditions, "commands": list(self.commands), "results": results}, indent=2
-        )
+        study = {"conditions": self.conditions, "commands": list(self.commands), "results": results}
+        return json.dumps(study, indent=2)

@@ -10,15 +10,10 @@ from atc_eval.draw.images import PlannedImage
 from atc_eval.files import write_atomically
 from atc_eval.report.page import Page, Section, Shown
 from atc_eval.report.plots import on_frontier, plot_fidelity, plot_lines
-from atc_eval.report.results import Result, Study
+from atc_eval.report.results import Study
 from atc_eval.score.statistics import Estimate
 
-PAPER_TABLE_2 = {  # FID by percent kept (Haurum et al. 2024, Table 2)
-    "ToMe": {100: 33.80, 90: 33.77, 80: 33.61, 70: 33.59, 60: 33.57, 50: 33.63, 40: 33.67},
-    "ATC single": {100: 33.80, 90: 33.63, 80: 33.48, 70: 33.53, 60: 33.43, 50: 34.01, 40: 36.95},
-    "ATC average": {100: 33.80, 90: 33.51, 80: 33.45, 70: 33.33, 60: 33.40, 50: 33.36, 40: 33.22},
-    "ATC complete": {100: 33.80, 90: 33.67, 80: 33.71, 70: 33.70, 60: 33.74, 50: 33.56, 40: 33.65},
-}
+PAPER_TABLE_2 = Path(__file__).with_name("paper_table_2.csv")  # FID by percent kept (Haurum et al. 2024, Table 2)
 FID_TEXT = """\
 Lower is closer to the reference; the columns are fractions of tokens kept. FID is biased upwards at small n: compare it
 only within one n, one kind of features and one reference. ± is half the 95 % bootstrap interval over the images drawn.
@@ -116,51 +111,35 @@ def _best_section(
 
 def changes_section(study: Study) -> Iterator[Section]:
     """Paired changes of PSNR between methods that differ in one choice."""
-    merged = [result for result in study.others if result.method.config is not None]
-    rows = [row for pair in combinations(merged, 2) if (row := _change(study, *pair))]
+    rows = []
+    for before, after in combinations([result for result in study.others if result.method.config], 2):
+        instead, setting = after.method.instead(before.method), after.method.setting
+        if instead and before.method.setting == setting:
+            gain = Estimate.of_mean(after.fidelity.psnr_of_each - before.fidelity.psnr_of_each, study.draws)
+            change = f"{after.method.label}, instead of {instead}"
+            rows.append({"change": change, "setting": setting, "PSNR (dB)": f"{gain:+.1f}{gain.star}"})
     if rows:
         yield Section("One choice changed", CHANGES_TEXT, table=pd.DataFrame(rows))
 
 
-def _change(study: Study, before: Result, after: Result) -> dict[str, str] | None:
-    instead = after.method.instead(before.method)
-    if instead is None or before.method.setting != after.method.setting:
-        return None
-    gain = Estimate.of_mean(after.fidelity.psnr_of_each - before.fidelity.psnr_of_each, study.draws)
-    title = f"{after.method.label}, instead of {instead}"
-    return {"change": title, "setting": after.method.setting, "PSNR (dB)": f"{gain:+.1f}{gain.star}"}
-
-
 def fid_section(study: Study) -> Iterator[Section]:
     """FID by the fraction of tokens kept, as in the paper's Table 2."""
-    merged = [each for each in study.others if each.method.keep is not None]
-    if not merged:
+    keep = pd.Series([100.0, *(each.method.keep for each in study.others)], dtype=float)
+    if keep[1:].isna().all():
         return
-    rows = pd.DataFrame([_fid_row(result) for result in [study.unmerged, *merged]])
-    points = rows[1:].assign(x=rows["keep"], y=rows["fid"])
+    stars = ["", *(each.fidelity.fid_change.star for each in study.others)]
+    cells = [f"{each.scores.fid:.2f}{star}" for each, star in zip(study.results, stars, strict=True)]
+    rows = study.frame.assign(keep=keep, cell=cells).dropna(subset="keep")
+    points = rows[1:].rename(columns={"keep": "x", "fid": "y", "fid_change_margin": "margin"})
     figure = plot_lines(points, "tokens kept (%)", "FID", study.unmerged.scores.fid.value)
     if study.is_papers_model:
-        rows = pd.concat([rows, _paper_rows()])
-    cells = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
-    table = cells.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
+        paper = pd.read_csv(PAPER_TABLE_2, index_col="keep").map("{:.2f}".format)
+        paper = paper.add_suffix(", in the paper").reset_index().melt("keep", var_name="method", value_name="cell")
+        rows = pd.concat([rows, paper])
+    table = rows.pivot_table("cell", "method", "keep", aggfunc="first", sort=False).fillna("")
+    table = table.sort_index(axis="columns", ascending=False).rename(columns="{:g} %".format).reset_index()
     text = f"{FID_TEXT} {PAPER_TEXT}" if study.is_papers_model else FID_TEXT
     yield Section(f"FID by {study.features}", text, table=table, figure=figure)
-
-
-def _fid_row(result: Result) -> dict[str, object]:
-    fid, fidelity = result.scores.fid, result.scores.fidelity
-    return {
-        "method": result.method.label,
-        "keep": 100.0 if result.method.is_unmerged else result.method.keep,
-        "cell": f"{fid:.2f}{fidelity.fid_change.star if fidelity else ''}",
-        "fid": fid.value,
-        "margin": fidelity.fid_change.margin if fidelity else 0.0,
-    }
-
-
-def _paper_rows() -> pd.DataFrame:
-    cells = pd.DataFrame(PAPER_TABLE_2).map("{:.2f}".format).add_suffix(", in the paper", axis="columns")
-    return cells.rename_axis("keep").reset_index().melt("keep", var_name="method", value_name="cell")
 
 
 def scores_section(study: Study) -> Section:
@@ -182,13 +161,9 @@ def images_section(study: Study, image: PlannedImage) -> Section:
     index, best = study.unmerged.images.images.index(image), [True] * len(study.results)
     if study.is_timed:
         best = list(on_frontier(study.frame["ratio"], study.frame["psnr"]))
-    shown = [
-        Shown(_caption(result, index), result.images.load(image), is_best)
-        for result, is_best in zip(study.results, best, strict=True)
-    ]
+    shown = []
+    for result, is_best in zip(study.results, best, strict=True):
+        name, fidelity = str(result.method), result.scores.fidelity
+        caption = f"{name}: {fidelity.psnr_of_each[index]:.1f} dB" if fidelity else name
+        shown.append(Shown(caption, result.images.load(image), is_best))
     return Section(f'"{image.prompt}", seed {image.seed}', images=shown)
-
-
-def _caption(result: Result, index: int) -> str:
-    name = ", ".join(filter(None, [result.method.label, result.method.setting]))
-    return name if result.scores.fidelity is None else f"{name}: {result.fidelity.psnr_of_each[index]:.1f} dB"

@@ -1,7 +1,6 @@
 """Features of sets of images by a network, cached by content."""
 
 import hashlib
-import urllib.error
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -75,7 +74,14 @@ def find_inception_weights(path: Path | None = None) -> str:
     """The checked file of torch-fidelity's Inception weights: `path`, or the download in torch.hub's folder."""
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path is None and not file.exists():
-        _download_inception(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+            raise ValueError(
+                f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
+                f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
+            ) from error
     if not file.is_file():
         raise ValueError(f"--inception-weights {file} is no file; download it from {URL_INCEPTION_V3}")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -87,27 +93,8 @@ def find_inception_weights(path: Path | None = None) -> str:
     return str(file)
 
 
-def _download_inception(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256)
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(
-            f"cannot download the Inception weights ({error}); download {URL_INCEPTION_V3} elsewhere and put it at "
-            f"{file}, or give --inception-weights FILE or --features efficientnet-lite0"
-        ) from error
-
-
 class Features:
-    """Features of sets of images by one network and one way of resizing, computed once for each set.
-
-    Args:
-        network: "inception" or "efficientnet-lite0".
-        resize: "tensorflow" or "clean".
-        cache: folder of the features, named by the content of the images.
-        device: where the network runs.
-        inception_weights: torch-fidelity's weights file. None: the downloaded file; it is downloaded if missing.
-    """
+    """Features of sets of images by one network and one way of resizing, in files named by the images' content."""
 
     def __init__(
         self, network: str, resize: str, cache: Path, device: torch.device, inception_weights: Path | None = None
@@ -121,18 +108,15 @@ class Features:
 
     def __call__(self, paths: Sequence[Path]) -> Tensor:
         """Features `[n, C]` of the images at `paths`, in this order."""
-        path = self.cache / f"{self._digest(paths)}.npy"
+        digest = hashlib.sha256(self.name.encode())
+        for image in paths:
+            digest.update(hashlib.sha256(image.read_bytes()).digest())
+        path = self.cache / f"{digest.hexdigest()[:32]}.npy"
         if not path.exists():
             file = BytesIO()
             np.save(file, self._compute(paths).numpy())
             write_atomically(path, file.getvalue())
         return torch.from_numpy(np.load(path))
-
-    def _digest(self, paths: Sequence[Path]) -> str:
-        digest = hashlib.sha256(self.name.encode())
-        for path in paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:32]
 
     @torch.no_grad()
     def _compute(self, paths: Sequence[Path]) -> Tensor:

@@ -9,36 +9,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from transformers.hf_argparser import HfArg
 
 import atc_diffusion
 from atc_diffusion import ssim
-from atc_eval.command_line import check_exists, check_number
+from atc_diffusion.commands import check_number
+from atc_eval.command_line import check_exists
 from atc_eval.draw.images import PlannedImage
 from atc_eval.draw.sets import ImageSet
 from atc_eval.files import FEWEST_IMAGES, list_images
 from atc_eval.score.features import Features
-from atc_eval.score.statistics import (
-    Array,
-    Estimate,
-    FrechetDistance,
-    bootstrap_draws,
-    kernel_distance,
-    precision_recall,
-)
+from atc_eval.score.statistics import Estimate, FrechetDistance, bootstrap_draws, kernel_distance, precision_recall
 
-Pixels = NDArray[np.uint8]
 EQUAL = 10 * np.log10(12 * 255**2)  # 58.9 dB, the PSNR of rounding to 8 bits
 
 
-def pixels(image: Image.Image) -> Pixels:
-    return np.asarray(image.convert("RGB"))
-
-
-def psnr(image: Pixels, other: Pixels) -> float:
+def psnr(image: Image.Image | ArrayLike, other: Image.Image | ArrayLike) -> float:
     """Peak signal-to-noise ratio in dB; `EQUAL` if there is no difference, so that means stay finite."""
     found = atc_diffusion.psnr(image, other)
     return found if np.isfinite(found) else float(EQUAL)
@@ -57,8 +47,8 @@ class Lpips:
                 f"--lpips needs AlexNet's weights, which cannot be downloaded ({error}); leave it out"
             ) from error
 
-    def __call__(self, image: Pixels, other: Pixels) -> float:
-        pair = [torch.from_numpy(each).float().movedim(2, 0)[None] / 127.5 - 1 for each in (image, other)]
+    def __call__(self, image: Image.Image, other: Image.Image) -> float:
+        pair = [pil_to_tensor(each)[None] / 127.5 - 1 for each in (image, other)]
         with torch.inference_mode():
             return float(self.network(*pair))
 
@@ -72,7 +62,7 @@ class Fidelity:
     ssim: Estimate
     lpips: Estimate | None
     feature_distance: Estimate
-    psnr_of_each: Array
+    psnr_of_each: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -88,26 +78,19 @@ class Scores:
     fidelity: Fidelity | None
 
 
+@dataclass(eq=False)
 class Scorer:
-    """Scores sets of the same images against a reference set and against the unmerged set.
+    """Scores sets of the same images against a reference set and against the unmerged set."""
 
-    Args:
-        features: the features to score by.
-        reference: features of the reference images, `[m, C]`.
-        unmerged: the images of the unmerged model.
-        bootstrap: number of bootstrap draws.
-        lpips: measures LPIPS; None: LPIPS is left out.
-    """
+    features: Features
+    reference: Tensor  # features of the reference images, [m, C]
+    unmerged: ImageSet
+    bootstrap: int  # number of draws
+    lpips: Lpips | None  # None: LPIPS is left out
 
-    def __init__(
-        self, features: Features, reference: Tensor, unmerged: ImageSet, bootstrap: int, lpips: Lpips | None = None
-    ) -> None:
-        self.lpips = lpips
-        self.features = features
-        self.reference = reference
-        self.unmerged = unmerged
-        self.unmerged_features = features(unmerged.paths)
-        self.draws = bootstrap_draws(len(unmerged.images), bootstrap)
+    def __post_init__(self) -> None:
+        self.unmerged_features = self.features(self.unmerged.paths)
+        self.draws = bootstrap_draws(len(self.unmerged.images), self.bootstrap)
         self.distance = FrechetDistance(self.reference)
         self.unmerged_fid = self._fid(self.unmerged_features)
 
@@ -118,21 +101,18 @@ class Scorer:
         kid, kid_deviation = kernel_distance(features, self.reference)
         precision, recall = precision_recall(features, self.reference)
         fidelity = None if images is self.unmerged else self._fidelity(images, features, fid)
-        return Scores(len(features), self._estimate(fid), kid, kid_deviation, precision, recall, fidelity)
+        return Scores(len(features), Estimate.of(fid), kid, kid_deviation, precision, recall, fidelity)
 
-    def _fid(self, features: Tensor) -> Array:
+    def _fid(self, features: Tensor) -> NDArray[np.float64]:
         """FID and its replicates, `[1 + B]`."""
         return self.distance(features, np.vstack([np.arange(len(features)), self.draws]))
 
-    def _estimate(self, values: Array) -> Estimate:
-        return Estimate.of(values[0], values[1:])
-
-    def _fidelity(self, images: ImageSet, features: Tensor, fid: Array) -> Fidelity:
+    def _fidelity(self, images: ImageSet, features: Tensor, fid: NDArray[np.float64]) -> Fidelity:
         with ThreadPoolExecutor() as threads:
             similarity = np.array(list(threads.map(partial(self._similarity, images), images.images)))
         distances = (features.double() - self.unmerged_features.double()).norm(dim=1).numpy()
         return Fidelity(
-            fid_change=self._estimate(fid - self.unmerged_fid),
+            fid_change=Estimate.of(fid - self.unmerged_fid),
             psnr=Estimate.of_mean(similarity[:, 0], self.draws),
             ssim=Estimate.of_mean(similarity[:, 1], self.draws),
             lpips=Estimate.of_mean(similarity[:, 2], self.draws) if self.lpips else None,
@@ -142,7 +122,7 @@ class Scorer:
 
     def _similarity(self, images: ImageSet, image: PlannedImage) -> tuple[float, float, float]:
         """PSNR, SSIM and LPIPS (NaN if left out) of one image to the unmerged one."""
-        pair = pixels(images.load(image)), pixels(self.unmerged.load(image))
+        pair = images.load(image), self.unmerged.load(image)
         return psnr(*pair), ssim(*pair), self.lpips(*pair) if self.lpips else float("nan")
 
 
@@ -151,12 +131,8 @@ class Scoring:
     """How images are scored."""
 
     _argument_group_name = "scoring"
-    reference: Path | None = HfArg(
-        default=None, help="folder of the reference images; eval/reference.py makes the paper's"
-    )
-    features: Literal["inception", "efficientnet-lite0"] = HfArg(
-        default="inception", help="network whose features are compared"
-    )
+    reference: Path | None = HfArg(default=None, help="folder of reference images; eval/reference.py makes the paper's")
+    features: Literal["inception", "efficientnet-lite0"] = HfArg(default="inception", help="network of the features")
     inception_weights: Path | None = HfArg(default=None, help="torch-fidelity's weights (default: downloaded)")
     resize: Literal["clean", "tensorflow"] = HfArg(
         default="clean", help="clean: as in clean-fid and the paper; tensorflow: as for the original FID"
@@ -174,9 +150,7 @@ class Scoring:
     def prepare(self, cache: Path, device: torch.device) -> Callable[[ImageSet], Scorer]:
         """A function that makes the scorer from the unmerged set; everything else is loaded now."""
         if self.reference is None:
-            raise ValueError(
-                "--reference DIR is needed; eval/reference.py makes it from ImageNet's validation images; or try --demo"
-            )
+            raise ValueError("--reference DIR is needed; eval/reference.py makes it from ImageNet; or try --demo")
         features = Features(self.features, self.resize, cache, device, self.inception_weights)
         lpips = Lpips() if self.lpips else None
         return partial(Scorer, features, features(list_images(self.reference)), bootstrap=self.bootstrap, lpips=lpips)

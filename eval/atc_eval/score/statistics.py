@@ -24,14 +24,14 @@ class Estimate:
     margin: float
 
     @classmethod
-    def of(cls, value: float, replicates: Array) -> "Estimate":
-        """`value` with its bootstrap replicates `[B]`."""
-        return cls(float(value), float(1.96 * replicates.std(ddof=1)))
+    def of(cls, values: Array) -> "Estimate":
+        """A value and its bootstrap replicates, `[1 + B]`."""
+        return cls(float(values[0]), float(1.96 * values[1:].std(ddof=1)))
 
     @classmethod
     def of_mean(cls, values: Array, draws: Draws) -> "Estimate":
         """The mean of `values` `[n]`, one per image."""
-        return cls.of(values.mean(), values[draws].mean(axis=1))
+        return cls.of(np.append(values.mean(), values[draws].mean(axis=1)))
 
     @property
     def star(self) -> str:

@@ -1,4 +1,4 @@
-"""What commands share: loading a pipeline."""
+"""Loading a pipeline for a command."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from atc_diffusion import load_pipeline
-from atc_diffusion.commands import load_lora, make_scheduler
+from atc_diffusion.loading import load_lora, make_scheduler
 from tests.helpers.tiny_pipelines import EMOJI
 
 
