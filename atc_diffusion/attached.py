@@ -3,7 +3,6 @@
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,7 +51,9 @@ class Block:
 
 
 _blocks: list[Block] = []  # in the order in which they were entered
-_lock = threading.RLock()  # a generator that is collected leaves its block in whichever thread and place that happens
+# Other threads get the lock while one waits for their calls: a call may collect a generator that leaves its block.
+_lock = threading.Condition(threading.RLock())
+_PAUSE = 1e-3  # seconds
 
 
 def patch_of(network: nn.Module) -> Patch | None:
@@ -63,9 +64,12 @@ def patch_of(network: nn.Module) -> Patch | None:
 def replace_patches(patches: Mapping[nn.Module, Patch | None]) -> None:
     """Give every network that patch, or none."""
     with _lock:
-        if block := _foreign_block(patches):
-            raise ValueError(_conflict(block, patches))
-        _exchange(patches)
+        while True:
+            if block := _foreign_block(patches):
+                raise ValueError(_conflict(block, patches))
+            if _exchange(patches):
+                return
+            _lock.wait(_PAUSE)
 
 
 def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
@@ -75,11 +79,13 @@ def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
     last one.
     """
     with _lock:
-        before = {network: patch_of(network) for network in patches}
-        block = _foreign_block(patches)
-        if block is None:
-            _exchange(patches)
-        elif any(_config(before[network]) != _config(patch) for network, patch in patches.items()):
+        while True:
+            before = {network: patch_of(network) for network in patches}
+            block = _foreign_block(patches)
+            if block is not None or _exchange(patches):
+                break
+            _lock.wait(_PAUSE)
+        if block is not None and any(_config(before[network]) != _config(patch) for network, patch in patches.items()):
             raise ValueError(_conflict(block, patches))
         _blocks.append(Block(_owner(), before))
         return _blocks[-1]
@@ -88,13 +94,16 @@ def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
 def leave(block: Block) -> None:
     """Give back what was there; where a later block is still open, that one will."""
     with _lock:
-        position = _blocks.index(block)
-        del _blocks[position]
-        given_back: dict[nn.Module, Patch | None] = {}
-        for network, patch in block.before.items():
-            later = next((each for each in _blocks[position:] if network in each.before), None)
-            (later.before if later else given_back)[network] = patch
-        _exchange(given_back)
+        while True:
+            later = _blocks[_blocks.index(block) + 1 :]
+            heirs = {network: next((x for x in later if network in x.before), None) for network in block.before}
+            if _exchange({network: block.before[network] for network, heir in heirs.items() if heir is None}):
+                break
+            _lock.wait(_PAUSE)
+        _blocks.remove(block)
+        for network, heir in heirs.items():
+            if heir is not None:
+                heir.before[network] = block.before[network]
 
 
 def _owner() -> Owner:
@@ -132,10 +141,11 @@ def _config(patch: Patch | None) -> Configuration | None:
     return None if patch is None else patch.config
 
 
-def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:
+def _exchange(patches: Mapping[nn.Module, Patch | None]) -> bool:
+    """Exchange patches unless another thread is in a call, which counts on its hooks; returns whether that was done."""
     changed = {network: patch for network, patch in patches.items() if patch_of(network) is not patch}
-    while any(network in changed for network in called_elsewhere()):
-        time.sleep(1e-3)  # a call counts on its hooks until it ends
+    if any(network in changed for network in called_elsewhere()):
+        return False
     for network in changed:
         if present := patch_of(network):
             present.detach()
@@ -147,3 +157,4 @@ def _exchange(patches: Mapping[nn.Module, Patch | None]) -> None:
     # torch.compile does not guard on forward hooks: without this, a compiled network would not notice them.
     if changed and "torch._dynamo" in sys.modules:  # or else nothing is compiled, and `reset` would load the compiler
         torch.compiler.reset()
+    return True

@@ -77,21 +77,23 @@ class ForecastSummary:
 
     Attributes:
         steps: all steps of the run.
-        forecast: those in which a call was forecast.
-        reasons: why the others were computed.
+        forecast: those in which all calls were forecast.
+        in_part: those in which some were, as where several images or parts of guidance are called apart.
+        reasons: why calls of the others were computed, one for each step.
     """
 
     steps: tuple[int, ...] = ()
     forecast: tuple[int, ...] = ()
+    in_part: tuple[int, ...] = ()
     reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.steps:
             return "no step forecast yet"
-        if self.forecast:
-            return f"{len(self.forecast)} of {len(self.steps)} steps forecast: {', '.join(map(str, self.forecast))}"
-        reason, _ = Counter(self.reasons).most_common(1)[0]
-        return f"none of {len(self.steps)} step{'s' * (len(self.steps) != 1)} forecast: {reason}"
+        steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
+        kinds = ("", self.forecast), (" in part", self.in_part)
+        said = [f"{len(found)} of {steps} forecast{kind}: {', '.join(map(str, found))}" for kind, found in kinds if found]
+        return "; ".join(said) or f"none of {steps} forecast: {Counter(self.reasons).most_common(1)[0][0]}"
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,15 @@ class RunLog:
 
     layers: defaultdict[str, LayerLog] = field(default_factory=lambda: defaultdict(LayerLog))
     merges: list[RecordedMerge] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
+    reasons: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_call(self, step: int, reason: str) -> None:
+        """Note why a call was computed; "": it was forecast."""
+        if reason not in self.reasons[step]:
+            self.reasons[step].append(reason)
 
     def forecasts(self) -> ForecastSummary:
-        forecast = tuple(step for step, reason in self.reasons.items() if not reason)
-        return ForecastSummary(tuple(self.reasons), forecast, tuple(filter(None, self.reasons.values())))
+        forecast = tuple(step for step, reasons in self.reasons.items() if reasons == [""])
+        in_part = tuple(step for step, reasons in self.reasons.items() if "" in reasons and any(reasons))
+        computed = tuple(next(filter(None, reasons)) for reasons in self.reasons.values() if any(reasons))
+        return ForecastSummary(tuple(self.reasons), forecast, in_part, computed)

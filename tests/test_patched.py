@@ -206,6 +206,34 @@ def test_a_change_waits_for_calls_of_other_threads(unet, change):
     assert config_of(unet) != ATCConfig(r=0.5)
 
 
+def test_a_block_may_end_inside_a_call_that_a_change_waits_for(unet):
+    """As where Python collects a generator that was left half-way."""
+    other = copy.deepcopy(unet)
+    apply_patch(unet, r=0.5)
+    inside, waits = threading.Event(), threading.Event()
+    block = patched(other, r=0.25)
+    block.__enter__()
+
+    def leave(*_: Any) -> None:
+        inside.set()
+        waits.wait(20)
+        block.__exit__(None, None, None)
+
+    unet.mid_block.register_forward_hook(leave)
+    threads = [threading.Thread(target=run, args=[unet], daemon=True)]
+    threads[0].start()
+    inside.wait(20)
+    threads.append(threading.Thread(target=remove_patch, args=[unet], daemon=True))
+    threads[1].start()
+    time.sleep(0.1)
+    waits.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert config_of(unet) is None
+    assert config_of(other) is None
+
+
 def test_requests_of_one_event_loop_are_told_apart(unet):
     async def request(r: float, seconds: float) -> Any:
         with patched(unet, r=r):

@@ -221,7 +221,7 @@ class NetworkPatch:
         if torch.is_grad_enabled():
             keep_with_graph(call, output)
         if self.skipping is not None:
-            call.log.reasons[call.step] = call.log.reasons.get(call.step) or call.decision.reason
+            call.log.add_call(call.step, call.decision.reason)
         for name, merge in call.merges.items():
             call.log.layers[name].add(call.step, merge.image.num_tokens, merge.kept, name in call.clustered)
         for name, limit in call.limits.items():

@@ -50,6 +50,9 @@ class Run:
             return entry.index >= self.position.entry.index
         return not time > self.position.time  # times that cannot be read are equal
 
+    def began_before(self, entry: Entry) -> bool:
+        return self._first < entry.index
+
     def advance(self, entry: Entry | None, time: float) -> Position:
         """Come to a call; returns its position."""
         position = self.position_at(entry, time)
@@ -105,7 +108,7 @@ class Runs(threading.local):
 
     def at(self, entry: Entry | None, time: float) -> Run:
         """The run that a call belongs to: a new one if its timestep goes back."""
-        run = self.present(entry, time) or Run()
+        run = self.present(entry, time) or Run(self._log_of_restarted(entry))
         if entry is None:
             self._unplaced = run
         else:
@@ -116,6 +119,12 @@ class Runs(threading.local):
         """The run that a call would continue."""
         run = self._unplaced if entry is None else self._placed.get(entry.timesteps()) or self._of_copied(entry)
         return run if run is not None and run.continues_at(entry, time) else None
+
+    def _log_of_restarted(self, entry: Entry | None) -> RunLog | None:
+        """The log of a run that goes back to a step after its first, as samplers do that add noise to repeat steps."""
+        if entry is None or (before := self._placed.get(entry.timesteps())) is None:
+            return None
+        return before.log if before.began_before(entry) else None
 
     def _of_copied(self, entry: Entry) -> Run | None:
         """The newest run if a loop copies all timesteps at every step, as by converting them."""

@@ -262,6 +262,42 @@ def test_pictures_whose_steps_alternate_keep_their_own_forecasts(unet, shared):
     assert forecast_steps(unet) == SKIPPED
 
 
+@torch.no_grad()
+def test_steps_of_which_some_calls_are_forecast_are_counted_apart(unet):
+    """One of two images is computed, because its text moves."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    apply_patch(unet, FORECAST)
+    images = [torch.randn(1, 4, 8, 8) for _ in range(2)]
+    for step, t in enumerate(scheduler.timesteps):
+        texts = torch.ones(1, 5, 12), torch.full((1, 5, 12), step / STEPS)
+        images = [
+            scheduler.step(unet(image, t, text).sample, t, image).prev_sample
+            for image, text in zip(images, texts, strict=True)
+        ]
+    found = summary(unet).forecasts
+    assert found is not None
+    assert (found.forecast, found.in_part) == ((), SKIPPED)
+    assert len(found.reasons) == STEPS
+    assert str(found).startswith(f"{len(SKIPPED)} of {STEPS} steps forecast in part: 2, 4, 5")
+
+
+@torch.no_grad()
+def test_steps_that_are_done_again_are_those_of_one_run(unet):
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    apply_patch(unet, FORECAST)
+    for steps in (range(16), range(4, STEPS)):
+        latents = torch.randn(1, 4, 8, 8)
+        for t in scheduler.timesteps[steps.start : steps.stop]:
+            latents = scheduler.step(unet(latents, t, embedding()).sample, t, latents).prev_sample
+    found = summary(unet).forecasts
+    assert found is not None
+    assert found.steps == tuple(range(STEPS))
+    assert {2, 4, 5} & set(found.forecast) == {2}
+    assert set(found.in_part) >= {4, 5}
+
+
 def test_timesteps_may_be_numbers(unet):
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(STEPS)
