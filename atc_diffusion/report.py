@@ -92,7 +92,7 @@ class ForecastSummary:
             return "no step forecast yet"
         steps = f"{len(self.steps)} step{'s' * (len(self.steps) != 1)}"
         kinds = ("", self.forecast), (" in part", self.in_part)
-        said = [f"{len(found)} of {steps} forecast{kind}: {', '.join(map(str, found))}" for kind, found in kinds if found]
+        said = [f"{len(at)} of {steps} forecast{kind}: {', '.join(map(str, at))}" for kind, at in kinds if at]
         return "; ".join(said) or f"none of {steps} forecast: {Counter(self.reasons).most_common(1)[0][0]}"
 
 
