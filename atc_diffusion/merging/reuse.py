@@ -101,14 +101,14 @@ class ClusterCache:
         """Clusters for a call: those whose inputs have since changed by at most `threshold`, or new ones."""
         if not inputs.readable:
             return CachedClusters()
-        self._sources = [each for each in self._sources if position.index - each.served <= PATIENCE]
+        self._sources = [each for each in self._sources if position.passed - each.served <= PATIENCE]
         source = self._continued(inputs, position.time, threshold)
         if source is not None:
-            source.served = position.index
+            source.served = position.passed
             return source.clusters
         clusters = self._shared(inputs, position) if share_guidance else CachedClusters()
         if threshold:
-            self._keep(Source(inputs.clone(), position.time, clusters, position.index))
+            self._keep(Source(inputs.clone(), position.time, clusters, position.passed))
         return clusters
 
     def _continued(self, inputs: Inputs, time: float, threshold: float) -> Source | None:

@@ -25,7 +25,9 @@ from tests.helpers.loops import LAYERS, MOVES, counts, drift, embedding, run, sa
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0, 6), (0.05, 3), (0.09, 2), (0.3, 1)])
-@pytest.mark.parametrize("make_steps", [timesteps, lambda *values: list(values)])  # any loop, with a scheduler or not
+@pytest.mark.parametrize(  # any loop, with a scheduler or not, or with every fifth of its timesteps
+    "make_steps", [timesteps, lambda *values: list(values), lambda *values: torch.arange(values[0], 874, -1)[::5]]
+)
 def test_clusters_serve_until_the_latents_have_moved(unet, threshold, expected, make_steps):
     apply_patch(unet, recluster_threshold=threshold)
     drift(unet, MOVES, make_steps(900, 898, 896, 894, 892, 890), sample(), embedding())
