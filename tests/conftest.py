@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -17,6 +18,8 @@ from tests.helpers.drawing import VAE
 Refused = Callable[[Callable[[Sequence[str]], None], Sequence[str]], str]
 PAGE = ["examples/test_app.py", "examples/test_clusters.py"]
 collect_ignore = [] if find_spec("gradio") else PAGE  # the extra `test` is without it
+if not hasattr(diffusers, "SequentialPipelineBlocks"):
+    collect_ignore.append("end_to_end/test_modular.py")
 
 
 def pytest_configure() -> None:
