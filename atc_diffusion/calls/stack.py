@@ -7,21 +7,25 @@ A frame keeps its local variables alive, and so all activations above it. No fra
 
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import torch
 from torch import nn
 
 
-def called(innermost: FrameType | None = None) -> list[nn.Module]:
-    """The modules whose calls are on a stack, networks before their parts; of this thread if none is given."""
-    modules = []
+def _frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
+    """The frames of a stack, from the innermost one; of this thread if none is given. They must not be kept."""
     frame: FrameType | None = innermost or sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            modules.append(frame.f_locals["self"])
+        yield frame
         frame = frame.f_back
-    return modules[::-1]
+
+
+def called(innermost: FrameType | None = None) -> list[nn.Module]:
+    """The modules whose calls are on a stack, networks before their parts; of this thread if none is given."""
+    calls = nn.Module._call_impl.__code__
+    return [frame.f_locals["self"] for frame in _frames(innermost) if frame.f_code is calls][::-1]
 
 
 def called_elsewhere() -> list[nn.Module]:
@@ -33,10 +37,7 @@ def called_elsewhere() -> list[nn.Module]:
 
 def runs_file(path: str) -> bool:
     """Whether a function of a file is on the stack of this thread."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != path:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code.co_filename == path for frame in _frames())
 
 
 def refuse_tracing() -> None:

@@ -68,8 +68,17 @@ class NetworkPatch:
         self._handles: list[RemovableHandle] = []
         self.skipping: Skipping | None = None
         if tolerance := config.forecast_tolerance:
+            is_controlnet = "controlnet_cond" in self._parameters
             self.skipping = Skipping(
-                network, self, family, tolerance, self._state, self._sees_last_arguments, pipeline, denoiser
+                network,
+                self,
+                family,
+                tolerance,
+                self._state,
+                self._sees_last_arguments,
+                pipeline,
+                denoiser,
+                is_controlnet,
             )
 
     def attach(self) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ class Skipping:
         sees_last_arguments: whether no hook that was registered later can change the arguments.
         pipeline: refers to the network's pipeline, whose scheduler may be exchanged, or to nothing.
         denoiser: refers to the patch of the network that a ControlNet serves, or to nothing.
+        is_controlnet: whether it is a ControlNet, which is called with the latents of the network that it serves.
     """
 
     network: nn.Module
@@ -43,10 +43,10 @@ class Skipping:
     sees_last_arguments: Callable[[], bool]
     pipeline: Reference
     denoiser: Reference
+    is_controlnet: bool
 
     def __post_init__(self) -> None:
         self.forward = WatchedForward(self.network, self.owner)
-        self._is_controlnet = "controlnet_cond" in signature(type(self.network).forward).parameters
 
     def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
         """Whether a `call` of the network is made."""
@@ -55,7 +55,7 @@ class Skipping:
         if run.forecasts is None:
             noise = self.family.noise(getattr(self.pipeline(), "scheduler", None))
             run.forecasts = Forecaster(self.family, noise, self.tolerance)
-        if not self._is_controlnet:
+        if not self.is_controlnet:
             run.forecasts.meet(inputs, position)
         if reason := self.never():
             run.forecasts.refuse(position)
