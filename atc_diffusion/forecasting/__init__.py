@@ -25,7 +25,7 @@ from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
 from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory, parts_of
 
 FEWEST_STEPS = 12  # of a run in which anything is forecast; with 10, fewer steps come as close in the same time
-NOISE = 0.2  # of the noise that a sampler adds at a step, the part that counts like error that the tolerance allows
+NOISE = 0.25  # of the noise that a sampler adds to latents that are all image, the part that counts as allowed error
 NOISY_STEPS = 20  # for which that holds; the more steps, the more noise there is in all, and the less of it counts
 GROWTH = 1.0, 5.0  # of an error until the image is done: the least, and more in noise, where images take shape
 OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
@@ -91,7 +91,7 @@ class Forecaster:
         series.index = position.index
         if reason:
             return Decision(reason=reason, end=partial(self._learn, trajectory, series, latents, position))
-        return Decision(self._forecast(series, latents, position))
+        return Decision(self._forecast(trajectory, series, latents, position))
 
     def meet(self, inputs: Inputs, position: Position) -> None:
         """Refuse this step in every run whose network is called with these latents at it, too.
@@ -157,7 +157,8 @@ class Forecaster:
         if not self._error(series, position) <= self._tolerance * (OUTPUT + trajectory.fit.new):
             return "forecasts were not accurate enough"
         change = self._change(series, position)
-        noise = NOISE * trajectory.fit.new * min(1.0, NOISY_STEPS / position.count)
+        image = self._noise(position.time).alpha ** 2  # errors of the first steps can change a whole composition
+        noise = NOISE * image * trajectory.fit.new * min(1.0, NOISY_STEPS / position.count)
         allowed = self._tolerance * (1 / position.count + noise)
         return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
 
@@ -182,12 +183,13 @@ class Forecaster:
         now, later = (self._noise(time).log_ratio for time in (position.time, position.next_time))
         return math.exp(min(now - later, 0.0))
 
-    def _forecast(self, series: Series, latents: Tensor, position: Position) -> Any:
+    def _forecast(self, trajectory: Trajectory, series: Series, latents: Tensor, position: Position) -> Any:
         """What the network would return, in the form in which it last did."""
         series.owed += self._change(series, position)
-        series.clean = series.extrapolated(position.time)
+        added = trajectory.noise_in(series.parts)
+        series.clean = series.extrapolated(position.time, added)
         noise = self._noise(position.time)
-        series.forecast.append((Seen(position.time, noise.log_ratio, series.clean), self._kept(position)))
+        series.forecast.append((Seen(position.time, noise.log_ratio, series.clean, added), self._kept(position)))
         return self._family.returned(series.template, noise.output(latents, series.clean))
 
     def _learn(self, trajectory: Trajectory, series: Series, latents: Tensor, position: Position, returned: Any) -> Any:
@@ -201,7 +203,8 @@ class Forecaster:
             series.parts = parts_of(latents)
             trajectory.latents = latents[series.parts[0]]
         noise, kept = self._noise(position.time), self._kept(position)
-        seen = Seen(position.time, noise.log_ratio, noise.clean(latents, output[:, : latents.shape[1]]))
+        clean = noise.clean(latents, output[:, : latents.shape[1]])
+        seen = Seen(position.time, noise.log_ratio, clean, trajectory.noise_in(series.parts))
         better = series.see(seen, norms(latents), noise.clean_factor, kept, not trajectory.is_rough)
         series.template, series.clean, series.owed = returned, seen.image if better is None else better, 0.0
         return returned if better is None else self._family.returned(returned, noise.output(latents, better))
@@ -220,7 +223,8 @@ class Forecaster:
         if not fits or (len(fits) > 1 and fits[1][0].new < 2 * fits[0][0].new + 1e-3):
             return self._begin(latents, position)
         fit, trajectory = fits[0]
-        trajectory.advance(latents, position, fit, self._fresh(trajectory.position, position))
+        fresh, alpha = self._fresh(trajectory.position, position), self._noise(position.time).alpha
+        trajectory.advance(latents, position, fit, fresh, alpha)
         trajectory.refusal = self._refusal(trajectory, position)
         return trajectory
 

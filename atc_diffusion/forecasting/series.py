@@ -11,6 +11,7 @@ from atc_diffusion.calls.inputs import Inputs
 
 MAX_SKIPPED = 2  # calls in a row that may be forecast
 MAX_MENDED = 0.08  # of the norm of the latents: what a computed output may be changed by to make up for forecasts
+SIGNIFICANT = 6  # standard deviations of the correlation of independent noise
 TINY = torch.finfo(torch.float32).tiny
 
 Parts = list[list[int]]  # for each part of guidance in a batch, the items at which its images stand
@@ -18,11 +19,19 @@ Parts = list[list[int]]  # for each part of guidance in a batch, the items at wh
 
 @dataclass(frozen=True)
 class Seen:
-    """A clean image `[B, C, ...]`, float32, and when the network saw it: the timestep and log(alpha / sigma)."""
+    """A clean image that a network saw.
+
+    Attributes:
+        time: the timestep.
+        log_ratio: log(alpha / sigma).
+        image: `[B, C, ...]`, float32.
+        noise: all that the sampler had added to the latents, on the scale of the clean image, `[B, C, ...]`.
+    """
 
     time: float
     log_ratio: float
     image: Tensor
+    noise: Tensor
 
 
 @dataclass
@@ -74,21 +83,32 @@ class Series:
         usual, self.added_change = self.added_change, max(change, self.added_change or 0.0)
         return usual is not None and not change <= 2 * usual + 0.05
 
-    def extrapolated(self, time: float) -> Tensor:
+    def extrapolated(self, time: float, noise: Tensor) -> Tensor:
         """The clean image expected at `time`: the last one, moving on as the change before the last let expect.
 
         The factor by which the change before would have had to be multiplied to give the last one is near 1 with
-        deterministic samplers, and near 0 where a sampler adds noise.
+        deterministic samplers, and near 0 where a sampler adds noise. What the network takes for image in that noise
+        is no such change, and comes with the noise that was added since.
         """
         *earlier, last = self.computed
         if not earlier:
             return last.image
-        velocity = _velocity(earlier[-1], last)
+        response = self._response()
+        velocity = _velocity(earlier[-1], last, response)
         if len(earlier) > 1:
-            before = _velocity(earlier[-2], earlier[-1])
+            before = _velocity(earlier[-2], earlier[-1], response)
             factor = _dot(velocity, before) / _dot(before, before).clamp(min=TINY)
             velocity = velocity * per_item(factor.clamp(0, 1), velocity)
-        return last.image + velocity * (time - last.time)
+        return last.image + velocity * (time - last.time) + response * (noise - last.noise)
+
+    def _response(self) -> Tensor:
+        """The part of added noise that the network takes for image; 0 where they are not clearly correlated."""
+        before, last = self.computed[-2:]
+        change, noise = last.image - before.image, last.noise - before.noise
+        product, square = _dot(change, noise), _dot(noise, noise)
+        is_clear = product > SIGNIFICANT * (_dot(change, change) * square / change[0].numel()).sqrt()
+        response = torch.where(is_clear, product / square.clamp(min=TINY), 0).clamp(max=1)
+        return per_item(response, noise)
 
     def expected_error(self, time: float, log_ratio: float) -> float:
         """Of the forecast for `time`, relative to the latents; of the worst item.
@@ -122,7 +142,8 @@ class Series:
             del self.computed[-1]
         elif self.computed:
             last = self.computed[-1]
-            self.off = (seen.image - self.extrapolated(seen.time)) / per_item(size.clamp(min=TINY), seen.image)
+            error = seen.image - self.extrapolated(seen.time, seen.noise)
+            self.off = error / per_item(size.clamp(min=TINY), error)
             self.reach = abs(seen.time - last.time), max(abs(seen.log_ratio - last.log_ratio), TINY)
         self.computed = [*self.computed[-2:], seen]
         off, self.forecast = self._off(), []
@@ -138,15 +159,17 @@ class Series:
         if not self.forecast:
             return None
         before, now = self.computed[-2:]
+        response = self._response()
         off = torch.zeros_like(now.image)
         for seen, factor in self.forecast:
             place = (seen.time - before.time) / (now.time - before.time)
-            off = factor * off + (1 - factor) * (seen.image - torch.lerp(before.image, now.image, place))
+            between = torch.lerp(before.image - response * before.noise, now.image - response * now.noise, place)
+            off = factor * off + (1 - factor) * (seen.image - response * seen.noise - between)
         return off
 
 
-def _velocity(before: Seen, after: Seen) -> Tensor:
-    return (after.image - before.image) / (after.time - before.time)
+def _velocity(before: Seen, after: Seen, response: Tensor) -> Tensor:
+    return (after.image - before.image - response * (after.noise - before.noise)) / (after.time - before.time)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from atc_diffusion.calls.inputs import Inputs, equal_items
 from atc_diffusion.calls.position import Position
-from atc_diffusion.forecasting.series import Parts, Series, norms
+from atc_diffusion.forecasting.series import SIGNIFICANT, Parts, Series, norms
 
 PATIENCE = 3  # steps that an image, or one of its conditions, may be away: guidance may skip some
 MEMORY = 3  # earlier clean images that solvers of up to fourth order use
-SIGNIFICANT = 6  # standard deviations of the correlation of independent noise
 LEAST_KEPT = 0.1  # correlation
 EDITED = 1.25  # times as much as a sampler's noise may be new in latents that nobody edited
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
@@ -39,12 +39,14 @@ class Fit:
         new: the norm of what the step before does not explain, relative to the latents; of the worst image.
         weights: of the clean images of the parts of guidance, which sum to 1; of the image with the most guidance.
         roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
+        added: what is new, such as a sampler's noise, `[M, C, ...]`, float32.
     """
 
     kept: float
     new: float
     weights: tuple[float, ...]
     roughness: float
+    added: Tensor
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Trajectory:
         usual: the largest ratio of the two at the steps before that.
         refusal: why no call of the present step is forecast; "" if one may be.
         roughness: the largest `Fit.roughness` so far.
+        noise: the sum of what was new at each step, on the scale of clean images, `[M, C, ...]`; None at the first.
     """
 
     position: Position
@@ -74,6 +77,7 @@ class Trajectory:
     usual: float = math.inf
     refusal: str = ""
     roughness: float = 1.0
+    noise: Tensor | None = None
 
     @property
     def is_rough(self) -> bool:
@@ -88,7 +92,7 @@ class Trajectory:
     def num_bytes(self) -> int:
         """Of the tensors that it keeps, all of about one size."""
         past = sum(x.numel() for each in self.past for x in each)
-        return (self.latents.numel() * (2 + 5 * sum(len(each.parts) for each in self.series)) + past) * 4
+        return (self.latents.numel() * (3 + 8 * sum(len(each.parts) for each in self.series)) + past) * 4
 
     @property
     def is_surprising(self) -> bool:
@@ -111,14 +115,15 @@ class Trajectory:
         enough = max(SIGNIFICANT / math.sqrt(latents[0].numel()), LEAST_KEPT)
         return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
 
-    def advance(self, latents: Tensor, position: Position, fit: Fit, fresh: float) -> None:
-        """Come to the latents of a later step."""
+    def advance(self, latents: Tensor, position: Position, fit: Fit, fresh: float, alpha: float) -> None:
+        """Come to the latents of a later step, in which a clean image has the factor `alpha`."""
         if self.fit is not None and not self.is_surprising:
             now = self.fit.new / max(self.fresh, 1e-6)
             self.usual = max(now, self.usual if self.usual < math.inf else 0.0)
         self.last_index, self.fresh = self.position.index, fresh
         self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
+        self.noise = fit.added / max(alpha, 1e-6) + (0.0 if self.noise is None else self.noise)
         self.fit, self.position, self.latents = fit, position, latents
         self.roughness = max(self.roughness, fit.roughness)
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
@@ -136,6 +141,12 @@ class Trajectory:
         error = float(torch.stack(errors).max())
         for each, _ in series:
             each.error, each.off = error, None
+
+    def noise_in(self, parts: Parts) -> Tensor:
+        """`noise`, as the items `[B, C, ...]` of a batch have it."""
+        noise = torch.zeros_like(self.latents) if self.noise is None else self.noise
+        image_of = {item: image for items in parts for image, item in enumerate(items)}
+        return noise[[image_of[item] for item in range(len(image_of))]]
 
     def matching(self, inputs: Inputs, parts: Parts) -> list[Series]:
         """The conditions that no call of this step has had yet and that a call with these inputs may continue."""
@@ -165,6 +176,16 @@ def parts_of(latents: Tensor) -> Parts:
     return list(map(list, zip(*images, strict=True)))
 
 
+class _FitOne(NamedTuple):
+    """As `Fit`, of one image, with the weights of all columns."""
+
+    kept: float
+    new: float
+    weights: NDArray[np.float64]
+    shares: tuple[float, ...]
+    roughness: float
+
+
 def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> Fit | None:
     """Least squares of `target` by the latents before it and by clean images of `steps`, the newest first.
 
@@ -177,15 +198,17 @@ def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> 
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
     fits = [_fit_one(each / each[-1, -1], len(steps)) for each in products]
+    weights = torch.tensor(np.stack([fit.weights for fit in fits])).to(flat)
     return Fit(
         min(fit.kept for fit in fits),
         max(fit.new for fit in fits),
-        max((fit.weights for fit in fits), key=lambda weights: sum(map(abs, weights))),
+        max((fit.shares for fit in fits), key=lambda shares: sum(map(abs, shares))),
         max(fit.roughness for fit in fits),
+        (flat[:, -1] - (weights[:, None] @ flat[:, :-1])[:, 0]).reshape(target.shape).float(),
     )
 
 
-def _fit_one(products: NDArray[np.float64], steps: int) -> Fit:
+def _fit_one(products: NDArray[np.float64], steps: int) -> _FitOne:
     """Of one image, from the inner products `[K, K]` of all columns, relative to the last one's square."""
     parts = (len(products) - 2) // steps
     _, without = _solve(products, range(1, 1 + parts))
@@ -196,8 +219,9 @@ def _fit_one(products: NDArray[np.float64], steps: int) -> Fit:
         remembered = longer[1:].reshape(steps, parts)
         of_steps = remembered.sum(axis=1)
         roughness = float(np.abs(of_steps).sum() / max(abs(of_steps.sum()), 1e-9))
-        return Fit(kept, math.sqrt(rest), _shares(remembered.sum(axis=0)), roughness)
-    return Fit(kept, math.sqrt(new), _shares(weights[1:]), 1.0)
+        return _FitOne(kept, math.sqrt(rest), longer, _shares(remembered.sum(axis=0)), roughness)
+    padded = np.pad(weights, (0, len(longer) - len(weights)))
+    return _FitOne(kept, math.sqrt(new), padded, _shares(weights[1:]), 1.0)
 
 
 def _shares(weights: NDArray[np.float64]) -> tuple[float, ...]:

@@ -25,22 +25,30 @@ def position(step: int) -> Position:
     return Position(step, step, TIMES[step], later, STEPS, step == STEPS - 1)
 
 
-def run(clean: Any, tolerance: float, noise: float = 0.0, schedule: Any = None) -> tuple[list[float], Tensor, Tensor]:
-    """Errors of the forecasts, by step, and the last latents, of a network that sees `clean(time)`, and without one."""
+def run(
+    clean: Any, tolerance: float, noise: float = 0.0, schedule: Any = None, response: float = 0.0
+) -> tuple[list[float], Tensor, Tensor]:
+    """Errors of the forecasts, by step, and the last latents, of a network that sees `clean(time)`, and without one.
+
+    The network takes a part of the noise for image: `response`.
+    """
     schedule = schedule or flow("flow")
     forecaster = Forecaster(UNetFamily(), schedule, tolerance)
     latents = expected = LATENTS
+    added = torch.zeros_like(LATENTS)
     errors = []
     for step, time in enumerate(TIMES):
         now, later = schedule(time), schedule(position(step).next_time)
         decision = forecaster.decide(Inputs((latents,)), position(step))
-        truth = now.output(latents, clean(time))
+        seen = clean(time) + response * added
+        truth = now.output(latents, seen)
         if decision.output is not None:
             errors.append(float((decision.output[0] - truth).norm() / truth.norm()))
         returned = decision.output if decision.output is not None else decision.end((truth,))
         fresh = noise * torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(100 + step))
         latents = sampled(latents, now.clean(latents, returned[0]), now, later) + fresh
-        expected = sampled(expected, clean(time), now, later) + fresh
+        expected = sampled(expected, seen, now, later) + fresh
+        added = added + fresh / max(later.alpha, 1e-6)
     return errors, latents, expected
 
 
@@ -58,6 +66,14 @@ def test_a_clean_image_that_moves_evenly_is_forecast_exactly(schedule, noise):
     assert len(errors) >= 8
     assert max(errors) < 1e-3
     torch.testing.assert_close(latents, expected, rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_what_the_network_takes_for_image_in_the_noise_that_a_sampler_adds_is_forecast():
+    base, move = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    errors, _, _ = run(lambda time: base + time / 1000 * move, 0.3, 0.05, response=0.3)
+    assert len(errors) >= 8
+    assert max(errors) < 0.02
 
 
 @torch.no_grad()
