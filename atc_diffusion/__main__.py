@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from atc_diffusion.commands import check_file, check_finite, one_sentence
+from atc_diffusion.commands import check_file, check_finite, one_sentence, write_atomically
 from atc_diffusion.devices import devices_found
 from atc_diffusion.loading import load_lora, load_pipeline, make_scheduler, quiet
 from atc_diffusion.tuning import Tuning, tune
@@ -86,15 +86,10 @@ def _tune(options: argparse.Namespace) -> int:
     about = {"command": command, "machine": machine, "dtype": str(pipe.dtype).removeprefix("torch.")}
     if options.json:
         found = about | {"min_psnr": tuning.min_psnr, "note": tuning.note, "results": _results(tuning)}
-        _write(options.json, json.dumps(found, indent=1) + "\n")
+        write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
     if options.html:
-        _write(options.html, make_page(tuning, about))
+        write_atomically(options.html, make_page(tuning, about).encode())
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def _device(name: str | None) -> torch.device:

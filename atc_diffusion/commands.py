@@ -1,4 +1,4 @@
-"""What the commands of this project share: their help, checks of their options, and how they end."""
+"""What the commands of this project share: help, checks of options, whole files, and how they end."""
 
 import os
 import sys
@@ -67,6 +67,22 @@ def _check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path} cannot be made, because {nearest} is a file")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{option} {path} cannot be written: no permission for {nearest}")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds all of it or stays as it was, even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -58,10 +58,6 @@ class MergeMap:
         ends = F.pad(self._starts[:, 1:], (0, 1), value=self.labels.shape[1])
         return ends - self._starts
 
-    def repeat(self, times: int) -> "MergeMap":
-        """The same map for a batch `times` as large, whose items follow each other as in `Tensor.repeat`."""
-        return self if times == 1 else MergeMap(self.labels.repeat(times, 1), self.num_clusters)
-
     def merge(self, x: Tensor) -> Tensor:
         """Means `[B, K, C]` of the tokens `x` `[B, N, C]` of every cluster."""
         self._check(x, self.labels.shape[1])

@@ -1,30 +1,15 @@
-"""Files that are written completely or not at all, and folders of images."""
+"""JSON files, and folders of images."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from atc_diffusion.commands import write_atomically
+
 FEWEST_IMAGES = 4  # in a set to score: precision and recall look at three neighbours
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or stays as it was, even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

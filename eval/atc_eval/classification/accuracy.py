@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atc_diffusion import ViTConfig
+from atc_diffusion.commands import write_atomically
 from atc_diffusion.painting import paint_clusters
 from atc_eval.classification.evaluation import MERGING, PRUNING, Evaluation, Task, mean_by_subject
 from atc_eval.environment import in_words, versions
-from atc_eval.files import write_atomically
 from atc_eval.method import Method
 from atc_eval.report.page import Page, Section
 from atc_eval.report.plots import plot_lines

@@ -21,10 +21,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from atc_diffusion.commands import check_number
+from atc_diffusion.commands import check_number, write_atomically
 from atc_eval.classification.evaluation import RESULTS, Task
 from atc_eval.draw.sets import claim_folder
-from atc_eval.files import write_atomically
 
 SIZE = 48  # pixels
 SHIFT = 4  # pixels by which images are shifted in training

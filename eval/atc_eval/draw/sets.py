@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from atc_diffusion.commands import write_atomically
 from atc_eval.draw.images import PlannedImage
-from atc_eval.files import load_image, read_json, write_atomically, write_json
+from atc_eval.files import load_image, read_json, write_json
 from atc_eval.method import Method
 
 COMMANDS = "commands.txt"

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
+from atc_diffusion.commands import write_atomically
 from atc_diffusion.tuning_page import data_uri, svg
-from atc_eval.files import write_atomically
 
 CAPTION = 28  # characters on a line
 GAIN = 20  # of differences

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from atc_diffusion.commands import write_atomically
 from atc_eval.draw.images import PlannedImage
-from atc_eval.files import write_atomically
 from atc_eval.report.page import Page, Section, Shown
 from atc_eval.report.plots import on_frontier, plot_fidelity, plot_lines
 from atc_eval.report.results import Study

@@ -16,7 +16,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.transforms.functional import pil_to_tensor
 
-from atc_eval.files import image_mode, load_image, write_atomically
+from atc_diffusion.commands import write_atomically
+from atc_eval.files import image_mode, load_image
 
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256 = "6726825d"  # the first digits, with which the file's name ends
