@@ -17,7 +17,7 @@ from atc_diffusion.validation import check_count, is_count
 
 Grid = tuple[int, int]
 
-HALF_OF_THE_STEPS = 0.5  # the tolerance at which about half of 20 DDIM steps are forecast
+FORECAST_TOLERANCE = 0.5  # at which 2 to 8 of 20 steps are forecast, depending on the sampler
 
 
 class OtherOptions(TypedDict, total=False):
@@ -89,14 +89,14 @@ class ATCConfig(MergeConfig):
 
     @classmethod
     def faster(cls, r_keys: Fractions = 0.125, r: Fractions = 1.0, **options: Unpack[OtherOptions]) -> Self:
-        """`fast`, and forecasts about half of the steps of a run that has at least 12."""
-        preset: dict[str, Any] = {"forecast_tolerance": HALF_OF_THE_STEPS}
+        """`fast`, and forecasts some steps of a run that has at least 12."""
+        preset: dict[str, Any] = {"forecast_tolerance": FORECAST_TOLERANCE}
         return cls.fast(r_keys, r, **preset | dict(options))
 
     @classmethod
     def forecast(cls, **options: Unpack[ATCOptions]) -> Self:
         """Forecasts as many steps as `faster`, and merges nothing."""
-        preset: dict[str, Any] = {"r": 1.0, "forecast_tolerance": HALF_OF_THE_STEPS}
+        preset: dict[str, Any] = {"r": 1.0, "forecast_tolerance": FORECAST_TOLERANCE}
         return cls(**preset | dict(options))
 
     @classmethod

@@ -25,7 +25,7 @@ from atc_diffusion.forecasting.series import MAX_SKIPPED, Seen, Series, norms
 from atc_diffusion.forecasting.trajectories import PATIENCE, Trajectory, parts_of
 
 FEWEST_STEPS = 12  # of a run in which anything is forecast; with 10, fewer steps come as close in the same time
-NOISE = 0.25  # of the noise that a sampler adds to latents that are all image, the part that counts as allowed error
+NOISE = 0.2  # of the noise that a sampler adds to latents that are all image, the part that counts as allowed error
 NOISY_STEPS = 20  # for which that holds; the more steps, the more noise there is in all, and the less of it counts
 GROWTH = 1.0, 5.0  # of an error until the image is done: the least, and more in noise, where images take shape
 OUTPUT = 0.2  # times the tolerance: the largest expected error of one output, and more where a sampler adds noise
@@ -157,7 +157,7 @@ class Forecaster:
         if not self._error(series, position) <= self._tolerance * (OUTPUT + trajectory.fit.new):
             return "forecasts were not accurate enough"
         change = self._change(series, position)
-        image = self._noise(position.time).alpha ** 2  # errors of the first steps can change a whole composition
+        image = self._noise(position.time).alpha  # errors of the first steps can change a whole composition
         noise = NOISE * image * trajectory.fit.new * min(1.0, NOISY_STEPS / position.count)
         allowed = self._tolerance * (1 / position.count + noise)
         return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
