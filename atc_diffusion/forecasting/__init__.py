@@ -186,10 +186,10 @@ class Forecaster:
     def _forecast(self, trajectory: Trajectory, series: Series, latents: Tensor, position: Position) -> Any:
         """What the network would return, in the form in which it last did."""
         series.owed += self._change(series, position)
-        added = trajectory.noise_in(series.parts)
-        series.clean = series.extrapolated(position.time, added)
-        noise = self._noise(position.time)
-        series.forecast.append((Seen(position.time, noise.log_ratio, series.clean, added), self._kept(position)))
+        noise, added_noise = self._noise(position.time), trajectory.noise_in(series.parts)
+        series.clean = series.extrapolated(position.time, added_noise)
+        seen = Seen(position.time, noise.log_ratio, series.clean, added_noise)
+        series.forecast.append((seen, self._kept(position)))
         return self._family.returned(series.template, noise.output(latents, series.clean))
 
     def _learn(self, trajectory: Trajectory, series: Series, latents: Tensor, position: Position, returned: Any) -> Any:

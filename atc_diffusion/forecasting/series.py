@@ -33,6 +33,10 @@ class Seen:
     image: Tensor
     noise: Tensor
 
+    def moved(self, time: float, noise: Tensor, velocity: Tensor, response: Tensor) -> Tensor:
+        """The image at another time and with other noise, of which the network takes the part `response` for image."""
+        return self.image + velocity * (time - self.time) + response * (noise - self.noise)
+
 
 @dataclass
 class Series:
@@ -99,7 +103,7 @@ class Series:
             before = _velocity(earlier[-2], earlier[-1], response)
             factor = _dot(velocity, before) / _dot(before, before).clamp(min=TINY)
             velocity = velocity * per_item(factor.clamp(0, 1), velocity)
-        return last.image + velocity * (time - last.time) + response * (noise - last.noise)
+        return last.moved(time, noise, velocity, response)
 
     def _response(self) -> Tensor:
         """The part of added noise that the network takes for image; 0 where they are not clearly correlated."""
@@ -160,11 +164,11 @@ class Series:
             return None
         before, now = self.computed[-2:]
         response = self._response()
+        velocity = _velocity(before, now, response)
         off = torch.zeros_like(now.image)
         for seen, factor in self.forecast:
-            place = (seen.time - before.time) / (now.time - before.time)
-            between = torch.lerp(before.image - response * before.noise, now.image - response * now.noise, place)
-            off = factor * off + (1 - factor) * (seen.image - response * seen.noise - between)
+            interpolated = before.moved(seen.time, seen.noise, velocity, response)
+            off = factor * off + (1 - factor) * (seen.image - interpolated)
         return off
 
 

@@ -39,14 +39,14 @@ class Fit:
         new: the norm of what the step before does not explain, relative to the latents; of the worst image.
         weights: of the clean images of the parts of guidance, which sum to 1; of the image with the most guidance.
         roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
-        added: what is new, such as a sampler's noise, `[M, C, ...]`, float32.
+        unexplained: what is new, such as a sampler's noise, `[M, C, ...]`, float32.
     """
 
     kept: float
     new: float
     weights: tuple[float, ...]
     roughness: float
-    added: Tensor
+    unexplained: Tensor
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Trajectory:
         self.last_index, self.fresh = self.position.index, fresh
         self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
-        self.noise = fit.added / max(alpha, 1e-6) + (0.0 if self.noise is None else self.noise)
+        self.noise = fit.unexplained / max(alpha, 1e-6) + (0.0 if self.noise is None else self.noise)
         self.fit, self.position, self.latents = fit, position, latents
         self.roughness = max(self.roughness, fit.roughness)
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]

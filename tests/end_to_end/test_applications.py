@@ -32,7 +32,7 @@ CLUSTERED = {  # at most, of how many calls
     "inpainting": (18, 20),
     "stream_diffusion": (10, 20),
 }
-FORECAST_LOOPS = ("invoke_ai_in_turn", "multi_diffusion", "sd_next", "inpainting")
+FORECAST_LOOPS = {"invoke_ai_in_turn": 4, "multi_diffusion": 3, "sd_next": 4, "inpainting": 4}  # the fewest skipped
 BOTH = ATCConfig(r=0.5, forecast_tolerance=1e9)
 
 loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
@@ -94,11 +94,11 @@ def forecast_error(emoji: tuple[Any, Tensor], model: Any, loop: Loop, steps: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORECAST_LOOPS)
-def test_forecasts_stay_close(emoji, name):
+@pytest.mark.parametrize(("name", "fewest"), FORECAST_LOOPS.items(), ids=FORECAST_LOOPS)
+def test_forecasts_stay_close(emoji, name, fewest):
     pipe, _ = emoji
     assert forecast_error(emoji, pipe, LOOPS[name], STEPS) < 0.03
-    assert len(forecast_steps(pipe)) >= 3
+    assert len(forecast_steps(pipe)) >= fewest
 
 
 def test_forecasts_stay_close_where_the_pace_alone_tells_how_many_steps_there_are(emoji):
