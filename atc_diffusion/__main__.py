@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from atc_diffusion.commands import check_file, check_finite, one_sentence, write_atomically
+from atc_diffusion.commands import Several, check_file, check_finite, one_sentence, write_atomically
 from atc_diffusion.devices import devices_found
 from atc_diffusion.loading import load_lora, load_pipeline, make_scheduler, quiet
 from atc_diffusion.tuning import Tuning, tune
@@ -37,7 +37,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         " and prints the fastest setting whose images are near enough, as code."
     )
     parser.add_argument("model", help="folder or hub id of a pipeline")
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="a few that are typical of yours")
+    parser.add_argument(
+        "--prompts", action=Several, required=True, metavar="PROMPT", help="a few that are typical of yours"
+    )
     parser.add_argument("--min-psnr", type=float, default=40.0, help="lowest PSNR, in dB (default: %(default)g)")
     parser.add_argument("--max-seconds", type=float, default=inf, help="begin no image after that (default: no limit)")
     parser.add_argument("--steps", type=_count, help="denoising steps (default: the pipeline's own)")

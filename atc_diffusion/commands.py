@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 SEEDS = range(-(2**63), 2**64)  # that torch.Generator takes
 
@@ -19,6 +20,17 @@ class Help(RawDescriptionHelpFormatter):
         if "(default" in text or default in (None, False, [], "==SUPPRESS=="):
             return text
         return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
+
+
+class Several(Action):
+    """For an option of one value or more; given again, it gets more of them."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"nargs": "+"})
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
 def number_problem(

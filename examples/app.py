@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from atc_diffusion.commands import check_finite, check_number, one_sentence
+from atc_diffusion.commands import Several, check_finite, check_number, one_sentence
 from pipeline import load, make_parser
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -166,7 +166,7 @@ def image(name: str) -> gr.Image:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     prompts = "prompts to offer; an example of the first is drawn at the start"
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help=prompts)
+    parser.add_argument("--prompts", action=Several, default=PROMPTS, metavar="PROMPT", help=prompts)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig, patched, summary
 from atc_diffusion.clustering import LINKAGES
-from atc_diffusion.commands import check_folder, one_sentence
+from atc_diffusion.commands import Several, check_folder, one_sentence
 from pipeline import check_drawing, draw_images, load, make_parser
 
 with one_sentence("clusters.py", extra="app"):
@@ -41,10 +41,12 @@ Run = tuple[Image.Image, list[Partition]]  # an image, and the clusters it was d
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--prompt", default="penguin", help="what to draw")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["atc-average"], help="how tokens cluster")
+    parser.add_argument("--method", action=Several, choices=METHODS, default=["atc-average"], help="how tokens cluster")
     parser.add_argument("--r", type=float, default=0.02, help="fraction of the tokens kept, as in ATCConfig")
-    parser.add_argument("--layers", nargs="+", help="layers to show, by parts of their names (default: the last)")
-    parser.add_argument("--at", nargs="+", type=int, help="steps to show, from 0 (default: that after a third of them)")
+    parser.add_argument("--layers", action=Several, help="layers to show, by parts of their names (default: the last)")
+    parser.add_argument(
+        "--at", action=Several, type=int, help="steps to show, from 0 (default: that after a third of them)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the image")
     parser.add_argument("--out", type=Path, default=Path("out/clusters"), help="folder for the images")
     args = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atc_diffusion import ATCConfig, MergeConfig, patched, psnr
 from atc_diffusion.clustering import LINKAGES, on_compilation
-from atc_diffusion.commands import check_file, one_sentence
+from atc_diffusion.commands import Several, check_file, one_sentence
 from pipeline import check_drawing, draw_images, load, make_parser
 
 SIDE, HEAD, FOOT = 256, 44, 84  # pixels: of an image, and of the text above and below a column
@@ -30,7 +30,9 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--prompt", nargs="+", default=["rainbow", "butterfly", "wrapped gift"], help="what to draw")
+    parser.add_argument(
+        "--prompt", action=Several, default=["rainbow", "butterfly", "wrapped gift"], help="what to draw"
+    )
     parser.add_argument("--r", type=float, help="fraction of queries kept, as in ATCConfig, instead of the presets")
     parser.add_argument("--r-keys", type=float, help="fraction of keys and values kept, if it differs from --r")
     parser.add_argument("--linkage", choices=LINKAGES, default="average", help="for --r and --r-keys")

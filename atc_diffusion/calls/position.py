@@ -111,6 +111,18 @@ def time_of(timestep: object) -> float:
     return float(torch.as_tensor(timestep).max())
 
 
+def is_mixed(timestep: object) -> bool:
+    """Whether the items of a batch are at different timesteps."""
+    if (
+        not isinstance(timestep, Tensor)
+        or timestep.ndim == 0
+        or not timestep.stride(0)
+        or math.isnan(time_of(timestep))
+    ):
+        return False
+    return bool((timestep != timestep[:1]).any())
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether a transform of `torch.func` is at work on a tensor, which then has no values of its own."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -88,8 +88,9 @@ class Forecaster:
             reason = "what a ControlNet adds has changed"
         if any(not _same(each.clean, series.clean) for each in found):
             reason = "calls that look the same differ"
-        series.index = position.index
+        series.come_to(position.index)
         if reason:
+            trajectory.refusal = reason
             return Decision(reason=reason, end=partial(self._learn, trajectory, series, latents, position))
         return Decision(self._forecast(trajectory, series, latents, position))
 
@@ -232,9 +233,11 @@ class Forecaster:
         """Why some part of guidance is computed at a step, and so all are; "" if none is.
 
         Guidance multiplies the difference of its parts, and the errors of parts that are all forecast largely cancel.
+        A part may come every few steps only.
         """
-        parts = [each for each in trajectory.series if each.index == trajectory.last_index]
-        return next(filter(None, (self._reason(trajectory, each, position) for each in parts)), "")
+        last, step = trajectory.last_index, position.index
+        due = [each for each in trajectory.series if each.index >= min(last, step - (each.pause or PATIENCE))]
+        return next(filter(None, (self._reason(trajectory, each, position) for each in due)), "")
 
     def _fresh(self, before: Position, position: Position) -> float:
         """The norm of the noise that an ancestral sampler adds between two steps, relative to the latents."""

@@ -46,6 +46,7 @@ class Series:
         inputs: of its first call.
         parts: the parts of guidance in its batch.
         index: the step of its last call.
+        pause: the most steps from one call to the next so far; 0 until there are two.
         computed: what the network saw in its last computed calls, the newest last.
         forecast: what it was forecast to see in the calls since, with the factor of the latents in each step.
         clean: of its last call, computed or forecast.
@@ -61,6 +62,7 @@ class Series:
     inputs: Inputs
     parts: Parts
     index: int
+    pause: int = 0
     computed: list[Seen] = field(default_factory=list)
     forecast: list[tuple[Seen, float]] = field(default_factory=list)
     clean: Tensor | None = None
@@ -71,6 +73,10 @@ class Series:
     owed: float = 0.0
     added: tuple[Tensor, ...] = ()
     added_change: float | None = None
+
+    def come_to(self, step: int) -> None:
+        """Be called at `step`."""
+        self.pause, self.index = max(self.pause, step - self.index), step
 
     def take_added(self, added: tuple[Tensor, ...]) -> bool:
         """Take in what a ControlNet adds to a call; whether that has changed much more than from step to step before.

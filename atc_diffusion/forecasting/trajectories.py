@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -176,16 +175,6 @@ def parts_of(latents: Tensor) -> Parts:
     return list(map(list, zip(*images, strict=True)))
 
 
-class _FitOne(NamedTuple):
-    """As `Fit`, of one image, with the weights of all columns."""
-
-    kept: float
-    new: float
-    weights: NDArray[np.float64]
-    shares: tuple[float, ...]
-    roughness: float
-
-
 def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> Fit | None:
     """Least squares of `target` by the latents before it and by clean images of `steps`, the newest first.
 
@@ -197,36 +186,36 @@ def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> 
     products = (flat @ flat.mT).double().cpu().numpy()
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
-    fits = [_fit_one(each / each[-1, -1], len(steps)) for each in products]
-    weights = torch.tensor(np.stack([fit.weights for fit in fits])).to(flat)
+    kept, new, rows = zip(*(_fit_one(each / each[-1, -1], len(steps)) for each in products), strict=True)
+    weights = np.stack(rows)
+    explained = (torch.tensor(weights).to(flat)[:, None] @ flat[:, :-1])[:, 0]
+    images = weights[:, 1:].reshape(len(weights), len(steps), -1)
+    of_steps, of_parts = images.sum(axis=2), images.sum(axis=1)
+    totals = of_steps.sum(axis=1)
+    roughness = np.abs(of_steps).sum(axis=1) / np.maximum(np.abs(totals), 1e-9)
+    shares = of_parts / np.where(totals == 0, 1.0, totals)[:, None]
     return Fit(
-        min(fit.kept for fit in fits),
-        max(fit.new for fit in fits),
-        max((fit.shares for fit in fits), key=lambda shares: sum(map(abs, shares))),
-        max(fit.roughness for fit in fits),
-        (flat[:, -1] - (weights[:, None] @ flat[:, :-1])[:, 0]).reshape(target.shape).float(),
+        min(kept),
+        max(new),
+        tuple(shares[np.abs(shares).sum(axis=1).argmax()].tolist()),
+        max(1.0, float(roughness.max())),
+        (flat[:, -1] - explained).reshape(target.shape).float(),
     )
 
 
-def _fit_one(products: NDArray[np.float64], steps: int) -> _FitOne:
-    """Of one image, from the inner products `[K, K]` of all columns, relative to the last one's square."""
+def _fit_one(products: NDArray[np.float64], steps: int) -> tuple[float, float, NDArray[np.float64]]:
+    """`kept` and `new` of one image and the weights of all columns, whose inner products are `[K + 1, K + 1]`.
+
+    The last one is what the others are to explain, and the products are relative to its square.
+    """
     parts = (len(products) - 2) // steps
     _, without = _solve(products, range(1, 1 + parts))
     weights, new = _solve(products, range(1 + parts))
     kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
     longer, rest = _solve(products, range(len(products) - 1))
     if new > EXACT and rest < 0.1 * new:  # the past explains what the present does not: the solver has a memory
-        remembered = longer[1:].reshape(steps, parts)
-        of_steps = remembered.sum(axis=1)
-        roughness = float(np.abs(of_steps).sum() / max(abs(of_steps.sum()), 1e-9))
-        return _FitOne(kept, math.sqrt(rest), longer, _shares(remembered.sum(axis=0)), roughness)
-    padded = np.pad(weights, (0, len(longer) - len(weights)))
-    return _FitOne(kept, math.sqrt(new), padded, _shares(weights[1:]), 1.0)
-
-
-def _shares(weights: NDArray[np.float64]) -> tuple[float, ...]:
-    """Weights that sum to 1."""
-    return tuple((weights / (weights.sum() or 1.0)).tolist())
+        weights, new = longer, rest
+    return kept, math.sqrt(new), np.pad(weights, (0, len(longer) - len(weights)))
 
 
 def _solve(products: NDArray[np.float64], columns: Sequence[int]) -> tuple[NDArray[np.float64], float]:

@@ -133,8 +133,10 @@ class NetworkPatch:
         kept = self._patched.kept(image.size, position.progress)
         limits = self._patched.prepare(network, image.size, kept)
         inputs = self._inputs(image, run, position)
-        call = partial(network, *args, **kwargs)
-        decision = self.skipping.decide(run, position, inputs, call) if self.skipping is not None else Decision()
+        decision = Decision()
+        if self.skipping is not None:
+            call = partial(network, *args, **kwargs)
+            decision = self.skipping.decide(run, position, inputs, image.timestep, call)
         clusters = CachedClusters() if decision.output is not None else self._clusters(run, position, image, inputs)
         clusters.keep_maps({count for counts in kept.values() for count in counts})
         self._last_run = run

@@ -11,7 +11,7 @@ from torch import nn
 from atc_diffusion.adapters import Family
 from atc_diffusion.calls.forward import WatchedForward, Watcher
 from atc_diffusion.calls.inputs import Inputs
-from atc_diffusion.calls.position import Position
+from atc_diffusion.calls.position import Position, is_mixed
 from atc_diffusion.calls.reference import Reference
 from atc_diffusion.calls.state import NetworkState
 from atc_diffusion.forecasting import Decision, Forecaster
@@ -48,8 +48,8 @@ class Skipping:
     def __post_init__(self) -> None:
         self.forward = WatchedForward(self.network, self.owner)
 
-    def decide(self, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
-        """Whether a `call` of the network is made."""
+    def decide(self, run: Run, position: Position, inputs: Inputs, timestep: Any, call: partial[Any]) -> Decision:
+        """Whether a `call` of the network at a `timestep` is made."""
         if is_forced(self.owner):
             return Decision()
         if run.forecasts is None:
@@ -57,7 +57,9 @@ class Skipping:
             run.forecasts = Forecaster(self.family, noise, self.tolerance)
         if not self.is_controlnet:
             run.forecasts.meet(inputs, position)
-        if reason := self.never():
+        if reason := self.never() or (
+            "the images of the batch are at different timesteps" if is_mixed(timestep) else ""
+        ):
             run.forecasts.refuse(position)
             return Decision(reason=reason)
         if (denoiser := self.denoiser()) is not None:

@@ -14,12 +14,15 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from atc_diffusion.commands import Help
+from atc_diffusion.commands import Help, Several
 
 
-def several(default: Sequence[Any], help: str, choices: Sequence[str] | None = None) -> Any:
+def several(
+    default: Sequence[Any], help: str, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()
+) -> Any:
     """A field whose option takes several values."""
-    return HfArg(default_factory=lambda: list(default), metadata={"choices": choices}, help=help)
+    metadata = {"choices": choices, "action": Several}
+    return HfArg(default_factory=lambda: list(default), aliases=list(aliases), metadata=metadata, help=help)
 
 
 def parse(kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:

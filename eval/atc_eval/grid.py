@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import yaml
-from transformers.hf_argparser import HfArg
 
 from atc_diffusion import ATCConfig, DPCKNNConfig, KMedoidsConfig, MergeConfig, ToMeConfig
 from atc_eval.command_line import parse_fraction, several
@@ -61,9 +60,7 @@ class Comparison:
         "factor), tomesd:50 (percent kept), deepcache:3 and pab:3 (interval), spectrum:0.75 (window's growth), "
         "easycache:0.1 (threshold)",
     )
-    together: list[str] = HfArg(
-        default_factory=list, aliases=["--with"], help="rivals to add to every merging, such as deepcache:2"
-    )
+    together: list[str] = several([], "rivals to add to every merging, such as deepcache:2", aliases=["--with"])
 
     def __post_init__(self) -> None:
         self.methods()  # raises ValueError for values that do not fit

@@ -64,9 +64,10 @@ def test_several_values_give_every_combination_and_tome_takes_what_it_has() -> N
     ]
 
 
-def test_values_of_one_field_given_apart_are_all_tried() -> None:
-    together = parse("--method atc --keep 50 --set linkage=ward,single")
-    assert parse("--method atc --keep 50 --set linkage=ward linkage=single") == together
+@pytest.mark.parametrize("apart", ["--set linkage=ward linkage=single", "--set linkage=ward --set linkage=single"])
+def test_values_of_one_field_given_apart_are_all_tried(apart: str) -> None:
+    together = parse("--method atc --keep 50 60 --set linkage=ward,single")
+    assert parse(f"--method atc --keep 50 --keep 60 {apart}") == together
 
 
 def test_queries_and_keys_have_fractions_of_their_own() -> None:

@@ -298,6 +298,25 @@ def test_steps_that_are_done_again_are_those_of_one_run(unet):
     assert set(found.in_part) >= {4, 5}
 
 
+@torch.no_grad()
+def test_images_of_a_batch_at_different_timesteps_are_computed(unet):
+    """As of a server, where an image joins while another is drawn, and is alone at the end."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    apply_patch(unet, FORECAST)
+    late, images, texts = 10, list(torch.randn(2, 1, 4, 8, 8)), torch.randn(2, 5, 12)
+    steps = [[i for i in range(2) if 0 <= step - late * i < STEPS] for step in range(STEPS + late)]
+    for step, present in enumerate(steps):
+        times = scheduler.timesteps[[step - late * i for i in present]]
+        outputs = unet(torch.cat([images[i] for i in present]), times, texts[present]).sample
+        for i, t, output in zip(present, times, outputs.split(1), strict=True):
+            images[i] = scheduler.step(output, t, images[i]).prev_sample
+    found = summary(unet).forecasts
+    assert found is not None
+    assert "the images of the batch are at different timesteps" in found.reasons
+    assert min(found.forecast) >= STEPS - late
+
+
 def test_timesteps_may_be_numbers(unet):
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(STEPS)

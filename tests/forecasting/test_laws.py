@@ -149,6 +149,32 @@ def test_parts_of_guidance_are_recognised_image_by_image_too():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("comes_first", [False, True])
+@pytest.mark.parametrize("pause", [2, 3])
+def test_a_part_of_guidance_that_pauses_is_forecast_with_the_others_or_they_are_computed(pause, comes_first):
+    """It is called once in so many steps, and what it returned serves the steps after, too; at first, it jumps."""
+    schedule, latents, images, forecast = flow("flow"), LATENTS, torch.zeros(2, *LATENTS.shape), []
+    forecaster = Forecaster(UNetFamily(), schedule, 3.0)
+    for step, time in enumerate(TIMES):
+        decided = set()
+        for part in (1, 0) if comes_first else (0, 1):
+            if part == 1 and step % pause:
+                continue
+            jump = 3 * (-1) ** (step // pause) if step < 8 else 0
+            clean = PARTS[part, 0] + (jump if part else time / 1000) * PARTS[part, 1]
+            truth = schedule(time).output(latents, clean)
+            decision = forecaster.decide(Inputs((latents,), (torch.tensor(part),)), position(step))
+            decided.add(decision.output is not None)
+            returned = decision.output if decision.output is not None else decision.end((truth,))
+            images[part] = schedule(time).clean(latents, returned[0])
+        guided = 1.1 * images[0] - 0.1 * images[1]
+        latents = sampled(latents, guided, schedule(time), schedule(position(step).next_time))
+        forecast.append(decided)
+    assert {True} in forecast
+    assert {True, False} not in forecast
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_computed(value):
     def clean(time: float) -> Tensor:
