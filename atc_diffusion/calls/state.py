@@ -40,19 +40,19 @@ class NetworkState:
         return NetworkState, (self._network,)
 
     def fingerprint(self, in_place: bool) -> Hashable:
-        """Equal as long as weights, adapters, processors, and what the modules' own attributes say stay as they are.
+        """Equal as long as weights, buffers, adapters, processors and the modules' own attributes stay as they are.
 
         Args:
             in_place: notice writes that PyTorch does not count too, by reading some values of each weight, for which
                 the CPU has to wait until a GPU has caught up.
         """
         self._refresh()
-        parameters = [x for x in chain.from_iterable(map(dict.values, self._parameters)) if x is not None]
+        weights = [x for x in chain.from_iterable(map(dict.values, self._weights)) if x is not None]
         return (
             self._structure,
-            tuple(map(version, parameters)),
-            () if self._moved else tuple(map(id, parameters)),
-            self._values(parameters) if in_place else (),
+            tuple(map(version, weights)),
+            () if self._moved else tuple(map(id, weights)),
+            self._values(weights) if in_place else (),
             tuple(map(type, self._modules)),
             tuple(_plain(module.__dict__.get(name)) for module in self._adapted for name in _ADAPTER),
             self._own_attributes(),
@@ -73,7 +73,7 @@ class NetworkState:
             modules += [child for child in module._modules.values() if child is not None]
         self._modules = modules
         self._children = [module._modules for module in modules]
-        self._parameters = [module._parameters for module in modules]
+        self._weights = [x for module in modules for x in (module._parameters, module._buffers)]
         self._with_processor = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapted = [module for module in modules if "_active_adapter" in module.__dict__]
         self._attributes = [(module.__dict__, name) for module in modules for name in _plain_names(module)]
@@ -94,9 +94,10 @@ class NetworkState:
             self._last_values, self._last_plain = values, tuple(map(_plain, values))
         return self._last_plain, tuple(len(module.__dict__) for module in self._modules)
 
-    def _values(self, parameters: list[Any]) -> Hashable:
+    def _values(self, weights: list[Any]) -> Hashable:
         """Some values of each weight, which show writing past PyTorch's count of versions, and where weights lie."""
-        plain = [x for x in parameters if type(x) is nn.Parameter and not x.is_meta and x.numel() and x.itemsize > 1]
+        kinds = nn.Parameter, Tensor
+        plain = [x for x in weights if type(x) in kinds and not x.is_meta and x.numel() and x.itemsize > 1]
         places = tuple(x.data_ptr() for x in plain)
         if self._views[0] != places:
             self._views = places, list(map(_samples, plain))

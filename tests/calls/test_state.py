@@ -35,6 +35,8 @@ CHANGES: dict[str, Any] = {
     "a weight written in place, counted": lambda unet: nn.init.zeros_(unet.conv_out.bias),
     "a weight written in place, but for its first value": lambda unet: unet.conv_out.weight.data[1:].mul_(-0.5),
     "a weight exchanged": lambda unet: setattr(unet.conv_out, "bias", nn.Parameter(unet.conv_out.bias.clone())),
+    "a buffer written in place": lambda unet: unet.conv_in.strength.data.mul_(1.5),
+    "a buffer exchanged": lambda unet: setattr(unet.conv_in, "strength", torch.ones(1)),
     "a module exchanged": lambda unet: setattr(unet, "conv_out", nn.Conv2d(16, 4, 3, padding=1)),
     "a LoRA's weight": lambda unet: unet.set_adapters("style", 0.5),
     "a LoRA switched off": lambda unet: unet.disable_adapters(),
@@ -56,6 +58,7 @@ def test_writes_are_noticed_in_weights_that_are_offloaded(unet):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed_and_nothing_else(unet, change):
+    unet.conv_in.register_buffer("strength", torch.ones(1))
     state = NetworkState(with_lora(unet))
     before = state.fingerprint(in_place=True)
     with torch.no_grad():

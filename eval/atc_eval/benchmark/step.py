@@ -31,12 +31,13 @@ METHODS: dict[str, Callable[[float, Model], Method]] = {  # by fraction kept
     "atc": lambda r, model: Method(ATCConfig(r=r)),
     "atc-free": lambda r, model: Method(ATCConfig(r=r, recluster_threshold=math.inf)),
     "atc-fast": lambda r, model: Method(ATCConfig.fast(r)),
+    "atc-fast-each-step": lambda r, model: Method(ATCConfig.fast(r, recluster_threshold=0)),
     "atc-fast-wide": lambda r, model: Method(ATCConfig.fast(r, widen_heads=True)),
     "atc-fast-2": lambda r, model: Method(ATCConfig.fast(r, levels=model.levels)),
 }
 OF_UNETS = ("tomesd", "todo", "atc-fast-2")
 OF_TRANSFORMERS = ("tome",)
-OF_ROTARY = ("atc-fast", "atc-fast-wide")
+OF_ROTARY = ("atc-fast", "atc-fast-each-step", "atc-fast-wide")
 COMPILED = ("atc", "atc-fast")
 KEEP_AT_LEAST = {"tomesd": 0.25, "tome": 0.25}
 ARITHMETIC = (
