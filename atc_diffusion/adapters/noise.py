@@ -97,6 +97,12 @@ def diffusion(scheduler: Any) -> NoiseSchedule:
     return noise
 
 
+def has_long_memory(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler weighs more than one earlier step, as PNDM, LMS and solvers of third order do."""
+    order = getattr(scheduler, "config", {}).get("solver_order") or 1
+    return order > 2 or hasattr(scheduler, "ets") or hasattr(scheduler, "derivatives")
+
+
 @cache
 def _stable_diffusion() -> Any:
     return _log_ratios(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, TRAINED) ** 2, dim=0))

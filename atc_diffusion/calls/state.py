@@ -73,7 +73,7 @@ class NetworkState:
             modules += [child for child in module._modules.values() if child is not None]
         self._modules = modules
         self._children = [module._modules for module in modules]
-        self._weights = [x for module in modules for x in (module._parameters, module._buffers)]
+        self._weights: list[dict[str, Any]] = [x for each in modules for x in (each._parameters, each._buffers)]
         self._with_processor = [module for module in modules if getattr(module, "processor", None) is not None]
         self._adapted = [module for module in modules if "_active_adapter" in module.__dict__]
         self._attributes = [(module.__dict__, name) for module in modules for name in _plain_names(module)]

@@ -77,7 +77,7 @@ class Forecaster:
             return Decision(reason=reason)
         latents = self._denoised(inputs)
         parts = parts_of(latents)
-        trajectory = self._trajectory(latents[parts[0]], position)
+        trajectory = self._trajectory(latents[parts[0]], inputs, position)
         found = trajectory.matching(inputs, parts)
         series = found[0] if found else Series(inputs.clone(), parts, position.index)
         if not found:
@@ -119,7 +119,7 @@ class Forecaster:
         if self._never(inputs, position):
             return False
         latents = self._denoised(inputs)
-        trajectory = self._trajectory(latents[parts_of(latents)[0]], position)
+        trajectory = self._trajectory(latents[parts_of(latents)[0]], inputs, position)
         waiting = [each for each in trajectory.series if each.index < position.index]
         return bool(waiting) and not any(self._reason(trajectory, each, position) for each in waiting)
 
@@ -214,15 +214,15 @@ class Forecaster:
         """The channels that are denoised, as far as that is known, of each item, float32."""
         return inputs.latents[:, : self._channels].detach().float().clone()
 
-    def _trajectory(self, latents: Tensor, position: Position) -> Trajectory:
-        """The images that `latents` belong to, or new ones."""
+    def _trajectory(self, latents: Tensor, inputs: Inputs, position: Position) -> Trajectory:
+        """The images that the `latents` of `inputs` belong to, or new ones."""
         for trajectory in self._trajectories:
             if trajectory.is_at(latents, position):
                 return trajectory
         fits = [(fit, each) for each in self._trajectories if (fit := each.fit_to(latents, position))]
         fits.sort(key=lambda pair: pair[0].new)
         if not fits or (len(fits) > 1 and fits[1][0].new < 2 * fits[0][0].new + 1e-3):
-            return self._begin(latents, position)
+            return self._begin(Trajectory(position, latents, is_half=inputs.latents.itemsize == 2))
         fit, trajectory = fits[0]
         fresh, alpha = self._fresh(trajectory.position, position), self._noise(position.time).alpha
         trajectory.advance(latents, position, fit, fresh, alpha)
@@ -244,9 +244,9 @@ class Forecaster:
         start, end = (self._noise(each.time) for each in (before, position))
         return end.sigma * math.sqrt(max(0.0, 1 - math.exp(2 * (start.log_ratio - end.log_ratio))))
 
-    def _begin(self, latents: Tensor, position: Position) -> Trajectory:
-        trajectory = Trajectory(position, latents)
-        awaited = [each for each in self._trajectories if each.position.index >= position.index - PATIENCE]
+    def _begin(self, trajectory: Trajectory) -> Trajectory:
+        least = trajectory.position.index - PATIENCE
+        awaited = [each for each in self._trajectories if each.position.index >= least]
         self._trajectories = [*awaited[1 - MAX_IMAGES :], trajectory]
         while len(self._trajectories) > 1 and sum(each.num_bytes for each in self._trajectories) > MAX_BYTES:
             del self._trajectories[0]

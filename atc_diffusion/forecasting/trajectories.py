@@ -24,6 +24,11 @@ MEMORY = 3  # earlier clean images that solvers of up to fourth order use
 LEAST_KEPT = 0.1  # correlation
 EDITED = 1.25  # times as much as a sampler's noise may be new in latents that nobody edited
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
+PUT_BACK = 1e-11  # of the mean square of latents: a remainder that is rounding in three steps
+PUT_BACK_HALF = 1e-5  # in half precision
+LEAST_PUT_BACK = 0.05  # of the latents
+TRIALS = 12  # after which a quarter to that power of the first remainder tells what fits
+ROUNDED = 1e-5  # of that square: a remainder that may be rounding in half precision
 EXACT = 1e-9  # of the square of the latents' norm: a remainder that is rounding
 GUIDED = 2.5  # times the error of one part: that of all together at guidance 3, with which the budget was measured
 SMOOTH = 3.0  # the largest roughness with which forecasts do no harm
@@ -39,6 +44,7 @@ class Fit:
         weights: of the clean images of the parts of guidance, which sum to 1; of the image with the most guidance.
         roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
         unexplained: what is new, such as a sampler's noise, `[M, C, ...]`, float32.
+        sampled: where the sampler made the latents, as `_sampled` has it; None: everywhere.
     """
 
     kept: float
@@ -46,6 +52,7 @@ class Fit:
     weights: tuple[float, ...]
     roughness: float
     unexplained: Tensor
+    sampled: Tensor | None
 
 
 @dataclass
@@ -55,6 +62,8 @@ class Trajectory:
     Attributes:
         position: of its last call.
         latents: those of its last call, the denoised channels of each image once, `[M, C, ...]`, float32.
+        before: those of the step before; None at the first.
+        is_half: whether the network is called in half precision, whose rounding is noise.
         series: one for each condition.
         past: the clean images of earlier steps, the newest first, each for all parts of guidance, `[M, C, ...]`.
         fit: of the last step; None at the first.
@@ -68,6 +77,7 @@ class Trajectory:
 
     position: Position
     latents: Tensor
+    is_half: bool
     series: list[Series] = field(default_factory=list)
     past: list[list[Tensor]] = field(default_factory=list)
     fit: Fit | None = None
@@ -77,6 +87,7 @@ class Trajectory:
     refusal: str = ""
     roughness: float = 1.0
     noise: Tensor | None = None
+    before: Tensor | None = None
 
     @property
     def is_rough(self) -> bool:
@@ -91,7 +102,7 @@ class Trajectory:
     def num_bytes(self) -> int:
         """Of the tensors that it keeps, all of about one size."""
         past = sum(x.numel() for each in self.past for x in each)
-        return (self.latents.numel() * (3 + 8 * sum(len(each.parts) for each in self.series)) + past) * 4
+        return (self.latents.numel() * (5 + 8 * sum(len(each.parts) for each in self.series)) + past) * 4
 
     @property
     def is_surprising(self) -> bool:
@@ -110,7 +121,10 @@ class Trajectory:
         if not parts or latents.shape != self.latents.shape:
             return None
         past = [each for each in self.past if len(each) == len(parts)]
-        fit = _fit(self.latents, [parts, *past], latents)
+        sampled = None if self.fit is None else self.fit.sampled
+        if sampled is None and self.before is not None and len(self.past) < MEMORY:
+            sampled = _sampled(torch.stack([self.before, self.latents, latents]), self.is_half)
+        fit = _fit(self.latents, [parts, *past], latents, sampled, self.is_half)
         enough = max(SIGNIFICANT / math.sqrt(latents[0].numel()), LEAST_KEPT)
         return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
 
@@ -119,11 +133,13 @@ class Trajectory:
         if self.fit is not None and not self.is_surprising:
             now = self.fit.new / max(self.fresh, 1e-6)
             self.usual = max(now, self.usual if self.usual < math.inf else 0.0)
+        if self.fit is not None and fit.sampled is not self.fit.sampled:  # fits without it told nothing
+            self.usual, self.roughness = math.inf, 1.0
         self.last_index, self.fresh = self.position.index, fresh
         self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
         self.noise = fit.unexplained / max(alpha, 1e-6) + (0.0 if self.noise is None else self.noise)
-        self.fit, self.position, self.latents = fit, position, latents
+        self.fit, self.position, self.before, self.latents = fit, position, self.latents, latents
         self.roughness = max(self.roughness, fit.roughness)
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
 
@@ -175,18 +191,55 @@ def parts_of(latents: Tensor) -> Parts:
     return list(map(list, zip(*images, strict=True)))
 
 
-def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> Fit | None:
+def _sampled(latents: Tensor, is_half: bool) -> Tensor | None:
+    """`[M, C, ...]`: False where an application put noised latents of a picture back, as inpainting does, else True.
+
+    Those are a mixture of one image and one noise at each step, and so any of three in a row is a sum of the others.
+    None if there are no such latents.
+
+    Args:
+        latents: of three steps, `[3, M, C, ...]`.
+        is_half: whether they were rounded to half precision.
+    """
+    flat = _precise(latents.flatten(1))
+    size = flat[-1].square().mean()
+    first = remainder = _remainder(flat, torch.ones_like(flat[0]))
+    for scale in first.mean().clamp(min=1e-20) / 4.0 ** torch.arange(TRIALS, device=flat.device):
+        remainder = _remainder(flat, scale / (remainder + scale))  # values that fit count more and more, others less
+    put_back = remainder < (PUT_BACK_HALF if is_half else PUT_BACK) * size
+    fraction, left = torch.stack([put_back.to(size).mean(), first.mean() / size]).tolist()
+    is_some = LEAST_PUT_BACK < fraction < 1 - LEAST_PUT_BACK and left < LEAST_KEPT
+    return (~put_back).reshape(latents.shape[1:]) if is_some else None
+
+
+def _remainder(x: Tensor, weights: Tensor) -> Tensor:
+    """The squares `[D]` of what least squares with `weights` `[D]` leave of the last of `x` `[3, D]`; reads nothing."""
+    products = (x * weights) @ x.mT
+    a, b, c, d, e = products[0, 0], products[0, 1], products[1, 1], products[0, 2], products[1, 2]
+    first, second = c * d - b * e, a * e - b * d
+    return (x[2] - (first * x[0] + second * x[1]) / (a * c - b * b)).square()
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # which has no float64
+
+
+def _fit(
+    latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor, sampled: Tensor | None, is_half: bool
+) -> Fit | None:
     """Least squares of `target` by the latents before it and by clean images of `steps`, the newest first.
 
-    All tensors are `[M, ...]`, and all steps have as many clean images, one for each part of guidance.
+    All tensors are `[M, ...]`, and all steps have as many clean images, one for each part of guidance. What is not
+    `sampled` does not count.
     """
     columns = [latents, *chain.from_iterable(steps), target]
-    flat = torch.stack([column.flatten(1) for column in columns], dim=1)  # [M, K, D]
-    flat = flat if flat.device.type == "mps" else flat.double()  # which has no float64
+    flat = _precise(torch.stack([column.flatten(1) for column in columns], dim=1))  # [M, K, D]
+    if sampled is not None:
+        flat = flat * sampled.flatten(1)[:, None]
     products = (flat @ flat.mT).double().cpu().numpy()
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
-    kept, new, rows = zip(*(_fit_one(each / each[-1, -1], len(steps)) for each in products), strict=True)
+    kept, new, rows = zip(*(_fit_one(each / each[-1, -1], len(steps), is_half) for each in products), strict=True)
     weights = np.stack(rows)
     explained = (torch.tensor(weights).to(flat)[:, None] @ flat[:, :-1])[:, 0]
     images = weights[:, 1:].reshape(len(weights), len(steps), -1)
@@ -200,10 +253,11 @@ def _fit(latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor) -> 
         tuple(shares[np.abs(shares).sum(axis=1).argmax()].tolist()),
         max(1.0, float(roughness.max())),
         (flat[:, -1] - explained).reshape(target.shape).float(),
+        sampled,
     )
 
 
-def _fit_one(products: NDArray[np.float64], steps: int) -> tuple[float, float, NDArray[np.float64]]:
+def _fit_one(products: NDArray[np.float64], steps: int, is_half: bool) -> tuple[float, float, NDArray[np.float64]]:
     """`kept` and `new` of one image and the weights of all columns, whose inner products are `[K + 1, K + 1]`.
 
     The last one is what the others are to explain, and the products are relative to its square.
@@ -212,10 +266,11 @@ def _fit_one(products: NDArray[np.float64], steps: int) -> tuple[float, float, N
     _, without = _solve(products, range(1, 1 + parts))
     weights, new = _solve(products, range(1 + parts))
     kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
-    longer, rest = _solve(products, range(len(products) - 1))
-    if new > EXACT and rest < 0.1 * new:  # the past explains what the present does not: the solver has a memory
-        weights, new = longer, rest
-    return kept, math.sqrt(new), np.pad(weights, (0, len(longer) - len(weights)))
+    for earlier in range(2, steps + 1):  # the past explains what the present does not: the solver has a memory
+        longer, rest = _solve(products, range(1 + earlier * parts))
+        if new > EXACT and rest < (0.8 if is_half and new < ROUNDED else 0.1) * new:
+            weights, new = longer, rest
+    return kept, math.sqrt(new), np.pad(weights, (0, len(products) - 1 - len(weights)))
 
 
 def _solve(products: NDArray[np.float64], columns: Sequence[int]) -> tuple[NDArray[np.float64], float]:

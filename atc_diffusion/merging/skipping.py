@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from atc_diffusion.adapters import Family
+from atc_diffusion.adapters.noise import has_long_memory
 from atc_diffusion.calls.forward import WatchedForward, Watcher
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, is_mixed
@@ -53,7 +54,7 @@ class Skipping:
         if is_forced(self.owner):
             return Decision()
         if run.forecasts is None:
-            noise = self.family.noise(getattr(self.pipeline(), "scheduler", None))
+            noise = self.family.noise(self._scheduler)
             run.forecasts = Forecaster(self.family, noise, self.tolerance)
         if not self.is_controlnet:
             run.forecasts.meet(inputs, position)
@@ -75,7 +76,13 @@ class Skipping:
             return "a hook was registered after the patch, and may change the arguments"
         if stranger := self.state.stranger():
             return f"{stranger} may have to see every step"
+        if has_long_memory(self._scheduler):
+            return "the sampler weighs several earlier steps, which would magnify errors"
         return ""
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self.pipeline(), "scheduler", None)
 
     def _defer(self, denoiser: Any, run: Run, position: Position, inputs: Inputs, call: partial[Any]) -> Decision:
         """A ControlNet's call, put off where the coming one of its denoiser will probably be forecast."""

@@ -79,10 +79,21 @@ def test_solvers_that_magnify_errors_are_computed(scheduler):
     """They weigh errors that come and go up to seven times as much as others."""
     pipe = emoji(scheduler())
     expected = draw_emoji(pipe)
-    apply_patch(pipe, ATCConfig.forecast())
+    apply_patch(pipe.unet, ATCConfig.forecast())  # which knows no scheduler
     assert fidelity(draw_emoji(pipe), expected) > 40
     reasons = getattr(summary(pipe).forecasts, "reasons", ())
     assert "the latents follow from several earlier steps, which would magnify errors" in reasons
+
+
+@pytest.mark.parametrize("scheduler", LONG_MEMORIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pipelines_with_such_a_solver_are_computed(components, scheduler, dtype):
+    """In half precision, its memory may hide in the rounding."""
+    pipe = apply_patch(pipeline(components, scheduler()), FORECAST)
+    pipe.unet.to(dtype)
+    draw(pipe)
+    assert "none of" in str(summary(pipe).forecasts)
+    assert "the sampler weighs several earlier steps" in str(summary(pipe).forecasts)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from atc_diffusion.forecasting.deferred import DeferredTensor
 
 STEPS = 20
 TIMES = torch.linspace(1000, 50, STEPS).tolist()
-LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half().float()  # of either precision
 
 
 def position(step: int) -> Position:
@@ -26,11 +26,17 @@ def position(step: int) -> Position:
 
 
 def run(
-    clean: Any, tolerance: float, noise: float = 0.0, schedule: Any = None, response: float = 0.0
+    clean: Any,
+    tolerance: float,
+    noise: float = 0.0,
+    schedule: Any = None,
+    response: float = 0.0,
+    edit: Any = lambda latents, later: latents,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[float], Tensor, Tensor]:
     """Errors of the forecasts, by step, and the last latents, of a network that sees `clean(time)`, and without one.
 
-    The network takes a part of the noise for image: `response`.
+    The network takes a part of the noise for image: `response`. Latents of the next step are edited.
     """
     schedule = schedule or flow("flow")
     forecaster = Forecaster(UNetFamily(), schedule, tolerance)
@@ -39,15 +45,15 @@ def run(
     errors = []
     for step, time in enumerate(TIMES):
         now, later = schedule(time), schedule(position(step).next_time)
-        decision = forecaster.decide(Inputs((latents,)), position(step))
+        decision = forecaster.decide(Inputs((latents.to(dtype),)), position(step))
         seen = clean(time) + response * added
         truth = now.output(latents, seen)
         if decision.output is not None:
             errors.append(float((decision.output[0] - truth).norm() / truth.norm()))
         returned = decision.output if decision.output is not None else decision.end((truth,))
         fresh = noise * torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(100 + step))
-        latents = sampled(latents, now.clean(latents, returned[0]), now, later) + fresh
-        expected = sampled(expected, seen, now, later) + fresh
+        latents = edit(sampled(latents, now.clean(latents, returned[0]), now, later) + fresh, later)
+        expected = edit(sampled(expected, seen, now, later) + fresh, later)
         added = added + fresh / max(later.alpha, 1e-6)
     return errors, latents, expected
 
@@ -74,6 +80,28 @@ def test_what_the_network_takes_for_image_in_the_noise_that_a_sampler_adds_is_fo
     errors, _, _ = run(lambda time: base + time / 1000 * move, 0.2, 0.05, response=0.3)
     assert len(errors) >= 8
     assert max(errors) < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("columns", [4, 14])
+def test_inpainting_is_forecast_like_any_run(columns, dtype):
+    """Where it puts a noised picture back, latents follow from that alone, which the network sees nearly as it is."""
+    base, move, picture = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    base[..., :columns] = picture[..., :columns]
+
+    def clean(time: float) -> Tensor:
+        return base + 0.3 * math.sin(time / 200) * move
+
+    def put_back(latents: Tensor, later: Any) -> Tensor:
+        latents = latents.clone()
+        latents[..., :columns] = (later.alpha * picture + later.sigma * LATENTS)[..., :columns]
+        return latents.to(dtype).float()
+
+    schedule = diffusion(None)
+    errors, latents, expected = run(clean, 0.5, schedule=schedule, edit=put_back, dtype=dtype)
+    assert len(errors) >= len(run(clean, 0.5, schedule=schedule)[0]) >= 4
+    assert float((latents - expected).norm() / expected.norm()) < 0.02
 
 
 @torch.no_grad()
