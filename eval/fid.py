@@ -84,7 +84,7 @@ KINDS = (Comparison, Output, Prompts, Sampling, Scoring)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    options = parse(KINDS, __doc__, [*DEMO, *given] if "--demo" in given else given)
+    options = parse(KINDS, __doc__, given, DEMO if "--demo" in given else ())
     with one_sentence("fid.py", extra="eval", stopped="rerun the command to resume"):
         run(*options)
 

@@ -25,9 +25,19 @@ def several(
     return HfArg(default_factory=lambda: list(default), aliases=list(aliases), metadata=metadata, help=help)
 
 
-def parse(kinds: Sequence[type], description: str | None, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Fill the dataclasses `kinds` from the command line; exits with one sentence if a value does not fit."""
+def parse(
+    kinds: Sequence[type],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    defaults: Sequence[str] = (),
+) -> tuple[Any, ...]:
+    """Fill the dataclasses `kinds` from the command line; exits with one sentence if a value does not fit.
+
+    `defaults` are arguments that hold for options that are not given.
+    """
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
+    if defaults:
+        parser.set_defaults(**vars(parser.parse_args(defaults)))
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
         check_unknown(unknown, kinds)

@@ -3,7 +3,7 @@
     python examples/emoji_diffusion/train_flux.py --work work --output flux
 
 Autoencoder and text encoder are the emoji model's. A token is two by two latents, as in Flux, so a picture of 256 by
-256 pixels has 1024 tokens. Rerun the command to resume. It takes two hours on one CPU core.
+256 pixels has 1024 tokens. Rerun the command to resume. It takes one to two hours on one CPU core.
 """
 
 import argparse

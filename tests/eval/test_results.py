@@ -36,7 +36,7 @@ PAGES = {str(file.relative_to(RESULTS)): file for file in sorted(RESULTS.rglob("
 def test_the_commands_of_a_page_run_as_they_stand(page: str) -> None:
     for command, *arguments in commands(PAGES[page]):
         demo = fid.DEMO if "--demo" in arguments and command == "eval/fid.py" else []
-        parse(OPTIONS[command], None, [*demo, *arguments])
+        parse(OPTIONS[command], None, arguments, demo)
 
 
 FOLDERS = {
