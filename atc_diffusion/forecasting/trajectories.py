@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atc_diffusion.calls.inputs import Inputs, equal_items
 from atc_diffusion.calls.position import Position
+from atc_diffusion.forecasting.inpainting import precise, where_sampled
 from atc_diffusion.forecasting.series import SIGNIFICANT, Parts, Series, norms
 
 PATIENCE = 3  # steps that an image, or one of its conditions, may be away: guidance may skip some
@@ -24,12 +25,8 @@ MEMORY = 3  # earlier clean images that solvers of up to fourth order use
 LEAST_KEPT = 0.1  # correlation
 EDITED = 1.25  # times as much as a sampler's noise may be new in latents that nobody edited
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
-PUT_BACK = 1e-11  # of the mean square of latents: a remainder that is rounding in three steps
-PUT_BACK_HALF = 1e-5  # in half precision
-LEAST_PUT_BACK = 0.05  # of the latents
-TRIALS = 12  # after which a quarter to that power of the first remainder tells what fits
-ROUNDED = 1e-5  # of that square: a remainder that may be rounding in half precision
-EXACT = 1e-9  # of the square of the latents' norm: a remainder that is rounding
+ROUNDED = 1e-5  # of the square of the latents' norm: a remainder that may be rounding in half precision
+EXACT = 1e-9  # of that square: a remainder that is rounding in single precision
 GUIDED = 2.5  # times the error of one part: that of all together at guidance 3, with which the budget was measured
 SMOOTH = 3.0  # the largest roughness with which forecasts do no harm
 
@@ -44,7 +41,7 @@ class Fit:
         weights: of the clean images of the parts of guidance, which sum to 1; of the image with the most guidance.
         roughness: by how much more the solver weighs errors that alternate than errors that stay; 1 without memory.
         unexplained: what is new, such as a sampler's noise, `[M, C, ...]`, float32.
-        sampled: where the sampler made the latents, as `_sampled` has it; None: everywhere.
+        sampled: where the sampler made the latents, as `where_sampled` has it; None: everywhere.
     """
 
     kept: float
@@ -123,7 +120,7 @@ class Trajectory:
         past = [each for each in self.past if len(each) == len(parts)]
         sampled = None if self.fit is None else self.fit.sampled
         if sampled is None and self.before is not None and len(self.past) < MEMORY:
-            sampled = _sampled(torch.stack([self.before, self.latents, latents]), self.is_half)
+            sampled = where_sampled(torch.stack([self.before, self.latents, latents]), self.is_half)
         fit = _fit(self.latents, [parts, *past], latents, sampled, self.is_half)
         enough = max(SIGNIFICANT / math.sqrt(latents[0].numel()), LEAST_KEPT)
         return fit if fit is not None and (fit.kept > enough or fit.new < EXPLAINED) else None
@@ -191,39 +188,6 @@ def parts_of(latents: Tensor) -> Parts:
     return list(map(list, zip(*images, strict=True)))
 
 
-def _sampled(latents: Tensor, is_half: bool) -> Tensor | None:
-    """`[M, C, ...]`: False where an application put noised latents of a picture back, as inpainting does, else True.
-
-    Those are a mixture of one image and one noise at each step, and so any of three in a row is a sum of the others.
-    None if there are no such latents.
-
-    Args:
-        latents: of three steps, `[3, M, C, ...]`.
-        is_half: whether they were rounded to half precision.
-    """
-    flat = _precise(latents.flatten(1))
-    size = flat[-1].square().mean()
-    first = remainder = _remainder(flat, torch.ones_like(flat[0]))
-    for scale in first.mean().clamp(min=1e-20) / 4.0 ** torch.arange(TRIALS, device=flat.device):
-        remainder = _remainder(flat, scale / (remainder + scale))  # values that fit count more and more, others less
-    put_back = remainder < (PUT_BACK_HALF if is_half else PUT_BACK) * size
-    fraction, left = torch.stack([put_back.to(size).mean(), first.mean() / size]).tolist()
-    is_some = LEAST_PUT_BACK < fraction < 1 - LEAST_PUT_BACK and left < LEAST_KEPT
-    return (~put_back).reshape(latents.shape[1:]) if is_some else None
-
-
-def _remainder(x: Tensor, weights: Tensor) -> Tensor:
-    """The squares `[D]` of what least squares with `weights` `[D]` leave of the last of `x` `[3, D]`; reads nothing."""
-    products = (x * weights) @ x.mT
-    a, b, c, d, e = products[0, 0], products[0, 1], products[1, 1], products[0, 2], products[1, 2]
-    first, second = c * d - b * e, a * e - b * d
-    return (x[2] - (first * x[0] + second * x[1]) / (a * c - b * b)).square()
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # which has no float64
-
-
 def _fit(
     latents: Tensor, steps: Sequence[Sequence[Tensor]], target: Tensor, sampled: Tensor | None, is_half: bool
 ) -> Fit | None:
@@ -233,7 +197,7 @@ def _fit(
     `sampled` does not count.
     """
     columns = [latents, *chain.from_iterable(steps), target]
-    flat = _precise(torch.stack([column.flatten(1) for column in columns], dim=1))  # [M, K, D]
+    flat = precise(torch.stack([column.flatten(1) for column in columns], dim=1))  # [M, K, D]
     if sampled is not None:
         flat = flat * sampled.flatten(1)[:, None]
     products = (flat @ flat.mT).double().cpu().numpy()
