@@ -230,8 +230,9 @@ def _fit_one(products: NDArray[np.float64], steps: int, is_half: bool) -> tuple[
     _, without = _solve(products, range(1, 1 + parts))
     weights, new = _solve(products, range(1 + parts))
     kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
-    for earlier in range(2, steps + 1):  # the past explains what the present does not: the solver has a memory
-        longer, rest = _solve(products, range(1 + earlier * parts))
+    # Where the past explains what the present does not, the solver has a memory; rounding may hide most of that.
+    for known in range(2, steps + 1) if is_half else (steps,):
+        longer, rest = _solve(products, range(1 + known * parts))
         if new > EXACT and rest < (0.8 if is_half and new < ROUNDED else 0.1) * new:
             weights, new = longer, rest
     return kept, math.sqrt(new), np.pad(weights, (0, len(products) - 1 - len(weights)))
