@@ -111,16 +111,11 @@ def time_of(timestep: object) -> float:
     return float(torch.as_tensor(timestep).max())
 
 
-def is_mixed(timestep: object) -> bool:
-    """Whether the items of a batch are at different timesteps."""
-    if (
-        not isinstance(timestep, Tensor)
-        or timestep.ndim == 0
-        or not timestep.stride(0)
-        or math.isnan(time_of(timestep))
-    ):
+def is_mixed(timestep: object, position: Position) -> bool:
+    """Whether the items of a batch at a position are at different timesteps."""
+    if position.entry is not None or math.isnan(position.time) or not isinstance(timestep, Tensor):
         return False
-    return bool((timestep != timestep[:1]).any())
+    return timestep.numel() > 1 and bool((timestep != position.time).any())
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -58,9 +58,10 @@ class Skipping:
             run.forecasts = Forecaster(self.family, noise, self.tolerance)
         if not self.is_controlnet:
             run.forecasts.meet(inputs, position)
-        if reason := self.never() or (
-            "the images of the batch are at different timesteps" if is_mixed(timestep) else ""
-        ):
+        reason = self.never()
+        if not reason and is_mixed(timestep, position):
+            reason = "the images of the batch are at different timesteps"
+        if reason:
             run.forecasts.refuse(position)
             return Decision(reason=reason)
         if (denoiser := self.denoiser()) is not None:
