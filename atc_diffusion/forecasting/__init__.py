@@ -59,12 +59,14 @@ class Forecaster:
     Args:
         family: the adapter of the network.
         noise: how noisy the latents are at a timestep.
+        roughness: the largest that the solver may have, as `Fit.roughness`.
         tolerance: how far all forecasts of the run together may be expected to change the latents, relative to these.
     """
 
-    def __init__(self, family: Family, noise: NoiseSchedule, tolerance: float) -> None:
+    def __init__(self, family: Family, noise: NoiseSchedule, roughness: float, tolerance: float) -> None:
         self._family = family
         self._noise = noise
+        self._roughness = roughness
         self._tolerance = tolerance
         self._trajectories: list[Trajectory] = []
         self._channels: int | None = None  # that are denoised; known from the first output
@@ -150,7 +152,7 @@ class Forecaster:
             return "the latents changed by more than the sampler explains"
         if len(series.forecast) == min(MAX_SKIPPED, len(series.computed) - 1):
             return f"no more than {MAX_SKIPPED} steps in a row are skipped, and one after the first two"
-        if trajectory.is_rough:
+        if not self._bears_errors(trajectory):
             return "the latents follow from several earlier steps, which would magnify errors"
         steps = [now - later for now, later in pairwise(position.times_around)]
         if any(later > LONGER * now for now, later in pairwise(steps)):
@@ -162,6 +164,9 @@ class Forecaster:
         noise = NOISE * image * trajectory.fit.new * min(1.0, NOISY_STEPS / position.count)
         allowed = self._tolerance * (1 / position.count + noise)
         return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
+
+    def _bears_errors(self, trajectory: Trajectory) -> bool:
+        return not trajectory.is_filling and trajectory.roughness <= self._roughness
 
     def _error(self, series: Series, position: Position) -> float:
         """The expected error of a forecast output, relative to the latents."""
@@ -206,7 +211,7 @@ class Forecaster:
         noise, kept = self._noise(position.time), self._kept(position)
         clean = noise.clean(latents, output[:, : latents.shape[1]])
         seen = Seen(position.time, noise.log_ratio, clean, trajectory.noise_in(series.parts))
-        better = series.see(seen, norms(latents), noise.clean_factor, kept, not trajectory.is_rough)
+        better = series.see(seen, norms(latents), noise.clean_factor, kept, self._bears_errors(trajectory))
         series.template, series.clean, series.owed = returned, seen.image if better is None else better, 0.0
         return returned if better is None else self._family.returned(returned, noise.output(latents, better))
 

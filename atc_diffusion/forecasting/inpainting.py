@@ -28,7 +28,7 @@ def where_sampled(latents: Tensor, is_half: bool) -> Tensor | None:
     put_back = remainder < (ROUNDING_HALF if is_half else ROUNDING) * size
     fraction, left = torch.stack([put_back.to(size).mean(), first.mean() / size]).tolist()
     is_some = LEAST < fraction < 1 - LEAST and left < 1 - EXPLAINED
-    return (~put_back).reshape(latents.shape[1:]) if is_some else None
+    return (~put_back).reshape(latents.shape[1:]).to(latents.device) if is_some else None
 
 
 def _remainder(x: Tensor, weights: Tensor) -> Tensor:
@@ -40,5 +40,5 @@ def _remainder(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def precise(x: Tensor) -> Tensor:
-    """Float64, but for Macs' GPUs, which have none."""
-    return x if x.device.type == "mps" else x.double()
+    """Float64; on the CPU where the device has none, as Macs' GPUs."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -26,9 +26,8 @@ LEAST_KEPT = 0.1  # correlation
 EDITED = 1.25  # times as much as a sampler's noise may be new in latents that nobody edited
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
 ROUNDED = 1e-5  # of the square of the latents' norm: a remainder that may be rounding in half precision
-EXACT = 1e-9  # of that square: a remainder that is rounding in single precision
+EXACT = 1e-12  # of that square: a remainder that is rounding in single precision
 GUIDED = 2.5  # times the error of one part: that of all together at guidance 3, with which the budget was measured
-SMOOTH = 3.0  # the largest roughness with which forecasts do no harm
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Trajectory:
     Attributes:
         position: of its last call.
         latents: those of its last call, the denoised channels of each image once, `[M, C, ...]`, float32.
-        before: those of the step before; None at the first.
+        before: those of the step before, in the first steps.
         is_half: whether the network is called in half precision, whose rounding is noise.
         series: one for each condition.
         past: the clean images of earlier steps, the newest first, each for all parts of guidance, `[M, C, ...]`.
@@ -68,7 +67,8 @@ class Trajectory:
         fresh: what `Fit.new` would be at the last step with an ancestral sampler.
         usual: the largest ratio of the two at the steps before that.
         refusal: why no call of the present step is forecast; "" if one may be.
-        roughness: the largest `Fit.roughness` so far.
+        roughness: the largest `Fit.roughness` of steps shortly before which none was forecast.
+        num_computed: how many steps were computed since one was forecast.
         noise: the sum of what was new at each step, on the scale of clean images, `[M, C, ...]`; None at the first.
     """
 
@@ -83,17 +83,14 @@ class Trajectory:
     usual: float = math.inf
     refusal: str = ""
     roughness: float = 1.0
+    num_computed: float = math.inf
     noise: Tensor | None = None
     before: Tensor | None = None
 
     @property
-    def is_rough(self) -> bool:
-        """Whether the solver weighs several earlier steps, and so errors that alternate much more than others.
-
-        Adams-Bashforth of fourth order, as in PLMS, weighs them 6.7 times as much, and DPM-Solver++ 2M twice. How far
-        a memory reaches is not known before it is full.
-        """
-        return self.roughness > SMOOTH or (self.roughness > 1 and len(self.past) < MEMORY)
+    def is_filling(self) -> bool:
+        """Whether the solver's memory is not full yet, and so it is not known how far it reaches."""
+        return self.roughness > 1 and len(self.past) < MEMORY
 
     @property
     def num_bytes(self) -> int:
@@ -136,8 +133,11 @@ class Trajectory:
         self._settle_errors(fit.weights)
         self.past = [self._parts(), *self.past][:MEMORY]
         self.noise = fit.unexplained / max(alpha, 1e-6) + (0.0 if self.noise is None else self.noise)
-        self.fit, self.position, self.before, self.latents = fit, position, self.latents, latents
-        self.roughness = max(self.roughness, fit.roughness)
+        self.before = self.latents if len(self.past) < MEMORY else None
+        self.fit, self.position, self.latents = fit, position, latents
+        self.num_computed = self.num_computed + 1 if self.refusal else 0
+        if self.num_computed > MEMORY:  # a forecast follows from the images before it, and so could stand for them
+            self.roughness = max(self.roughness, fit.roughness)
         self.series = [each for each in self.series if each.index >= position.index - PATIENCE]
 
     def _settle_errors(self, weights: tuple[float, ...]) -> None:
@@ -199,7 +199,7 @@ def _fit(
     columns = [latents, *chain.from_iterable(steps), target]
     flat = precise(torch.stack([column.flatten(1) for column in columns], dim=1))  # [M, K, D]
     if sampled is not None:
-        flat = flat * sampled.flatten(1)[:, None]
+        flat = flat * sampled.flatten(1)[:, None].to(flat.device)
     products = (flat @ flat.mT).double().cpu().numpy()
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
@@ -216,7 +216,7 @@ def _fit(
         max(new),
         tuple(shares[np.abs(shares).sum(axis=1).argmax()].tolist()),
         max(1.0, float(roughness.max())),
-        (flat[:, -1] - explained).reshape(target.shape).float(),
+        (flat[:, -1] - explained).reshape(target.shape).float().to(target.device),
         sampled,
     )
 
@@ -231,7 +231,7 @@ def _fit_one(products: NDArray[np.float64], steps: int, is_half: bool) -> tuple[
     weights, new = _solve(products, range(1 + parts))
     kept = math.sqrt(max(without - new, 0) / without) if weights[0] > 0 and without > 0 else 0.0
     # Where the past explains what the present does not, the solver has a memory; rounding may hide most of that.
-    for known in range(2, steps + 1) if is_half else (steps,):
+    for known in range(2, steps + 1):
         longer, rest = _solve(products, range(1 + known * parts))
         if new > EXACT and rest < (0.8 if is_half and new < ROUNDED else 0.1) * new:
             weights, new = longer, rest

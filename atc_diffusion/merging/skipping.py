@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from atc_diffusion.adapters import Family
-from atc_diffusion.adapters.noise import has_long_memory
+from atc_diffusion.adapters.noise import bearable_roughness
 from atc_diffusion.calls.forward import WatchedForward, Watcher
 from atc_diffusion.calls.inputs import Inputs
 from atc_diffusion.calls.position import Position, is_mixed
@@ -54,8 +54,8 @@ class Skipping:
         if is_forced(self.owner):
             return Decision()
         if run.forecasts is None:
-            noise = self.family.noise(self._scheduler)
-            run.forecasts = Forecaster(self.family, noise, self.tolerance)
+            noise, roughness = self.family.noise(self._scheduler), bearable_roughness(self._scheduler)
+            run.forecasts = Forecaster(self.family, noise, roughness, self.tolerance)
         if not self.is_controlnet:
             run.forecasts.meet(inputs, position)
         reason = self.never()
@@ -77,7 +77,7 @@ class Skipping:
             return "a hook was registered after the patch, and may change the arguments"
         if stranger := self.state.stranger():
             return f"{stranger} may have to see every step"
-        if has_long_memory(self._scheduler):
+        if not bearable_roughness(self._scheduler):
             return "the sampler weighs several earlier steps, which would magnify errors"
         return ""
 

@@ -1,12 +1,14 @@
-"""Runs in which every step that can be forecast is."""
+"""Runs in which every step that can be forecast is, and the bundled model with any sampler."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from atc_diffusion import ATCConfig, summary
-from tests.helpers.drawing import text
+from atc_diffusion import ATCConfig, load_pipeline, summary
+from tests.helpers.drawing import PARTS, text
 from tests.helpers.families import FAMILIES
 
 STEPS = 20
@@ -17,6 +19,8 @@ RESIDUALS = {  # what a ControlNet returns, by the names under which its network
     "sd3": ["block_controlnet_hidden_states"],
     "flux": ["controlnet_block_samples", "controlnet_single_block_samples"],
 }
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}
 
 
 class Calls(list[int]):
@@ -77,3 +81,29 @@ def after(latents: Any, output: Any, noise: float) -> Any:
 
 def draw_like(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def pipeline(components: dict[str, Any], scheduler: Any = None) -> Any:
+    """A tiny pipeline of random weights."""
+    parts = components | ({"scheduler": scheduler} if scheduler else {})
+    return StableDiffusionPipeline(**parts, **PARTS)
+
+
+def emoji(scheduler: Any) -> Any:
+    """The bundled model with another scheduler of its noise."""
+    pipe = load_pipeline(str(EMOJI), torch.float32)
+    pipe.scheduler = type(scheduler).from_config(
+        dict(pipe.scheduler.config) | scheduler.config | {"prediction_type": "v_prediction"} | BETAS
+    )
+    return pipe
+
+
+def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: Any) -> Tensor:
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 48, "width": 48} | options
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, output_type="latent", generator=generator, **options).images
+
+
+def fidelity(latents: Tensor, expected: Tensor) -> float:
+    """Their relative distance in dB."""
+    return float(-20 * torch.log10((latents - expected).norm() / expected.norm()))
