@@ -40,13 +40,13 @@ def check_source(source: str | Path, kind: str) -> bool:
     return is_folder
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
+def load_pipeline(model: str | Path, dtype: torch.dtype, *, safety_checker: bool = True) -> "DiffusionPipeline":
     """Load a diffusers pipeline to the CPU; neither loading nor calling it shows a progress bar.
 
     Args:
         model: folder of a pipeline, or its hub id.
         dtype: of its weights.
-        options: further arguments of `DiffusionPipeline.from_pretrained`.
+        safety_checker: load the network that blackens images, if the pipeline has one.
 
     Raises:
         ValueError: if there is no such pipeline, the hub cannot be reached, or `dtype` is none.
@@ -57,6 +57,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype, **options: Any) -> "Dif
         raise ValueError(f"dtype must be one of torch's, such as torch.float16, got {dtype!r}")
 
     is_local = check_source(model, "pipeline")
+    options = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype

@@ -103,7 +103,7 @@ def weights_digest(model: str) -> str:
 def load_pipeline(sampling: Sampling, device: torch.device) -> Any:
     """The pipeline of `sampling` on `device`, without a safety checker."""
     dtype = getattr(torch, sampling.dtype_on(device))
-    pipe: Any = atc_diffusion.load_pipeline(sampling.model, dtype, safety_checker=None, requires_safety_checker=False)
+    pipe: Any = atc_diffusion.load_pipeline(sampling.model, dtype, safety_checker=False)
     if sampling.lora:
         load_lora(pipe, sampling.lora)
     if sampling.scheduler:
