@@ -150,8 +150,6 @@ class Forecaster:
             return "the latents or their conditions are not those of a run so far"
         if trajectory.is_surprising:
             return "the latents changed by more than the sampler explains"
-        if trajectory.is_foreign:
-            return "the latents are made of more than this network's outputs, as by another network"
         if len(series.forecast) == min(MAX_SKIPPED, len(series.computed) - 1):
             return f"no more than {MAX_SKIPPED} steps in a row are skipped, and one after the first two"
         if not self._bears_errors(trajectory):

@@ -27,7 +27,6 @@ EDITED = 1.25  # times as much as a sampler's noise may be new in latents that n
 EXPLAINED = 0.05  # of the latents' norm: a remainder so small that they must be of this image
 ROUNDED = 1e-5  # of the square of the latents' norm: a remainder that may be rounding in half precision
 EXACT = 1e-12  # of that square: a remainder that is rounding in single precision
-FOREIGN = 1e-3  # of the latents' norm: a remainder that comes from another network, or so, if it is no noise
 GUIDED = 2.5  # times the error of one part: that of all together at guidance 3, with which the budget was measured
 
 
@@ -103,15 +102,6 @@ class Trajectory:
     def is_surprising(self) -> bool:
         """Whether more of the present latents is new than a sampler like that of the steps before adds: an edit."""
         return self.fit is not None and self.fit.new > EDITED * min(self.usual, 1.0) * self.fresh + 0.02
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether the present latents are partly made of something unknown that is no noise: neighbours are alike."""
-        if self.fit is None or self.fit.new <= FOREIGN:
-            return False
-        unexplained = self.fit.unexplained
-        alike = (unexplained[..., 1:] * unexplained[..., :-1]).sum() / unexplained.square().sum()
-        return float(alike) > SIGNIFICANT / math.sqrt(unexplained.numel())
 
     def is_at(self, latents: Tensor, position: Position) -> bool:
         """Whether a call with `latents` is of the present step of this image, as for another condition."""

@@ -19,7 +19,6 @@ from tests.helpers.forecasting import (
     Calls,
     Counted,
     draw,
-    emoji,
     forecast_steps,
     pipeline,
 )
@@ -236,30 +235,6 @@ def test_parts_of_guidance_in_different_runs_are_computed(unet, other, comes_fir
     apply_patch(unet.other, FORECAST)
     assert torch.equal(guided(), expected)
     assert "none of" in str(summary(unet).forecasts)
-
-
-@torch.no_grad()
-def test_guidance_by_another_network_is_noticed_in_the_latents():
-    """As autoguidance, whose other network is a worse copy; only where a sampler adds no noise of its own."""
-    pipe = emoji(DDIMScheduler(clip_sample=False))
-    good, worse = pipe.unet, copy.deepcopy(pipe.unet)
-    for weight in worse.parameters():
-        weight += 0.02 * weight.abs().mean() * torch.randn_like(weight)
-    start = torch.randn(1, 4, 16, 16)
-    text = pipe.encode_prompt("red apple", "cpu", 1, False)[0]
-    pipe.scheduler.set_timesteps(STEPS)
-
-    def guided() -> Tensor:
-        latents = start
-        for t in pipe.scheduler.timesteps:
-            best, other = (network(latents, t, text).sample for network in (good, worse))
-            latents = pipe.scheduler.step(other + 8 * (best - other), t, latents).prev_sample
-        return latents
-
-    expected = guided()
-    apply_patch(pipe, FORECAST)
-    assert torch.equal(guided(), expected)
-    assert "the latents are made of more than this network's outputs" in str(summary(pipe))
 
 
 @torch.no_grad()
