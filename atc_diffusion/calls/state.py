@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from atc_diffusion.adapters.obstacles import HARMLESS, innermost, source
 from atc_diffusion.calls.inputs import Setting
@@ -112,6 +113,8 @@ class NetworkState:
             kind = type(module.processor)
             if not _is_from(_KNOWN_PROCESSORS, kind):
                 yield f"the attention processor {_name(kind)}"
+        of_all = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+        yield from (f"the hook {_name(hook)}" for hook in of_all if not _is_from(_KNOWN_HOOKS, hook))
         for module in self._modules[1:]:  # not the network itself
             attributes = module.__dict__
             hooks: list[Any] = [*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()]

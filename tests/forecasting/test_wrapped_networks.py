@@ -108,6 +108,18 @@ def test_a_cache_that_replaces_the_forward_of_the_class_sees_every_step(componen
     assert "none of 20 steps forecast: the network's forward was replaced" in str(summary(pipe))
 
 
+def test_a_hook_on_all_modules_sees_every_step(components):
+    pipe = apply_patch(pipeline(components), FORECAST)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        draw(pipe)
+    finally:
+        handle.remove()
+    assert "none of 20 steps forecast: the hook" in str(summary(pipe))
+    draw(pipe)
+    assert forecast_steps(pipe) == SKIPPED
+
+
 def test_clusters_last_through_skipped_steps(components):
     config = ATCConfig(r=1.0, r_keys=0.5, recluster_threshold=1e9, forecast_tolerance=1e9)
     pipe = apply_patch(pipeline(components), config)
