@@ -94,13 +94,15 @@ def enter(patches: Mapping[nn.Module, Patch | None]) -> Block:
 def leave(block: Block) -> None:
     """Give back what was there; where a later block is still open, that one will."""
     with _lock:
-        while True:
-            later = _blocks[_blocks.index(block) + 1 :]
-            heirs = {network: next((x for x in later if network in x.before), None) for network in block.before}
-            if _exchange({network: block.before[network] for network, heir in heirs.items() if heir is None}):
-                break
-            _lock.wait(_PAUSE)
-        _blocks.remove(block)
+        try:
+            while True:
+                later = _blocks[_blocks.index(block) + 1 :]
+                heirs = {network: next((x for x in later if network in x.before), None) for network in block.before}
+                if _exchange({network: block.before[network] for network, heir in heirs.items() if heir is None}):
+                    break
+                _lock.wait(_PAUSE)
+        finally:  # also when Ctrl-C ends the waiting: the patch stays then, but the block is over
+            _blocks.remove(block)
         for network, heir in heirs.items():
             if heir is not None:
                 heir.before[network] = block.before[network]
@@ -129,7 +131,7 @@ def _conflict(block: Block, networks: Collection[nn.Module]) -> str:
     kind = next(type(network).__name__ for network in networks if network in block.before)
     return (
         f"{_name(block.owner)} is inside `with patched(...)` on this {kind}, and a patch is seen by all; wait until"
-        " that block ends, use an equal configuration, or patch a copy of the model"
+        " that block ends, use `patched` with an equal configuration, or patch a copy of the model"
     )
 
 

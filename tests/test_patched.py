@@ -4,6 +4,7 @@ import asyncio
 import copy
 import logging
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -289,3 +290,36 @@ def test_one_line_of_the_log_says_what_is_patched(make, config, line, caplog):
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("atc_diffusion", "INFO")
     assert re.fullmatch(line, record.getMessage())
+
+
+def test_ctrl_c_while_a_block_waits_for_another_thread_ends_the_block(unet):
+    started, stop = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        started.set()
+        stop.wait(30)
+
+    handle = unet.mid_block.register_forward_hook(wait)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave_while_called() -> None:
+        with patched(unet, r=0.5):
+            calls.append(pool.submit(lambda: unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 12))))
+            started.wait(30)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    calls: list[Any] = []
+    before = signal.signal(signal.SIGALRM, interrupt)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                leave_while_called()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            stop.set()
+        calls[0].result()
+        handle.remove()
+        pool.submit(apply_patch, unet, r=0.25).result()  # which no open block refuses
+    assert str(summary(unet).config) == "ATCConfig(r=0.25)"
