@@ -107,7 +107,7 @@ class MergeConfig(Configuration):
             last clustering (norm of the change relative to the norm of the latents). 0 clusters at every call.
         forecast_tolerance: error budget of a run for skipped steps. A step is skipped, and its output extrapolated, if
             the expected error in the latents stays within the step's part of this budget (norm of the error relative to
-            the norm of the latents). 0 computes every step; 0.5 skips 2 to 8 of 20. With samplers that add noise,
+            the norm of the latents). 0 computes every step; 0.5 skips 2 to 9 of 20. With samplers that add noise,
             a part of that noise counts as budget too. Nothing is skipped in runs of fewer than 12 steps, with samplers
             that repeat every timestep (Heun), and with solvers that weigh many earlier steps (PNDM, LMS); `summary`
             says why.

@@ -17,7 +17,7 @@ from atc_diffusion.validation import check_count, is_count
 
 Grid = tuple[int, int]
 
-FORECAST_TOLERANCE = 0.5  # at which 2 to 8 of 20 steps are forecast, depending on the sampler
+FORECAST_TOLERANCE = 0.5  # at which 2 to 9 of 20 steps are forecast, depending on the sampler
 
 
 class OtherOptions(TypedDict, total=False):
