@@ -95,17 +95,18 @@ def leave(block: Block) -> None:
     """Give back what was there; where a later block is still open, that one will."""
     with _lock:
         try:
-            while True:
-                later = _blocks[_blocks.index(block) + 1 :]
-                heirs = {network: next((x for x in later if network in x.before), None) for network in block.before}
-                if _exchange({network: block.before[network] for network, heir in heirs.items() if heir is None}):
-                    break
+            while not _exchange({each: patch for each, patch in block.before.items() if each not in _heirs(block)}):
                 _lock.wait(_PAUSE)
+            for network, heir in _heirs(block).items():
+                heir.before[network] = block.before[network]
         finally:  # also when Ctrl-C ends the waiting: the patch stays then, but the block is over
             _blocks.remove(block)
-        for network, heir in heirs.items():
-            if heir is not None:
-                heir.before[network] = block.before[network]
+
+
+def _heirs(block: Block) -> dict[nn.Module, Block]:
+    """For each network of a block on which a later one is still open, the first of these."""
+    later = _blocks[_blocks.index(block) + 1 :]
+    return {network: each for each in reversed(later) for network in each.before.keys() & block.before.keys()}
 
 
 def _owner() -> Owner:

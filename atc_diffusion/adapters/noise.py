@@ -100,9 +100,10 @@ def diffusion(scheduler: Any) -> NoiseSchedule:
 def bearable_roughness(scheduler: Any) -> float:
     """How much more than others a solver may weigh errors that alternate, if forecasts are to do no harm.
 
-    DPM-Solver++ 2M weighs them twice as much, UniPC of second order 3.5 times, and Adams-Bashforth of fourth order, as
-    in PLMS, 6.7 times. Where the scheduler is not known, it may be of third order, whose weights grow slowly. 0 where
-    it is known to weigh more than one earlier step, as PNDM, LMS and solvers of third order do.
+    DPM-Solver++ 2M weighs them twice as much, UniPC of second order up to 3.54 times, which is the most that is borne,
+    and Adams-Bashforth of fourth order, as in PLMS, 6.7 times. An unknown scheduler may be of third order, whose
+    weights have reached 3 after six steps and grow on. 0 where it is known to weigh more than one earlier step, as
+    PNDM, LMS and solvers of third order do.
     """
     order = getattr(scheduler, "config", {}).get("solver_order") or 1
     if order > 2 or hasattr(scheduler, "ets") or hasattr(scheduler, "derivatives"):

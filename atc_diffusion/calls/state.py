@@ -5,13 +5,12 @@ network's modules have been exchanged.
 """
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import chain
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from atc_diffusion.adapters.obstacles import HARMLESS, innermost, source
 from atc_diffusion.calls.inputs import Setting
@@ -113,18 +112,22 @@ class NetworkState:
             kind = type(module.processor)
             if not _is_from(_KNOWN_PROCESSORS, kind):
                 yield f"the attention processor {_name(kind)}"
-        of_all = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
-        yield from (f"the hook {_name(hook)}" for hook in of_all if not _is_from(_KNOWN_HOOKS, hook))
+        of_all = nn.modules.module
+        yield from _foreign_hooks(of_all._global_forward_pre_hooks.values(), of_all._global_forward_hooks.values())
         for module in self._modules[1:]:  # not the network itself
             attributes = module.__dict__
-            hooks: list[Any] = [*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()]
-            if registry := attributes.get("_diffusers_hook"):
-                hooks += map(type, registry.hooks.values())
-            yield from (f"the hook {_name(hook)}" for hook in hooks if not _is_from(_KNOWN_HOOKS, hook))
+            registry = attributes.get("_diffusers_hook")
+            of_diffusers = map(type, registry.hooks.values()) if registry else ()
+            hooks = attributes["_forward_hooks"].values(), attributes["_forward_pre_hooks"].values()
+            yield from _foreign_hooks(*hooks, of_diffusers)
             forward = attributes.get("forward")  # its own one is there where others have put it back
             is_own = forward is None or innermost(forward) is type(module).forward
             if not is_own and not _is_from(_KNOWN_HOOKS, forward):
                 yield f"the forward {_name(forward)}"
+
+
+def _foreign_hooks(*hooks: Iterable[Any]) -> Iterator[str]:
+    return (f"the hook {_name(hook)}" for hook in chain(*hooks) if not _is_from(_KNOWN_HOOKS, hook))
 
 
 def _plain(value: Any) -> Hashable:

@@ -166,6 +166,7 @@ class Forecaster:
         return "" if series.owed + change <= allowed else "forecasts were not accurate enough"
 
     def _bears_errors(self, trajectory: Trajectory) -> bool:
+        """Whether the solver, as far as its memory is known, does not magnify errors that come and go."""
         return not trajectory.is_filling and trajectory.roughness <= self._roughness
 
     def _error(self, series: Series, position: Position) -> float:

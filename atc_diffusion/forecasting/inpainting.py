@@ -1,20 +1,20 @@
-"""Where a sampler made the latents of a step, and where inpainting put a noised picture back instead."""
+"""Where a sampler made the latents of a step, and where inpainting put a noised image back instead."""
 
 import torch
 from torch import Tensor
 
 LEAST = 0.05  # of the latents, to be put back, or not to be
-EXPLAINED = 0.9  # of their mean square by the two steps before, or they are of something else
+MOST_LEFT = 0.1  # of their mean square by the two steps before, or they are of something else
 ROUNDING = 1e-11  # of that square: what rounding in three steps leaves
 ROUNDING_HALF = 1e-5  # in half precision
 TRIALS = 12  # after which a quarter to that power of the first remainder tells what fits
 
 
 def where_sampled(latents: Tensor, is_half: bool) -> Tensor | None:
-    """`[M, C, ...]`: False where an application put noised latents of a picture back, as inpainting does, else True.
+    """`[M, C, ...]`: False where an application put noised latents of an image back, as inpainting does, else True.
 
     Those are a mixture of one image and one noise at each step, and so any of three in a row is a sum of the others.
-    None if there are no such latents.
+    None if there are no such latents. The mask lies where `precise` computes.
 
     Args:
         latents: of three steps, `[3, M, C, ...]`.
@@ -27,8 +27,8 @@ def where_sampled(latents: Tensor, is_half: bool) -> Tensor | None:
         remainder = _remainder(flat, scale / (remainder + scale))  # values that fit count more and more, others less
     put_back = remainder < (ROUNDING_HALF if is_half else ROUNDING) * size
     fraction, left = torch.stack([put_back.to(size).mean(), first.mean() / size]).tolist()
-    is_some = LEAST < fraction < 1 - LEAST and left < 1 - EXPLAINED
-    return (~put_back).reshape(latents.shape[1:]).to(latents.device) if is_some else None
+    is_some = LEAST < fraction < 1 - LEAST and left < MOST_LEFT
+    return (~put_back).reshape(latents.shape[1:]) if is_some else None
 
 
 def _remainder(x: Tensor, weights: Tensor) -> Tensor:

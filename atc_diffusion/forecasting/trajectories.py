@@ -199,8 +199,8 @@ def _fit(
     columns = [latents, *chain.from_iterable(steps), target]
     flat = precise(torch.stack([column.flatten(1) for column in columns], dim=1))  # [M, K, D]
     if sampled is not None:
-        flat = flat * sampled.flatten(1)[:, None].to(flat.device)
-    products = (flat @ flat.mT).double().cpu().numpy()
+        flat = flat * sampled.flatten(1)[:, None]
+    products = (flat @ flat.mT).cpu().numpy()
     if not np.isfinite(products).all() or not products[:, -1, -1].all():
         return None
     kept, new, rows = zip(*(_fit_one(each / each[-1, -1], len(steps), is_half) for each in products), strict=True)

@@ -4,7 +4,6 @@ import copy
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from tests.helpers.applications import LOOPS, Loop, sd_next
 from tests.helpers.drawing import PARTS
 from tests.helpers.forecasting import FORECAST, forecast_steps
 from tests.helpers.loops import LAYERS, counts, embedding, sample
+from tests.helpers.tiny_pipelines import EMOJI
 
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 STEPS = 20
 CLUSTERED = {  # at most, of how many calls
     "invoke_ai": (18, 20),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atc_diffusion.adapters.noise import diffusion, flow
+from atc_diffusion.adapters.noise import NoiseSchedule, diffusion, flow
 from atc_diffusion.adapters.unet import UNetFamily
 from atc_diffusion.calls.inputs import Clock, Inputs, changes
 from atc_diffusion.calls.position import Position
@@ -25,6 +25,10 @@ def position(step: int) -> Position:
     return Position(step, step, TIMES[step], later, STEPS, step == STEPS - 1)
 
 
+def forecaster_of(schedule: NoiseSchedule, tolerance: float) -> Forecaster:
+    return Forecaster(UNetFamily(), schedule, roughness=3.0, tolerance=tolerance)
+
+
 def run(
     clean: Any,
     tolerance: float,
@@ -39,7 +43,7 @@ def run(
     The network takes a part of the noise for image: `response`. Latents of the next step are edited.
     """
     schedule = schedule or flow("flow")
-    forecaster = Forecaster(UNetFamily(), schedule, 3.0, tolerance)
+    forecaster = forecaster_of(schedule, tolerance)
     latents = expected = LATENTS
     added = torch.zeros_like(LATENTS)
     errors = []
@@ -126,7 +130,7 @@ def test_a_timestep_may_come_twice():
     """As in loops that go back over a step; the latents have moved, the timestep has not."""
     base, move = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     schedule = flow("flow")
-    forecaster, latents = Forecaster(UNetFamily(), schedule, 3.0, 3.0), LATENTS
+    forecaster, latents = forecaster_of(schedule, tolerance=3.0), LATENTS
     for step in range(STEPS):
         time, later = TIMES[step - step % 2], (*TIMES, 0.0)[step + 1 - (step + 1) % 2]
         decision = forecaster.decide(Inputs((latents,)), Position(step, step, time, later, STEPS, step == STEPS - 1))
@@ -144,7 +148,7 @@ WEIGHTS = torch.tensor([-6.0, 5.0, 2.0])  # of the parts, as guidance weighs the
 def guided(calls: list[list[int]], has_conditions: bool, num_images: int = 1) -> list[set[bool]]:
     """Of each step, whether its calls were forecast; each call has some parts of guidance, for every image in turn."""
     schedule = flow("flow")
-    forecaster, latents, forecast = Forecaster(UNetFamily(), schedule, 3.0, 0.5), LATENTS[:num_images], []
+    forecaster, latents, forecast = forecaster_of(schedule, tolerance=0.5), LATENTS[:num_images], []
     for step, time in enumerate(TIMES):
         guided, decided = torch.zeros_like(latents), set()
         for parts in calls:
@@ -182,7 +186,7 @@ def test_parts_of_guidance_are_recognised_image_by_image_too():
 def test_a_part_of_guidance_that_pauses_is_forecast_with_the_others_or_they_are_computed(pause, comes_first):
     """It is called once in so many steps, and what it returned serves the steps after, too; at first, it jumps."""
     schedule, latents, images, forecast = flow("flow"), LATENTS, torch.zeros(2, *LATENTS.shape), []
-    forecaster = Forecaster(UNetFamily(), schedule, 3.0, 3.0)
+    forecaster = forecaster_of(schedule, tolerance=3.0)
     for step, time in enumerate(TIMES):
         decided = set()
         for part in (1, 0) if comes_first else (0, 1):

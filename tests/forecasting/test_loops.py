@@ -6,23 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-)
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from atc_diffusion import apply_patch, summary
-from tests.helpers.forecasting import (
-    FORECAST,
-    SKIPPED,
-    STEPS,
-    Calls,
-    Counted,
-    draw,
-    forecast_steps,
-    pipeline,
-)
+from tests.helpers.forecasting import FORECAST, SKIPPED, STEPS, Calls, Counted, draw, forecast_steps, pipeline
 from tests.helpers.loops import embedding, run, sample
+
+
+@pytest.fixture
+def scheduler() -> DDIMScheduler:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
 
 
 def test_steps_that_image_to_image_leaves_out_do_not_count(unet):
@@ -83,7 +79,7 @@ def test_two_threads_share_a_network(components):
 
 @torch.no_grad()
 def in_turn(unet: Any, scheduler: Any, seeds: tuple[int, ...], timesteps: list[Any]) -> list[Tensor]:
-    """Pictures of different prompts whose steps alternate, each along its own or the same timesteps."""
+    """Images of different prompts whose steps alternate, each along its own or the same timesteps."""
     latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     texts = [torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     for step in range(STEPS):
@@ -94,9 +90,7 @@ def in_turn(unet: Any, scheduler: Any, seeds: tuple[int, ...], timesteps: list[A
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_images_whose_steps_alternate_keep_their_own_forecasts(unet, shared):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_images_whose_steps_alternate_keep_their_own_forecasts(unet, shared, scheduler):
     apply_patch(unet, FORECAST)
     one, other = (in_turn(unet, scheduler, (seed,), [scheduler.timesteps.clone()])[0] for seed in (3, 4))
     first = scheduler.timesteps.clone()
@@ -107,10 +101,8 @@ def test_images_whose_steps_alternate_keep_their_own_forecasts(unet, shared):
 
 
 @torch.no_grad()
-def test_steps_of_which_some_calls_are_forecast_are_counted_apart(unet):
+def test_steps_of_which_some_calls_are_forecast_are_counted_apart(unet, scheduler):
     """One of two images is computed, because its text moves."""
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
     apply_patch(unet, FORECAST)
     images = [torch.randn(1, 4, 8, 8) for _ in range(2)]
     for step, t in enumerate(scheduler.timesteps):
@@ -127,9 +119,7 @@ def test_steps_of_which_some_calls_are_forecast_are_counted_apart(unet):
 
 
 @torch.no_grad()
-def test_steps_that_are_done_again_are_those_of_one_run(unet):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_steps_that_are_done_again_are_those_of_one_run(unet, scheduler):
     apply_patch(unet, FORECAST)
     for steps in (range(16), range(4, STEPS)):
         latents = torch.randn(1, 4, 8, 8)
@@ -143,10 +133,8 @@ def test_steps_that_are_done_again_are_those_of_one_run(unet):
 
 
 @torch.no_grad()
-def test_images_of_a_batch_at_different_timesteps_are_computed(unet):
+def test_images_of_a_batch_at_different_timesteps_are_computed(unet, scheduler):
     """As of a server, where an image joins while another is drawn, and is alone at the end."""
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
     apply_patch(unet, FORECAST)
     late, images, texts = 10, list(torch.randn(2, 1, 4, 8, 8)), torch.randn(2, 5, 12)
     steps = [[i for i in range(2) if 0 <= step - late * i < STEPS] for step in range(STEPS + late)]
@@ -161,18 +149,14 @@ def test_images_of_a_batch_at_different_timesteps_are_computed(unet):
     assert min(found.forecast) >= STEPS - late
 
 
-def test_timesteps_may_be_numbers(unet):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_timesteps_may_be_numbers(unet, scheduler):
     apply_patch(unet, FORECAST)
     in_turn(unet, scheduler, (3,), [scheduler.timesteps.tolist()])
     assert forecast_steps(unet) == SKIPPED[:-1]  # 100, after 150, may be the last but one
 
 
 @torch.no_grad()
-def test_parts_of_guidance_in_turn_are_each_forecast(unet):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_parts_of_guidance_in_turn_are_each_forecast(unet, scheduler):
     texts = torch.randn(2, 1, 5, 12)
     start = torch.randn(1, 4, 8, 8)
 
@@ -216,9 +200,7 @@ def by_another_network(unet: Any, latents: Tensor, t: Tensor, text: Tensor) -> T
 @torch.no_grad()
 @pytest.mark.parametrize("other", [with_gradients, with_a_number, in_another_thread, by_another_network])
 @pytest.mark.parametrize("comes_first", [False, True])
-def test_parts_of_guidance_in_different_runs_are_computed(unet, other, comes_first):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_parts_of_guidance_in_different_runs_are_computed(unet, other, comes_first, scheduler):
     texts = torch.randn(2, 1, 5, 12)
     unet.__dict__["other"] = copy.deepcopy(unet)  # which is no submodule
 
@@ -238,9 +220,7 @@ def test_parts_of_guidance_in_different_runs_are_computed(unet, other, comes_fir
 
 
 @torch.no_grad()
-def test_parts_of_guidance_in_turn_are_all_computed_where_one_is(unet):
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
+def test_parts_of_guidance_in_turn_are_all_computed_where_one_is(unet, scheduler):
     apply_patch(unet, forecast_tolerance=0.02, r=1.0)
     counts, latents = [], torch.randn(1, 4, 8, 8)
     weak, strong = torch.zeros(1, 5, 12), torch.randn(1, 5, 12) * 8

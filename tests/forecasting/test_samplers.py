@@ -22,7 +22,6 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, load_pipeline, summary
 from tests.helpers.forecasting import (
-    EMOJI,
     FORECAST,
     SKIPPED,
     STEPS,
@@ -32,9 +31,11 @@ from tests.helpers.forecasting import (
     draw_emoji,
     emoji,
     fidelity,
+    forecast_fidelity,
     forecast_steps,
     pipeline,
 )
+from tests.helpers.tiny_pipelines import EMOJI
 
 FEW_MEMORIES = [lambda: DPMSolverMultistepScheduler(), lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True)]
 LONG_MEMORIES = [
@@ -99,9 +100,7 @@ def test_pipelines_with_such_a_solver_are_computed(components, scheduler, dtype)
 def test_samplers_are_forecast_with_and_without_noise(scheduler, least):
     """The relative distance of the latents in dB; fewer steps give another image where noise is added."""
     pipe = emoji(scheduler)
-    expected = draw_emoji(pipe)
-    apply_patch(pipe, ATCConfig.forecast())
-    assert fidelity(draw_emoji(pipe), expected) > least
+    assert forecast_fidelity(pipe, partial(draw_emoji, pipe)) > least
     assert len(forecast_steps(pipe)) >= 3
 
 
@@ -111,9 +110,7 @@ def test_a_step_that_is_forecast_does_not_hide_how_far_a_solver_remembers():
     pipe = load_pipeline(str(EMOJI), torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)
     apple = partial(draw_emoji, pipe, height=64, width=64, num_inference_steps=30)
-    expected = apple()
-    apply_patch(pipe, ATCConfig.forecast())
-    assert fidelity(apple(), expected) > 35
+    assert forecast_fidelity(pipe, apple) > 35
     assert len(forecast_steps(pipe)) >= 10
 
 
@@ -121,9 +118,7 @@ def test_a_step_that_is_forecast_does_not_hide_how_far_a_solver_remembers():
 def test_the_noise_of_many_steps_allows_no_more_error_than_that_of_few():
     pipe = emoji(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True))
     penguin = partial(draw_emoji, pipe, "penguin", seed=1, num_inference_steps=50)
-    expected = penguin()
-    apply_patch(pipe, ATCConfig.forecast())
-    assert fidelity(penguin(), expected) > 25
+    assert forecast_fidelity(pipe, penguin) > 25
     assert len(forecast_steps(pipe)) >= 10
 
 
@@ -131,9 +126,7 @@ def test_the_noise_of_many_steps_allows_no_more_error_than_that_of_few():
 def test_errors_count_as_guidance_multiplies_them():
     pipe = emoji(DDIMScheduler())
     strong = partial(draw_emoji, pipe, "yellow star", seed=3, guidance_scale=7.5, num_inference_steps=20)
-    expected = strong()
-    apply_patch(pipe, ATCConfig.forecast())
-    assert fidelity(strong(), expected) > 35
+    assert forecast_fidelity(pipe, strong) > 35
 
 
 def replace_half(pipe: Any, step: int, t: Tensor, tensors: Any) -> Any:

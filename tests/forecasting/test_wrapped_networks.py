@@ -11,15 +11,7 @@ from torch import Tensor
 
 from atc_diffusion import ATCConfig, apply_patch, remove_patch, summary
 from tests.helpers.ecosystem import enable_deep_cache, offload_groups, offload_sequentially
-from tests.helpers.forecasting import (
-    FORECAST,
-    SKIPPED,
-    STEPS,
-    Calls,
-    draw,
-    forecast_steps,
-    pipeline,
-)
+from tests.helpers.forecasting import FORECAST, SKIPPED, STEPS, Calls, draw, forecast_steps, pipeline
 
 CPU = torch.device("cpu")
 

@@ -1,15 +1,16 @@
 """Runs in which every step that can be forecast is, and the bundled model with any sampler."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from atc_diffusion import ATCConfig, load_pipeline, summary
+from atc_diffusion import ATCConfig, apply_patch, load_pipeline, summary
 from tests.helpers.drawing import PARTS, text
 from tests.helpers.families import FAMILIES
+from tests.helpers.tiny_pipelines import EMOJI
 
 STEPS = 20
 SKIPPED = (2, 4, 5, 7, 8, 10, 11, 13, 14, 16, 17)
@@ -19,7 +20,6 @@ RESIDUALS = {  # what a ControlNet returns, by the names under which its network
     "sd3": ["block_controlnet_hidden_states"],
     "flux": ["controlnet_block_samples", "controlnet_single_block_samples"],
 }
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji_diffusion"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}
 
 
@@ -107,3 +107,10 @@ def draw_emoji(pipe: Any, prompt: str = "red apple", seed: int = 0, **options: A
 def fidelity(latents: Tensor, expected: Tensor) -> float:
     """Their relative distance in dB."""
     return float(-20 * torch.log10((latents - expected).norm() / expected.norm()))
+
+
+def forecast_fidelity(pipe: Any, draw: Callable[[], Tensor]) -> float:
+    """Of the latents that are drawn with `ATCConfig.forecast()`, which stays on the pipeline, to those without."""
+    expected = draw()
+    apply_patch(pipe, ATCConfig.forecast())
+    return fidelity(draw(), expected)
